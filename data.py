@@ -18,17 +18,14 @@ import functools
 import glob
 import io
 import math
-import os
 import random
 import re
 import struct
-import threading
 import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +36,7 @@ from tqdm import tqdm
 
 INSTRUCTION = "Reason step by step inside <think> </think>, then give only the final answer in \\boxed{}."
 PLACEHOLDER = "<image>"
+COLUMNS = ("image", "problem", "answer", "type")  # our names for a data set's
 MAX_ASPECT = 200  # Qwen's processor refuses a longer side of more than 200 times the shorter one
 
 
@@ -58,109 +56,75 @@ class Problem:
     source: str  # file name
 
 
-class Part(NamedTuple):
-    """The rows of one parquet file."""
-
-    file: Path
-    table: pa.Table  # columns problem, answer and, where present, images and type
-
-
 class Problems(Sequence):
     """Rows of parquet files, kept compressed: `problems[i]` makes a Problem, `problems[a:b]` a smaller Problems."""
 
-    def __init__(self, parts: Sequence[Part], rows: Sequence[tuple[int, int]]):
-        self.parts = parts
-        self.rows = rows  # (index of the part, row in its table)
+    def __init__(self, rows: Sequence[tuple[Path, pa.Table, int]]):
+        self.rows = rows  # (file, its table, number of the row in it)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index):
-        return self.select(range(len(self))[index]) if isinstance(index, slice) else self.read(index)
+        """One row, or a slice. Raises ValueError, naming the row, if an image is not where it says."""
+        if isinstance(index, slice):
+            return Problems(self.rows[index])
+        file, table, row = self.rows[index]
+        where, cells = f"{file.name} row {row}", table.slice(row, 1).to_pylist()[0]
+        # a cell holds one value, a list of them, or nothing
+        cells = [cell if isinstance(cell, list) else [] if cell is None else [cell] for cell in map(cells.get, COLUMNS)]
+        try:
+            images = tuple(image_bytes(value, file.parent) for value in cells[0])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        question, answer, kind = (",".join(map(str, texts)) for texts in cells[1:])
+        return Problem(where, question, images, answer, kind, source=file.name)
 
     def select(self, indices: Sequence[int]) -> "Problems":
         """The rows at `indices`, in that order; no bytes are copied."""
-        return Problems(self.parts, [self.rows[index] for index in indices])
-
-    def read(self, index: int, with_images: bool = True) -> Problem:
-        """One row. Raises ValueError, naming it, if an image is not where the row says."""
-        part, row = self.rows[index]
-        file, table = self.parts[part]
-        cells = {name: table[name][row].as_py() for name in table.column_names if with_images or name != "images"}
-        where, images, kind = f"{file.name} row {row}", cells.get("images"), cells.get("type")
-        images = images if isinstance(images, list) else [] if images is None else [images]
-        try:
-            images = tuple(image_bytes(value, file.parent) for value in images)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        question, answer = ("" if cells[name] is None else str(cells[name]) for name in ("problem", "answer"))
-        kind = ",".join(map(str, kind)) if isinstance(kind, list) else "" if kind is None else str(kind)
-        return Problem(where, question, images, answer, kind, source=file.name)
+        return Problems([self.rows[index] for index in indices])
 
 
 def load_problems(
-    path: str | Path,
-    split: str = "train",
-    image_key: str = "images",
-    problem_key: str = "problem",
-    answer_key: str = "answer",
-    type_key: str = "type",
-    keep: Callable[[Problem], bool] | None = None,
-) -> Problems:
+    path: str | Path, split: str = "train", image_key: str = "images", problem_key: str = "problem",
+    answer_key: str = "answer", type_key: str = "type",
+) -> Problems:  # fmt: skip
     """Open a data set; its images stay compressed until a prompt is made.
 
-    Args:
-        path: a parquet file, a folder or a glob of them, or a data set of the hub such as "hiyouga/geometry3k".
-        split: of a folder or a hub data set, the files named after it are taken ("train-00000-of-00001.parquet");
-            all files, if none is named after any split.
-        image_key, problem_key, answer_key, type_key: the columns' names. Those of images and type may be absent.
-            An image cell is one image or a list; an image is whatever `image_bytes` takes.
-        keep: takes only the problems for which it is true; it sees them without their images.
-
-    Raises:
-        ValueError: no such file or split, a column is missing, or no row is left.
+    `path` is a parquet file, a folder or a glob of them, or a data set of the hub such as "hiyouga/geometry3k". Of a
+    folder or a hub data set the files named after the split are taken ("train-00000-of-00001.parquet"); all, if none is
+    named after any. The keys name the columns; images (one or a list, see image_bytes) and type may be absent. Raises
+    ValueError for no such file or split, a missing column, or no rows.
     """
-    keys = {"images": image_key, "problem": problem_key, "answer": answer_key, "type": type_key}
-    parts = [Part(file, _read_table(file, keys)) for file in _find_files(str(path), split)]
-    problems = Problems(parts, [(p, row) for p, part in enumerate(parts) for row in range(part.table.num_rows)])
-    if keep is not None:
-        problems = problems.select([i for i in range(len(problems)) if keep(problems.read(i, with_images=False))])
-    if not problems:
-        raise ValueError(f"{path}: no rows, or none that `keep` takes; choose another file or filter")
-    return problems
+    keys = dict(zip(COLUMNS, (image_key, problem_key, answer_key, type_key), strict=True))
+    tables = [(file, _read_table(file, keys)) for file in _find_files(str(path), split)]
+    if not any(table.num_rows for _, table in tables):
+        raise ValueError(f"{path}: no rows; choose another file")
+    return Problems([(file, table, row) for file, table in tables for row in range(table.num_rows)])
 
 
 def _find_files(path: str, split: str) -> list[Path]:
-    local = Path(path).expanduser()
-    if local.is_file():
-        return [local]
-    if local.is_dir():
-        names = [file.relative_to(local).as_posix() for file in local.rglob("*.parquet")]
-        return [local / name for name in _of_split(names, split, path)]
-    if glob.has_magic(path):
-        if not (files := sorted(glob.glob(str(local), recursive=True))):
-            raise ValueError(f"{path}: no file matches this pattern; check the folder, and put the pattern in quotes")
-        return [Path(file) for file in files]
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.endswith(".parquet"):
-        raise ValueError(f"{path}: no such file or folder, and not a hub data set (owner/name); check the path")
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        return [folder]
+    if files := sorted(map(Path, glob.glob(str(folder)))) if "*" in path else []:
+        return files
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
 
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+        try:
+            folder = Path(snapshot_download(path, repo_type="dataset", allow_patterns="*.parquet"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: no such file or folder, and not to be had from the hub: {error}") from error
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.parquet"))
 
-    try:
-        names = [name for name in HfApi().list_repo_files(path, repo_type="dataset") if name.endswith(".parquet")]
-        return [Path(hf_hub_download(path, name, repo_type="dataset")) for name in _of_split(names, split, path)]
-    except (HfHubHTTPError, OfflineModeIsEnabled) as error:
-        raise ValueError(f"{path}: no such file or folder, and not to be had from the hub: {error}") from error
+    def named(words: str) -> list[str]:  # "test" must not take testmini-00000.parquet
+        return [name for name in names if re.search(rf"(^|/)({words})(?![A-Za-z])", name)]
 
-
-def _of_split(names: list[str], split: str, path: str) -> list[str]:
-    """The names with a file or folder that begins with the split's name; all, if none begins with any split's."""
-    begins = r"(?m)(^|/)({})(?![A-Za-z])"  # "test" must not take testmini-00000.parquet
-    chosen = [name for name in names if re.search(begins.format(re.escape(split)), name)]
-    if not chosen and (not names or re.search(begins.format("train|validation|val|dev|test"), "\n".join(names))):
+    chosen = named(re.escape(split))
+    if not names or (not chosen and named("train|validation|val|dev|test")):
         raise ValueError(f"{path}: no parquet file of split {split!r} among {names}; choose another split or file")
-    return sorted(chosen or names)
+    return [folder / name for name in chosen or names]
 
 
 def _read_table(file: Path, keys: dict[str, str]) -> pa.Table:
@@ -169,16 +133,16 @@ def _read_table(file: Path, keys: dict[str, str]) -> pa.Table:
         schema = pq.read_schema(file)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{file} is not a parquet file ({error}); convert it, or download it again") from error
-    for ours in ("problem", "answer"):
-        if keys[ours] not in schema.names:
-            raise ValueError(f"{file}: no column {keys[ours]!r} among {schema.names}; name it with {ours}_key")
-        if pa.types.is_nested(schema.field(keys[ours]).type):
-            kind = schema.field(keys[ours]).type
-            raise ValueError(f"{file}: column {keys[ours]!r} is {kind}, but a {ours} is one text; store it as a string")
-    if keys["images"] not in schema.names and {"image", "images"} & set(schema.names):  # not text-only data: a slip
-        raise ValueError(f"{file}: no column {keys['images']!r} among {schema.names}; name it with image_key")
     present = {ours: theirs for ours, theirs in keys.items() if theirs in schema.names}
-    return pq.read_table(file, columns=list(present.values())).select(present.values()).rename_columns(list(present))
+    # text-only rows have no image column; where one has the usual name, another image_key is a slip
+    needed = ["problem", "answer", *(["image"] if {"image", "images"} & set(schema.names) else [])]
+    for ours in needed:
+        if ours not in present:
+            raise ValueError(f"{file}: no column {keys[ours]!r} among {schema.names}; name it with {ours}_key")
+        if ours != "image" and pa.types.is_nested(kind := schema.field(keys[ours]).type):
+            raise ValueError(f"{file}: column {keys[ours]!r} is {kind}, but a {ours} is one text; store it as a string")
+    table = pq.read_table(file, columns=list(present.values()))
+    return pa.table({ours: table[theirs] for ours, theirs in present.items()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,15 +150,10 @@ def _read_table(file: Path, keys: dict[str, str]) -> pa.Table:
 
 
 def image_bytes(value: Any, folder: Path) -> bytes:
-    """The compressed bytes of one image, however the data set stores it.
+    """The compressed bytes of one image: of bytes, {bytes, path}, a path inside `folder`, base64 or a data URL.
 
-    Args:
-        value: bytes; {bytes, path}; or a string: a path inside `folder`, base64, or a data URL.
-        folder: the parquet file's. A path that leads out of it, by a link too, is refused: a data set from elsewhere
-            must not read this machine's other files.
-
-    Raises:
-        ValueError: none of these, or the file is missing or outside.
+    A path that leads out of the parquet file's folder, by a link too, is refused: a data set from elsewhere must not
+    read this machine's other files. Raises ValueError for that, for a missing file and for anything else.
     """
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
@@ -216,11 +175,7 @@ def image_bytes(value: Any, folder: Path) -> bytes:
 
 
 def decode_image(raw: bytes) -> Image.Image:
-    """Compressed bytes -> RGB picture: upright (EXIF), white where it is transparent, 16-bit grey scaled to 8.
-
-    Raises:
-        ValueError: not an image, truncated, or floats.
-    """
+    """Bytes -> RGB picture: upright (EXIF), white where transparent, 16-bit grey scaled to 8. ValueError if broken."""
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(raw)))
         image.load()  # the whole of it, so that a truncated file shows here
@@ -237,18 +192,10 @@ def decode_image(raw: bytes) -> Image.Image:
 
 
 def resize_image(image: Image.Image, min_pixels: int, max_pixels: int, factor: int) -> Image.Image:
-    """The one resize: sides become multiples of `factor`, width * height falls in [min_pixels, max_pixels].
+    """The one resize, bicubic: sides become multiples of `factor`, width * height falls in [min_pixels, max_pixels].
 
-    Args:
-        image: RGB.
-        factor: pixels along one side of an image token (28 for Qwen2.5-VL); 1 where the processor has no such grid.
-
-    Returns:
-        The picture, bicubic, with nearly its aspect; itself, if it fits already. So a second call with the same
-        bounds changes nothing, and neither does Qwen's processor.
-
-    Raises:
-        ValueError: aspect ratio over 200, or no size of that kind lies within the bounds.
+    `factor` is the side of an image token in pixels (28 for Qwen2.5-VL), 1 where there is no such grid. A picture that
+    fits comes back itself: a second call changes nothing, and neither does Qwen's processor. Raises as resized_size.
     """
     size = resized_size(*image.size, min_pixels, max_pixels, factor)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
@@ -259,6 +206,7 @@ def resized_size(width: int, height: int, min_pixels: int, max_pixels: int, fact
 
     The rule alone does not always leave its own result alone: with bounds close together its floor or ceil lands
     outside them, and 6000 x 30 (aspect 200) becomes 5992 x 28 (aspect 214), which it then refuses.
+    Raises ValueError for an aspect ratio over 200, and if no size on the grid lies within the bounds.
     """
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"the image is {width} x {height}, longer than {MAX_ASPECT} to 1; crop it or remove the row")
@@ -280,10 +228,8 @@ def resized_size(width: int, height: int, min_pixels: int, max_pixels: int, fact
             misfit = math.hypot(math.log(columns * factor / width), math.log(rows * factor / height))
             sizes.append((misfit, columns * factor, rows * factor))
     if not sizes:
-        raise ValueError(
-            f"no picture whose sides are multiples of {factor} has min_pixels={min_pixels} to max_pixels={max_pixels}; "
-            "set them further apart"
-        )
+        bounds = f"min_pixels={min_pixels} to max_pixels={max_pixels}; set them further apart"
+        raise ValueError(f"no picture whose sides are multiples of {factor} has {bounds}")
     return min(sizes)[1:]
 
 
@@ -295,18 +241,16 @@ def blank_images(problem: Problem) -> Problem:
 
 def shuffle_images(problems: Sequence[Problem]) -> list[Problem]:
     """Give each problem with images those of another one that has as many; raises ValueError if there is none."""
+    problems = list(problems)
     shuffled = list(problems)
-    by_count: dict[int, list[int]] = {}
-    for index, problem in enumerate(shuffled):
-        by_count.setdefault(len(problem.images), []).append(index)
-    for count, members in by_count.items():
-        if count and len(members) == 1:
-            where = shuffled[members[0]].where
+    for count in {len(problem.images) for problem in problems} - {0}:
+        members = [i for i, problem in enumerate(problems) if len(problem.images) == count]
+        if len(members) == 1:
+            where = problems[members[0]].where
             raise ValueError(f"{where}: no other problem has {count} images to swap with; leave this one out")
         half = len(members) // 2  # far apart, as neighbours in a data set often share a figure
-        images = [shuffled[index].images for index in members[half:] + members[:half]]
-        for index, others in zip(members, images, strict=True):
-            shuffled[index] = replace(shuffled[index], images=others)
+        for i, other in zip(members, members[half:] + members[:half], strict=True):
+            shuffled[i] = replace(problems[i], images=problems[other].images)
     return shuffled
 
 
@@ -331,22 +275,14 @@ class Prompt:
     positions: Tensor | None = None  # (3 or 1, P), filled in by the actor
 
 
-_processor_lock = threading.Lock()  # two threads in one fast tokenizer can end in "Already borrowed"
-
-
 def make_prompt(
     problem: Problem, processor: Any, min_pixels: int, max_pixels: int, instruction: str = INSTRUCTION
 ) -> Prompt:
     """Write the problem as one user turn, images where their placeholders stand, and turn it into ids and pixels.
 
-    Args:
-        processor: of transformers, with a chat template.
-        min_pixels, max_pixels: bounds on each image, within those that the processor was loaded with.
-        instruction: follows the question; "" for none.
-
-    Raises:
-        ValueError: naming the row, for an unreadable image, more or fewer placeholders than images, a special token
-            in the question, <video>, or a processor that resizes the images once more.
+    The bounds on each image must lie within those that the processor was loaded with. Raises ValueError, naming the
+    row, for an unreadable image, more or fewer placeholders than images, a special token or <video> in the question,
+    and a processor that resizes the images once more.
     """
     vision = processor.image_processor
     patch, merge = (vision.patch_size, vision.merge_size) if hasattr(vision, "merge_size") else (1, 1)
@@ -355,9 +291,8 @@ def make_prompt(
         images = [resize_image(decode_image(raw), min_pixels, max_pixels, patch * merge) for raw in problem.images]
     except ValueError as error:
         raise ValueError(f"{problem.where}: {error}") from error
-    with _processor_lock:
-        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        inputs = dict(processor(text=[text], images=images or None, return_tensors="pt"))
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = dict(processor(text=[text], images=images or None, return_tensors="pt"))
     if "image_grid_thw" in inputs:
         sizes = [image.size for image in images]
         seen = [(columns * patch, rows * patch) for _, rows, columns in inputs["image_grid_thw"].tolist()]
@@ -366,9 +301,8 @@ def make_prompt(
                 f"{problem.where}: the processor resized {sizes} once more, to {seen}, so the sampler could see other "
                 f"pixels; load it with min_pixels={min_pixels}, max_pixels={max_pixels}"
             )
-    ids = inputs.pop("input_ids")[0]  # (P,)
     del inputs["attention_mask"]  # one prompt, no padding
-    return Prompt(problem, ids, images, inputs)
+    return Prompt(problem, inputs.pop("input_ids")[0], images, inputs)
 
 
 def _content(problem: Problem, special_tokens: Sequence[str], instruction: str) -> list[dict[str, str]]:
@@ -399,56 +333,38 @@ class Report:
     bad: list[str]  # one message for each broken row
 
     def __str__(self) -> str:
-        kept = f"kept {self.kept} problems (longest prompt {self.longest} tokens)"
-        bad = f"; the first: {self.bad[0]}" if self.bad else ""
-        return f"{kept}, left out {self.overlong} overlong and {len(self.bad)} broken ones{bad}"
+        first = f"; the first: {self.bad[0]}" if self.bad else ""
+        left_out = f"{self.overlong} overlong and {len(self.bad)} broken ones{first}"
+        return f"kept {self.kept} problems (longest prompt {self.longest} tokens), left out {left_out}"
 
 
 def usable_problems(
-    problems: Problems,
-    processor: Any,
-    min_pixels: int,
-    max_pixels: int,
-    max_prompt_tokens: int,
-    instruction: str = INSTRUCTION,
-    skip_bad_rows: bool = False,
-) -> tuple[Problems, Report]:
+    problems: Problems, processor: Any, min_pixels: int, max_pixels: int, max_prompt_tokens: int,
+    instruction: str = INSTRUCTION, skip_bad_rows: bool = False,
+) -> tuple[Problems, Report]:  # fmt: skip
     """Make every prompt once before training, so that no row can stop a run on its second day.
 
-    Args:
-        max_prompt_tokens: longer prompts are left out and counted, never truncated.
-        skip_bad_rows: leave broken rows out and report them, instead of raising.
-
-    Returns:
-        The problems that can be used, in their order, and the report.
-
-    Raises:
-        ValueError: broken rows (see make_prompt; an empty answer too), or no row is left.
+    Prompts over max_prompt_tokens are left out and counted, never truncated. Raises ValueError for broken rows (see
+    make_prompt; an empty answer too), unless skip_bad_rows leaves them out and reports them, and if no row is left.
     """
-
-    def length_or_fault(index: int) -> int | str:
+    lengths, bad = {}, []
+    for index in tqdm(range(len(problems)), "checking problems", disable=None):
         try:
             problem = problems[index]
             if not problem.answer.strip():
                 raise ValueError(f"{problem.where}: the answer is empty, so no response can be right; fill it in")
-            return len(make_prompt(problem, processor, min_pixels, max_pixels, instruction).ids)
+            lengths[index] = len(make_prompt(problem, processor, min_pixels, max_pixels, instruction).ids)
         except ValueError as error:
-            return str(error)
-
-    total = len(problems)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = list(tqdm(pool.map(length_or_fault, range(total)), "checking problems", total, disable=None))
-    bad = [result for result in results if isinstance(result, str)]
+            bad.append(str(error))
     if bad and not skip_bad_rows:
-        first = "\n".join(bad[:5])
-        raise ValueError(f"{len(bad)} of {total} rows are broken; repair them or set skip_bad_rows. First:\n{first}")
-    lengths = {index: result for index, result in enumerate(results) if isinstance(result, int)}
+        count, first = f"{len(bad)} of {len(problems)} rows are broken", "\n".join(bad[:5])
+        raise ValueError(f"{count}; repair them or set skip_bad_rows. First:\n{first}")
     kept = [index for index, length in lengths.items() if length <= max_prompt_tokens]
     if not kept:
         seen = f"{min(lengths.values())} to {max(lengths.values())} tokens" if lengths else "none"
         raise ValueError(
-            f"no problem is left of {total}: {len(bad)} are broken, and max_prompt_tokens={max_prompt_tokens} is below "
-            f"the other prompts ({seen}); raise it, or lower max_pixels"
+            f"no problem is left: {len(bad)} are broken, and max_prompt_tokens={max_prompt_tokens} is below the other "
+            f"prompts ({seen}); raise it, or lower max_pixels"
         )
     return problems.select(kept), Report(len(kept), max(map(lengths.get, kept)), len(lengths) - len(kept), bad)
 
@@ -456,16 +372,8 @@ def usable_problems(
 def batch_indices(seed: int, step: int, batch: int, total: int) -> list[int]:
     """The problems of one step, from (seed, step) alone: a run that resumes neither replays nor skips any.
 
-    Args:
-        step: counts from 0.
-        batch, total: problems in a step, and in the data set.
-
-    Returns:
-        `batch` indices below `total`. The steps laid end to end visit every problem once per epoch, each epoch in its
-        own order; a batch may straddle two epochs.
-
-    Raises:
-        ValueError: step < 0, or batch or total < 1.
+    The steps, counted from 0 and laid end to end, visit each of `total` problems once per epoch, each epoch in its own
+    order; a batch may straddle two epochs. Raises ValueError for step < 0, batch < 1 or total < 1.
     """
     if step < 0 or batch < 1 or total < 1:
         raise ValueError(f"step={step}, batch={batch}, total={total}: steps count from 0, and no batch can be empty")
@@ -499,40 +407,28 @@ FIGURES = {  # type -> (answers, wordings)
 def make_figures(out: str | Path, train: int = 2000, test: int = 300, seed: int = 0, size: int = 56) -> None:
     """Write out/train.parquet and out/test.parquet: a visual task that a tiny model learns, with nothing to download.
 
-    Five types of question in equal parts, and the answers of a type equally often. A picture's checksum says whether
-    it belongs to train or to test, so none is in both. The same arguments give the same bytes.
-
-    Args:
-        train, test: rows.
-        size: side of a picture, pixels.
-
-    Raises:
-        ValueError: a file without rows, or a side outside 16 to 224 pixels.
+    `train` and `test` rows of five types of question in equal parts, and the answers of a type equally often; pictures
+    are `size` pixels square. A picture's checksum says whether it belongs to train or to test, so none is in both.
+    The same arguments give the same bytes. Raises ValueError for a file without rows or a size outside 16 to 224.
     """
     if min(train, test) < 1 or not 16 <= size <= CANVAS:
         raise ValueError(f"train={train}, test={test}, size={size}: a file needs a row, a side 16 to {CANVAS} pixels")
     Path(out).mkdir(parents=True, exist_ok=True)
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    text = [(name, pa.string()) for name in ("problem", "answer", "type")]
+    texts = [(name, pa.string()) for name in ("problem", "answer", "type")]
+    schema = pa.schema([("images", pa.list_(image)), *texts])
     for split, total in (("train", train), ("test", test)):
-        rng = random.Random(f"{seed} {split}")
-        rows = [_figure_row(rng, split, number, size) for number in range(total)]
+        rng, rows = random.Random(f"{seed} {split}"), []
+        for number in range(total):
+            kind = list(FIGURES)[number % len(FIGURES)]
+            answers, wordings = FIGURES[kind]
+            answer, pictures = answers[number // len(FIGURES) % len(answers)], []
+            while not pictures or any((zlib.crc32(picture) % 4 == 0) != (split == "test") for picture in pictures):
+                pictures = _draw(rng, kind, answer, size)
+            images = [{"bytes": picture, "path": None} for picture in pictures]
+            rows.append({"images": images, "problem": rng.choice(wordings), "answer": answer, "type": kind})
         rng.shuffle(rows)
-        pq.write_table(
-            pa.Table.from_pylist(rows, schema=pa.schema([("images", pa.list_(image)), *text])),
-            Path(out) / f"{split}.parquet",
-        )
-
-
-def _figure_row(rng: random.Random, split: str, number: int, size: int) -> dict[str, Any]:
-    kind = list(FIGURES)[number % len(FIGURES)]
-    answers, wordings = FIGURES[kind]
-    answer = answers[number // len(FIGURES) % len(answers)]
-    pictures = _draw(rng, kind, answer, size)
-    while any((zlib.crc32(picture) % 4 == 0) != (split == "test") for picture in pictures):
-        pictures = _draw(rng, kind, answer, size)
-    images = [{"bytes": picture, "path": None} for picture in pictures]
-    return {"images": images, "problem": rng.choice(wordings), "answer": answer, "type": kind}
+        pq.write_table(pa.Table.from_pylist(rows, schema), Path(out) / f"{split}.parquet")
 
 
 def _draw(rng: random.Random, kind: str, answer: str, size: int) -> list[bytes]:
@@ -580,13 +476,12 @@ def _angle(rng: random.Random, pen, kind: str, colour: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw a small data set of figures to learn from.")
     parser.add_argument("out", type=Path, help="folder for train.parquet and test.parquet")
-    parser.add_argument("--train", type=int, default=2000, help="rows of train.parquet")
-    parser.add_argument("--test", type=int, default=300, help="rows of test.parquet")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other figures")
-    parser.add_argument("--size", type=int, default=56, help="side of a picture, pixels")
-    args = parser.parse_args()
-    make_figures(args.out, args.train, args.test, args.seed, args.size)
-    print(f"{args.train} problems in {args.out / 'train.parquet'}, {args.test} in {args.out / 'test.parquet'}")
+    for name, default, meaning in (
+        ("train", 2000, "rows of train.parquet"), ("test", 300, "rows of test.parquet"),
+        ("seed", 0, "another seed draws other figures"), ("size", 56, "side of a picture, pixels"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning}; default {default}")
+    make_figures(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

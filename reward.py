@@ -1,7 +1,7 @@
 r"""Rewards: what a response earns, and a grader that nothing a model writes can hang.
 
     response --last_boxed--> answer --normalise--> LaTeX --quick_verdict--> True | False | None: --slow_verdict--> bool
-    [(answer, gold)] --Grader.grade--> [bool]                                      (in a killable process, in order)
+    [(answer, gold)] --Grader.grade--> [bool]                                              (in a killable process)
     responses, problems --compute_rewards--> {"accuracy": [...], "format": [...], ..., "reward": weighted sum}
 
 Strings in, values out: no torch, no model. Nothing is evaluated as code: the only parser is Math-Verify's LaTeX grammar
@@ -9,11 +9,9 @@ Strings in, values out: no torch, no model. Nothing is evaluated as code: the on
 Math-Verify only. A new reward is one function: `@register("name")` on (response, problem) -> float.
 
 What a gold accepts, beside every spelling of the same value:
-  rounding  a decimal gold accepts what rounds to it at its own decimals (57.1: 57.14; 8.6: \sqrt{74}); an integer, a
-            fraction, a root do not (8: not 8.3; \sqrt{74}: not 8.6), save float noise below the sixth decimal
-            (8: 7.99999999). `rounding=False` leaves only the noise.
-  percent   with % on one side the bare number and its hundredth both pass (50: 50%; 50%: 0.5 and 50); on both sides
-            the numbers must agree. 50 does not accept 0.5.
+  rounding  a decimal gold accepts what rounds to it at its own decimals (57.1: 57.14; 8.6: \sqrt{74}); other golds,
+            or all with `rounding=False`, accept float noise below the sixth decimal only (8: 7.99999999, not 8.3).
+  percent   with % on one side the bare number and its hundredth both pass (50: 50%; 50%: 0.5 and 50).
   units     dropped, degrees too, never converted: `\sin 30^\circ` is read in radians, so it is wrong.
   ratios    3:4 is the value 3/4, so 6:8 passes and 4:3 does not.
   chains    `x = \sqrt{74} \approx 8.6`: every member must hold, so a list of guesses with = between earns nothing.
@@ -25,7 +23,6 @@ Source  Math-Verify, https://github.com/huggingface/Math-Verify
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import logging
 import os
@@ -35,8 +32,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from decimal import ROUND_HALF_UP, Context, Decimal
 from itertools import accumulate
 from multiprocessing.connection import wait
@@ -121,10 +118,7 @@ def register(name: str) -> Callable[[Callable], Callable]:
 
 @register("format")
 def format_reward(response: str, problem=None) -> float:
-    r"""1.0 if the whole response is `<think>...</think>` and then text with exactly one closed \boxed{}, else 0.0.
-
-    The thinking must hold more than blanks; boxes inside it do not count.
-    """
+    r"""1.0 for `<think>not only blanks</think>` and then text with exactly one closed \boxed{}, else 0.0."""
     parts = re.fullmatch(r"\s*<think>(.*?)</think>(.*)", response, re.DOTALL)
     if not parts or not parts[1].strip() or "<think>" in parts[1] or "</think>" in parts[2]:
         return 0.0
@@ -181,10 +175,7 @@ def same_number(answer: Decimal, gold: str, rounding: bool) -> bool:
 
 
 def quick_verdict(answer: str, gold: str, rounding: bool, shortcut: bool = True) -> bool | None:
-    """Decide what needs no algebra, on normalised strings: equal strings, words, refused answers, plain numbers.
-
-    Returns: True, False, or None where Math-Verify has to decide; with `shortcut` off, equal strings do not end it.
-    """
+    """Decide what needs no algebra, on normalised strings, or None. With `shortcut`, equal strings are right."""
     if shortcut and answer == gold:
         return True
     if is_text(gold):
@@ -239,8 +230,8 @@ def same_value(answer: str, gold: str, rounding: bool) -> bool:
 def serve(time_limit: float, rounding: bool) -> None:
     """Run a worker: JSON (answer, gold) lines come in on stdin, one byte goes out per verdict, until stdin closes.
 
-    The kernel's timer ends a worker whose parent died in the middle of an answer: unlike a Python handler or a thread,
-    it needs no interpreter, which one long multiplication can hold for hours.
+    The kernel's timer ends a worker whose parent died: unlike a Python handler or a thread it needs no interpreter,
+    which one long multiplication can hold for hours.
     """
     replies = os.dup(1)
     os.dup2(2, 1)  # whatever a parser prints must not be read as a verdict
@@ -256,58 +247,53 @@ def serve(time_limit: float, rounding: bool) -> None:
         os.write(replies, b"1" if verdict else b"0")
 
 
-class Worker:
-    """One grading process and the (answer, gold) it is on; `ready` once it has imported Math-Verify.
+def start_worker(time_limit: float, rounding: bool) -> subprocess.Popen:
+    """Start a process that runs serve, and wait until it has imported Math-Verify. RuntimeError if it does not.
 
     A plain subprocess: fork would copy the trainer's threads and CUDA, multiprocessing's spawn would import train.py.
     """
-
-    def __init__(self, time_limit: float, rounding: bool):
-        command = [sys.executable, os.path.abspath(__file__), "--worker", str(time_limit), str(int(rounding))]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0)
-        self.time_limit, self.ready, self.task = time_limit, False, None
-        self.deadline = time.monotonic() + START_LIMIT
-
-    def send(self, task: tuple[str, str]) -> None:
-        self.task, self.deadline = task, time.monotonic() + self.time_limit
-        with contextlib.suppress(BrokenPipeError):  # it died idle; its stdout says so to the reader
-            self.process.stdin.write(json.dumps(task).encode() + b"\n")
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+    command = [sys.executable, os.path.abspath(__file__), "--worker", str(time_limit), str(int(rounding))]
+    pipe = subprocess.PIPE
+    worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0)
+    if reply := ask_worker(worker, b"", START_LIMIT):
+        return worker
+    end_worker(worker)
+    raise RuntimeError(
+        f"a grading worker {f'took over {START_LIMIT} s to start' if reply is None else 'died starting'}, so no answer "
+        f"can be graded; is Math-Verify installed? See why with: echo | {sys.executable} {__file__} --worker 2 1"
+    )
 
 
-class Grader:
+def ask_worker(worker: subprocess.Popen, line: bytes, limit: float) -> bytes | None:
+    """Send a line and return the byte that answers it; b"" if the worker died, None after `limit` seconds."""
+    try:
+        worker.stdin.write(line)
+    except BrokenPipeError:
+        return b""
+    return os.read(worker.stdout.fileno(), 1) if wait([worker.stdout], limit) else None
+
+
+def end_worker(worker: subprocess.Popen) -> None:
+    worker.kill()
+    worker.communicate()  # waits for the end, and closes the pipes
+
+
+class Grader(contextlib.AbstractContextManager):
     """Grades answers in a few killable processes: `with Grader() as grader: grader.grade([("6", "6"), ("x", "7")])`.
 
-    Args:
-        workers: processes, started when first needed.
-        time_limit: seconds per answer; an answer over it is wrong and its worker is replaced, so a batch takes at most
-            about (time_limit + 1) * (different hostile answers) / workers.
-        max_chars: a longer boxed answer is wrong unread.
-        rounding: let decimal golds accept what rounds to them (see the header).
-
-    `timeouts` counts answers over the limit, `crashes` those that broke two workers (memory, recursion): both wrong.
-    `seconds` holds what each normalised (answer, gold) that reached a worker took in the last call.
+    An answer over max_chars characters or time_limit seconds is wrong; a late worker is replaced, so a batch takes at
+    most about (time_limit + 1) * (different hostile answers) / workers. For rounding see the header. `timeouts` counts
+    late answers, `crashes` those that broke two workers (memory, recursion): wrong too. `seconds` holds what each
+    normalised (answer, gold) that reached a worker took in the last call.
     """
 
     def __init__(self, workers: int = 2, time_limit: float = 2.0, max_chars: int = 300, rounding: bool = True):
         if workers < 1 or time_limit <= 0 or max_chars < 1:
             raise ValueError(f"{workers=}, {time_limit=}, {max_chars=} would grade nothing; all three must be positive")
-        if importlib.util.find_spec("math_verify") is None:
-            raise RuntimeError("math_verify is not installed, so no answer can be graded; run: pip install math-verify")
         self.workers, self.time_limit, self.max_chars, self.rounding = workers, time_limit, max_chars, rounding
         self.timeouts = self.crashes = 0
         self.seconds: dict[tuple[str, str], float] = {}
-        self.broken: set[tuple[str, str]] = set()
-        self.pool: list[Worker] = []
-
-    def __enter__(self) -> "Grader":
-        return self
+        self.pool: list[subprocess.Popen] = []  # the idle workers; between calls, all of them
 
     def __exit__(self, *exc) -> None:
         self.close()
@@ -315,97 +301,66 @@ class Grader:
     def close(self) -> None:
         """End all workers; a later grade() starts new ones."""
         while self.pool:
-            self.pool.pop().kill()
+            end_worker(self.pool.pop())
 
     def grade(self, pairs: Iterable[tuple[str | None, str]], shortcut: bool = True) -> list[bool]:
-        """Grade (answer, gold) pairs; an answer of None was never given. Equal pairs are graded once.
+        """Grade (answer, gold) pairs, as written, in order; an answer of None was never given. Equal ones only once.
 
-        Args:
-            pairs: boxed contents and golds, as written.
-            shortcut: take equal strings as right; off, a gold against itself shows whether it can be graded at all.
-
-        Returns: one verdict per pair, in order.
-        Raises: RuntimeError if a worker does not start.
+        With `shortcut`, equal strings are right; without, a gold against itself shows whether it can be graded at all.
+        Raises RuntimeError if a worker does not start.
         """
         tasks = [
             None if answer is None or len(answer) > self.max_chars else (normalise(answer), normalise(gold))
             for answer, gold in pairs
         ]
         verdicts = {t: t is not None and quick_verdict(*t, self.rounding, shortcut) for t in dict.fromkeys(tasks)}
-        hard = deque(task for task, verdict in verdicts.items() if verdict is None)
-        self.seconds, self.broken = {}, set()
-        try:
-            while hard or any(worker.task for worker in self.pool):
-                self._advance(hard, verdicts)
-        finally:
-            if any(worker.task for worker in self.pool):  # interrupted: a late reply must not answer the next call
-                self.close()
+        hard = [task for task, verdict in verdicts.items() if verdict is None]
+        self.seconds = {}
+        with ThreadPoolExecutor(self.workers) as threads:  # each waits for its process
+            for task, (reply, seconds) in zip(hard, threads.map(self._judge, hard), strict=True):
+                verdicts[task], self.seconds[task] = reply == b"1", seconds
+                self.timeouts += reply is None
+                self.crashes += reply == b""
         return [verdicts[task] for task in tasks]
 
-    def _advance(self, hard: deque, verdicts: dict) -> None:
-        """Hand out tasks, wait for the first reply or deadline, write down what came."""
-        while len(self.pool) < min(self.workers, len(hard) + sum(worker.task is not None for worker in self.pool)):
-            self.pool.append(Worker(self.time_limit, self.rounding))
-        for worker in self.pool:
-            if hard and worker.ready and worker.task is None:
-                worker.send(hard.popleft())
-        active = [worker for worker in self.pool if worker.task or not worker.ready]
-        patience = min(worker.deadline for worker in active) - time.monotonic()
-        heard = wait([worker.process.stdout for worker in active], max(patience, 0))
-        for worker in active:
-            late = time.monotonic() >= worker.deadline
-            reply = os.read(worker.process.stdout.fileno(), 1) if worker.process.stdout in heard else b""
-            if worker.process.stdout not in heard and not late:
-                continue
-            if not reply:  # too late, or the process died
-                self.pool.remove(worker)
-                worker.kill()
-                if not worker.ready:
-                    raise RuntimeError(
-                        f"a grading worker {f'took over {START_LIMIT} s to start' if late else 'died starting'}, so no "
-                        f"answer can be graded; see why with: echo | {sys.executable} {__file__} --worker 2 1"
-                    )
-                if not late and worker.task not in self.broken:  # something else may have killed it: one more try
-                    self.broken.add(worker.task)
-                    hard.append(worker.task)
-                    continue
-                self.timeouts += late
-                self.crashes += not late
-            if worker.ready:
-                verdicts[worker.task] = reply == b"1"
-                self.seconds[worker.task] = time.monotonic() - (worker.deadline - self.time_limit)
-            worker.ready, worker.task = True, None
-
-
-def accuracy_reward(responses: Sequence[str], problems: Sequence, grader: Grader) -> list[float]:
-    """1.0 where the last boxed answer of a response equals its problem's `.answer`, else 0.0; one batch, one call."""
-    pairs = ((last_boxed(r), p.answer) for r, p in zip(responses, problems, strict=True))
-    return [float(verdict) for verdict in grader.grade(pairs)]
+    def _judge(self, task: tuple[str, str]) -> tuple[bytes | None, float]:
+        """A worker's reply to a task (see ask_worker), and its seconds. Runs in several threads."""
+        for _ in range(2):  # one more try after a death: something else may have killed the worker
+            try:
+                worker = self.pool.pop()
+            except IndexError:
+                worker = start_worker(self.time_limit, self.rounding)
+            start = time.monotonic()
+            reply = ask_worker(worker, json.dumps(task).encode() + b"\n", self.time_limit)
+            if reply:
+                self.pool.append(worker)
+                break
+            end_worker(worker)
+            if reply is None:
+                break
+        return reply, time.monotonic() - start
 
 
 def compute_rewards(
     responses: Sequence[str], problems: Sequence, weights: dict[str, float], grader: Grader
 ) -> dict[str, list[float]]:
-    """Score every response by every named reward.
+    """Score every response by every named reward; problems[i], with its `.answer`, is what responses[i] answers.
 
-    Args:
-        responses, problems: of one length; problems[i] is what responses[i] answers.
-        weights: reward name -> weight; accuracy and format are reported even where they have none.
-
-    Returns: one list per reward, in order, and "reward", their weighted sum.
-    Raises: ValueError for a name that is not registered.
+    Returns one list per reward, in order, and "reward", their sum weighted by `weights`; accuracy and format are there
+    even without a weight. Raises ValueError for a name that is not registered.
     """
     check_names(weights)
-    scores = {"accuracy": accuracy_reward(responses, problems, grader)}
-    for name in ["format", *weights]:
-        if name not in scores:
-            scores[name] = [REWARDS[name](r, p) for r, p in zip(responses, problems, strict=True)]
-    rows = range(len(responses))
-    return scores | {"reward": [sum(weight * scores[name][i] for name, weight in weights.items()) for i in rows]}
+    both = list(zip(responses, problems, strict=True))
+    right = grader.grade([(last_boxed(response), problem.answer) for response, problem in both])
+    scores = {"accuracy": [float(verdict) for verdict in right]}
+    for name in {"format": None, **weights}:
+        if name != "accuracy":
+            scores[name] = [REWARDS[name](response, problem) for response, problem in both]
+    total = [sum(weight * scores[name][i] for name, weight in weights.items()) for i in range(len(both))]
+    return scores | {"reward": total}
 
 
 def check_names(weights: Iterable[str]) -> None:
-    """Raise ValueError for a reward that nobody registered."""
     known = ["accuracy", *REWARDS]
     for name in weights:
         if name not in known:
@@ -424,20 +379,6 @@ def parse_weights(text: str) -> dict[str, float]:
     return weights
 
 
-def read_rows(path: str) -> list[dict]:
-    """Read rows of {"answer", "response"?} from a parquet data set or from JSON lines; ValueError without "answer"."""
-    if path.endswith(".parquet"):
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(path, columns=["answer"]).to_pylist()
-    with open(path, encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
-    for number, row in enumerate(rows, 1):
-        if "answer" not in row:
-            raise ValueError(f'{path} row {number} has the keys {list(row)} and no gold to grade by; name it "answer"')
-    return rows
-
-
 def main() -> None:
     """Say how much of a data set can be graded, and how its responses do."""
     parser = argparse.ArgumentParser(description="grade every gold against itself, and the responses if there are any")
@@ -446,14 +387,22 @@ def main() -> None:
     parser.add_argument("--time_limit", type=float, default=2.0, help="seconds before an answer counts as wrong")
     parser.add_argument("--no_rounding", action="store_true", help="decimal golds accept only their exact value")
     args = parser.parse_args()
-    rows = read_rows(args.file)
+    if args.file.endswith(".parquet"):
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(args.file, columns=["answer"]).to_pylist()
+    else:
+        with open(args.file, encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines if line.strip()]
+    if nameless := [n for n, row in enumerate(rows, 1) if "answer" not in row]:
+        parser.error(f'{args.file} row {nameless[0]} has no gold to grade by; name it "answer"')
     golds = [str(row["answer"]) for row in rows]
     told = [(n, last_boxed(row["response"]), golds[n]) for n, row in enumerate(rows) if "response" in row]
     with Grader(args.workers, args.time_limit, rounding=not args.no_rounding) as grader:
         gradable = grader.grade([(gold, gold) for gold in golds], shortcut=False)
         seconds = grader.seconds
         right = grader.grade([(answer, gold) for _, answer, gold in told])
-        seconds = seconds | grader.seconds
+        seconds |= grader.seconds
     for n, gold in enumerate(golds):
         if not gradable[n]:
             print(f"row {n + 1}: gold {gold!r} is not equal to itself")

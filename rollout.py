@@ -212,8 +212,11 @@ class VLLMEngine:
             register_architecture(model)
             if not self.cuda:
                 name_shared_memory()
+            longest = max_prompt_tokens + max_response_tokens
+            # a prompt cut into chunks would make vLLM rewind a request's random state, which only a GPU's can
+            whole = {} if self.cuda else dict(enable_chunked_prefill=False, max_num_batched_tokens=longest + 8192)
             self.llm = LLM(
-                model, dtype=str(dtype).removeprefix("torch."), max_model_len=max_prompt_tokens + max_response_tokens,
+                model, dtype=str(dtype).removeprefix("torch."), max_model_len=longest, **whole,
                 distributed_executor_backend="external_launcher", tensor_parallel_size=tp,
                 enforce_eager=eager or not self.cuda, enable_sleep_mode=self.cuda,
                 gpu_memory_utilization=memory_fraction, kv_cache_memory_bytes=None if self.cuda else VLLM_CPU_CACHE,
@@ -434,6 +437,8 @@ def set_vllm_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it has read its level
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("RANK", "0")  # torchrun sets these two
+    os.environ.setdefault("LOCAL_RANK", "0")
     # vLLM sets torch's threads and float32 precision for the whole process: let it set what is there already
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     os.environ.setdefault("VLLM_FLOAT32_MATMUL_PRECISION", torch.get_float32_matmul_precision())

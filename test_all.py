@@ -304,14 +304,6 @@ def test_columns_may_have_other_names(tmp_path):
     assert (row.question, row.answer, row.images, row.type) == ("a<image>", "7", (red(),), "k")
 
 
-def test_keep_chooses_rows_without_reading_their_images(tmp_path):
-    file = write(tmp_path, problem=list("abc"), type=list("xyx"), images=[["missing.png"]] * 3)
-    rows = data.load_problems(file, keep=lambda p: p.type == "x")
-    assert [rows.read(i, with_images=False).question for i in range(len(rows))] == ["a", "c"]
-    with pytest.raises(ValueError, match="keep"):
-        data.load_problems(file, keep=lambda p: False)
-
-
 def test_a_folder_gives_the_files_of_the_split(tmp_path):
     def names(split):
         return sorted({row.source for row in data.load_problems(tmp_path, split)})
@@ -901,7 +893,7 @@ def test_code_is_not_run_by_math_verify_itself(tmp_path, grader):
 def test_an_answer_over_the_time_limit_is_wrong_and_only_that_one():
     with Grader(workers=1, time_limit=1) as one:
         assert one.grade([(r"\sqrt{25}", "5")]) == [True]
-        pid = one.pool[0].process.pid
+        pid = one.pool[0].pid
         got = one.grade([(r"\sqrt{4}", "2"), (ENDLESS, "15"), (r"\sqrt{9}", "3")])
         assert (got, one.timeouts, one.crashes) == ([True, False, True], 1, 0)
         assert 1 <= max(one.seconds.values()) < 3
@@ -911,7 +903,7 @@ def test_an_answer_over_the_time_limit_is_wrong_and_only_that_one():
 def test_a_worker_that_dies_is_replaced():
     with Grader(workers=1) as one:
         assert one.grade([(r"\sqrt{4}", "2")]) == [True]
-        os.kill(one.pool[0].process.pid, signal.SIGKILL)
+        os.kill(one.pool[0].pid, signal.SIGKILL)
         assert one.grade([(r"\sqrt{9}", "3")]) == [True]
         assert one.crashes == 0  # the answer did not kill it
 
@@ -952,7 +944,7 @@ sys.path.insert(0, {str(HERE)!r})
 from reward import Grader
 grader = Grader(time_limit=0.5)
 grader.grade([(r"\\sqrt{{4}}", "2"), (r"\\sqrt{{9}}", "3")])
-print(*[worker.process.pid for worker in grader.pool], flush=True)
+print(*[worker.pid for worker in grader.pool], flush=True)
 if {end!r} == "killed idle":
     os.kill(os.getpid(), 9)
 if {end!r} == "killed grading":
@@ -967,7 +959,7 @@ if {end!r} == "killed grading":
 def test_close_ends_the_workers_and_grading_goes_on_with_new_ones():
     grader = Grader()
     assert grader.grade([(r"\sqrt{4}", "2"), (r"\sqrt{9}", "3")]) == [True, True]
-    pids = [worker.process.pid for worker in grader.pool]
+    pids = [worker.pid for worker in grader.pool]
     grader.close()
     assert len(pids) >= 1 and gone(pids, 0)
     assert grader.grade([(r"\sqrt{4}", "2")]) == [True]
@@ -976,7 +968,7 @@ def test_close_ends_the_workers_and_grading_goes_on_with_new_ones():
 
 def test_workers_do_not_load_torch(grader):
     grader.grade([(r"\sqrt{4}", "2")])
-    maps = Path(f"/proc/{grader.pool[0].process.pid}/maps").read_text()
+    maps = Path(f"/proc/{grader.pool[0].pid}/maps").read_text()
     assert "python" in maps and "torch" not in maps
 
 
@@ -1002,15 +994,9 @@ def test_accuracy_and_format_are_reported_without_a_weight(grader):
 
 def test_cheats_get_no_accuracy(grader):
     cheats = [
-        r"\boxed{15} \boxed{5}",
-        r"<think>\boxed{15}</think> \boxed{}",
-        r"<think>\boxed{15}</think>",
-        r"<think>\boxed{15}",
-        r"\boxed{5, 14, 15, 35}",
-        r"\boxed{5 or 15}",
-        r"\boxed{5} or 15",
-        "15",
-    ]
+        r"\boxed{15} \boxed{5}", r"<think>\boxed{15}</think> \boxed{}", r"<think>\boxed{15}</think>",
+        r"<think>\boxed{15}", r"\boxed{5, 14, 15, 35}", r"\boxed{5 or 15}", r"\boxed{5} or 15", "15",
+    ]  # fmt: skip
     got = compute_rewards(cheats, golds_as_problems(*["15"] * len(cheats)), reward.DEFAULT_WEIGHTS, grader)
     assert got["accuracy"] == [0.0] * len(cheats)
 
@@ -1277,9 +1263,9 @@ def test_the_tiny_model_is_the_same_for_the_same_seed(tmp_path):
 # rollout.py: the transformers engine
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def processes():
-    """A process group of one, as train.py has."""
+    """A process group of one, as train.py has; one for all tests, because vLLM remembers the first that it saw."""
     model.start_processes()
     yield
     torch.distributed.destroy_process_group()
@@ -1415,17 +1401,18 @@ def test_vllm_refuses_another_prompt_and_another_model(tiny, processes):
         with pytest.raises(ValueError, match="greedy with n=2"):
             engine.generate([prompt], 2, 0, greedy=True)
 
-        def altered(change):
-            weights = dict(actor.model.state_dict())
-            change(weights)
-            return SimpleNamespace(model=SimpleNamespace(state_dict=lambda keep_vars: weights))
+    def altered(change):
+        weights = dict(actor.model.state_dict())
+        change(weights)
+        return SimpleNamespace(model=SimpleNamespace(state_dict=lambda keep_vars: weights))
 
-        layer = "model.language_model.layers.1."
-        for change, message in (
-            (lambda w: w.pop(layer + "mlp.down_proj.weight"), "were not in the model"),
-            (lambda w: w.pop(layer + "self_attn.k_proj.weight"), "were not in the model"),
-            (lambda w: w.update({layer + "extra.weight": torch.zeros(2)}), "extra"),
-        ):
+    layer = "model.language_model.layers.1."
+    for change, message in (
+        (lambda w: w.pop(layer + "mlp.down_proj.weight"), "were not in the model"),
+        (lambda w: w.pop(layer + "self_attn.k_proj.weight"), "were not in the model"),
+        (lambda w: w.update({layer + "extra.weight": torch.zeros(2)}), "extra"),
+    ):
+        with contextlib.closing(vllm_engine(actor, tiny[False])) as engine:
             with pytest.raises((RuntimeError, ValueError), match=message):
                 engine.sync(altered(change))
 
@@ -1491,6 +1478,7 @@ def test_unknown_flags_and_impossible_settings_are_refused():
         (["--temperature", "0"], "--temperature is 0"),
         (["--min_pixels", "99999"], "--min_pixels 99999 is above"),
         (["--rewards", "acuracy=1"], "acuracy"),
+        (["--kl_estimator", "k4"], "--kl_estimator k4 is none of k1, k2, k3"),
     ):
         with pytest.raises(ValueError, match=message):
             train.parse_settings(["--preset", "tiny", *flags])
@@ -1536,12 +1524,12 @@ def test_deal_by_hand_and_evenly():
 
 
 def small_run(folder, groups_seed=0, **changes):
-    """A Run on the tiny model in `folder` with an SGD optimizer, so that weights move by exactly the gradient."""
+    """A Run on the tiny model in `folder` with plain SGD: its steps are the gradient, too long to be rounded away."""
     settings, _ = train.parse_settings(["--preset", "tiny", "--engine", "hf"])
     settings = dataclasses.replace(settings, model=str(folder), **changes)
     actor = model.Actor.from_pretrained(settings.model, temperature=settings.temperature, packing=settings.packing)
     actor.shard(torch.device("cpu"))
-    optimizer = torch.optim.SGD(actor.model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(actor.model.parameters(), lr=1e6)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1.0)
     rows = [problem("<image>" * (i % 3) + "What?" * (1 + i % 4), tuple(picture(j + i) for j in range(i % 3)))
             for i in range(8)]  # fmt: skip
@@ -1646,7 +1634,7 @@ def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
     data.make_figures(folder / "figures", train=200, test=24)
     problems = data.load_problems(folder / "figures")
-    model.build_warm_tiny(folder / "tiny-model", problems, train.PRESETS["tiny"]["instruction"], updates=15)
+    model.build_warm_tiny(folder / "tiny-model", problems, train.PRESETS["tiny"]["instruction"], updates=60)
     return folder
 
 
@@ -1661,12 +1649,13 @@ def copy_start(start, folder):
 
 def test_a_run_writes_metrics_curves_responses_checkpoint_and_export(start, tmp_path):
     copy_start(start, tmp_path)
-    run_python([str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--kl_coefficient", "0.1"])
+    run_python([str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--kl_coefficient", "0.1",
+                "--minibatch_prompts", "8"])  # fmt: skip
     rows = metrics(tmp_path / "tiny")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 3, 3]
     steps = [row for row in rows if "train/reward" in row]
     assert all(math.isfinite(v) for row in rows for v in row.values())
-    assert steps[0]["train/kl"] == pytest.approx(0, abs=1e-3) and steps[-1]["train/kl"] > 0
+    assert steps[0]["train/kl"] == 0 < steps[-1]["train/kl"]  # the reference is the policy before its first update
     assert all(row["train/gap"] < 1e-5 for row in steps)
     assert (tmp_path / "tiny" / "curves.png").stat().st_size > 5000
     records = [json.loads(line) for line in (tmp_path / "tiny/responses/eval-000003.jsonl").read_text().splitlines()]
@@ -1676,7 +1665,7 @@ def test_a_run_writes_metrics_curves_responses_checkpoint_and_export(start, tmp_
     assert (tmp_path / "tiny" / "checkpoints" / "step-000003").is_dir()
 
 
-def test_two_ranks_train_the_same_rollouts_as_one_after_a_resume_on_fewer(start, tmp_path):
+def test_a_run_of_two_ranks_resumes_on_one(start, tmp_path):
     copy_start(start, tmp_path)
     flags = (*SHORT, "--out", str(tmp_path), "--save_every", "1")
     torchrun(*flags, script=HERE / "train.py")
@@ -1684,9 +1673,22 @@ def test_two_ranks_train_the_same_rollouts_as_one_after_a_resume_on_fewer(start,
     assert [row["step"] for row in rows if "train/reward" in row] == [1, 2, 3]
     shutil.rmtree(tmp_path / "tiny" / "checkpoints" / "step-000003")
     run_python([str(HERE / "train.py"), *flags, "--resume"])
-    again = metrics(tmp_path / "tiny")
-    assert [row["step"] for row in again if "train/reward" in row] == [1, 2, 3]
-    assert again[: len(again) - 3] == rows[: len(rows) - 3]
+    again = [row for row in metrics(tmp_path / "tiny") if "train/reward" in row]
+    assert [row["step"] for row in again] == [1, 2, 3]
+    assert again[:2] == [row for row in rows if "train/reward" in row][:2]
+
+
+def test_a_resumed_run_ends_with_the_same_bytes_as_one_that_was_never_stopped(start, tmp_path):
+    copy_start(start, tmp_path)
+    flags = [str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--save_every", "1"]
+    run_python(flags)
+    weights = tmp_path / "tiny" / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.unlink()
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / "tiny" / "checkpoints" / f"step-00000{step}")
+    run_python([*flags, "--resume"])
+    assert weights.read_bytes() == whole
 
 
 def test_resume_without_a_checkpoint_says_so(start, tmp_path):

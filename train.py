@@ -104,6 +104,7 @@ class Settings:
     epochs: int = setting(1, "passes over the rollouts of a step")
     learning_rate: float = setting(1e-6, "of AdamW, after warm-up")
     warmup_updates: int = setting(0, "updates over which the learning rate rises from 0")
+    final_learning_rate: float = setting(1.0, "share of the learning rate that is left at the end; it falls linearly")
     weight_decay: float = setting(0.01, "of AdamW")
     beta2: float = setting(0.999, "of AdamW: how slowly it forgets the size of gradients")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
@@ -119,6 +120,10 @@ class Settings:
                      "max_tokens_per_pack", "eval_every", "eval_samples", "steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"--{name} {getattr(self, name)} is none of {', '.join(choices)}")
+        reward.parse_weights(self.rewards)
         if self.prompts_per_step % self.minibatch_prompts:
             raise ValueError(
                 f"--prompts_per_step {self.prompts_per_step} is not a multiple of --minibatch_prompts "
@@ -129,6 +134,11 @@ class Settings:
         if self.temperature <= 0:
             raise ValueError(f"--temperature is {self.temperature}; the policy is trained as a distribution, above 0")
 
+    def rate(self, done: int) -> float:
+        """Share of the learning rate after `done` updates: up over the warm-up, then down to the final share."""
+        total = self.steps * self.epochs * (self.prompts_per_step // self.minibatch_prompts)
+        return min(1.0, (done + 1) / (self.warmup_updates + 1)) * (1 - (1 - self.final_learning_rate) * done / total)
+
     @property
     def reward_weights(self) -> dict[str, float]:
         return reward.parse_weights(self.rewards)
@@ -138,11 +148,17 @@ class Settings:
         return Path(self.out) / (self.name or self.preset)
 
 
+CHOICES = dict(
+    packing=("shared", "packed", "padded"), engine=("auto", "vllm", "hf"), advantage=("std", "none", "loo"),
+    ratio=("token", "sequence"), aggregation=("token", "sequence", "constant"), kl_estimator=("k1", "k2", "k3"),
+    importance=("none", "token", "sequence"),
+)  # fmt: skip
 PRESETS = {
     "tiny": dict(
         instruction=" <think></think> \\boxed{}", min_pixels=56 * 56, max_pixels=56 * 56, max_prompt_tokens=256,
         steps=300, prompts_per_step=64, responses_per_prompt=8, minibatch_prompts=32, max_response_tokens=24,
-        max_tokens_per_pack=8192, kl_coefficient=0.0, learning_rate=6e-4, beta2=0.98, warmup_updates=5, eval_every=50,
+        max_tokens_per_pack=8192, kl_coefficient=0.0, learning_rate=6e-4, beta2=0.98, warmup_updates=5,
+        final_learning_rate=0.1, eval_every=50,
     ),
     "geo3k": dict(
         model="Qwen/Qwen2.5-VL-7B-Instruct", data="hiyouga/geometry3k", min_pixels=262144, max_prompt_tokens=2048,
@@ -695,7 +711,7 @@ def build(s: Settings, device: torch.device) -> Run:
         reference.shard(device)
     trained = [p for p in actor.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=s.learning_rate, weight_decay=s.weight_decay, betas=(0.9, s.beta2))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / (s.warmup_updates + 1)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, s.rate)
     return Run(s, device, actor, reference, engine, optimizer, schedule, *sets, reward.Grader())
 
 
