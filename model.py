@@ -70,6 +70,7 @@ from PIL import Image  # noqa: E402
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.nn.attention.varlen import varlen_attn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor  # noqa: E402
@@ -511,11 +512,27 @@ class Actor:
         """Pixels and grids of the prompts, on the model's device, ready for the forward."""
         return {k: v.to(self.device) for k, v in extract_multi_modal_inputs(self.model, join_inputs(prompts)).items()}
 
-    def logprobs(self, groups: list[tuple]) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def image_features(self, prompts: list) -> dict | None:
+        """What a frozen vision tower makes of the prompts' images, to be handed to `logprobs` again and again.
+
+        Returns None where there is nothing to keep: no image, a tower that is trained, or a model whose forward takes
+        no `mm_encoder_outputs`.
+        """
+        names, model = inspect.signature(unwrap(self.model).forward).parameters, unwrap(self.model)
+        trained = any(is_vision(name) and p.requires_grad for name, p in self.model.named_parameters())
+        if trained or "mm_encoder_outputs" not in names or not any(prompt.images for prompt in prompts):
+            return None
+        inputs = self.multi_modal_inputs(prompts)
+        return {"image": model.get_image_features(**inputs, return_dict=True)}
+
+    def logprobs(self, groups: list[tuple], features: dict | None = None) -> tuple[Tensor, Tensor]:
         """Score responses under the model, at `temperature` and without the banned tokens.
 
         Args:
             groups: (prompt, [response ids (R,), ...]) pairs.
+            features: image_features of the groups' prompts, if they are at hand; else the tower runs on the pixels.
+                Used by the shared layout only: the others need an image several times.
 
         Returns:
             logprobs (N,) with gradient and entropy (N,) without, both float32 nats, over the responses' tokens end
@@ -528,17 +545,56 @@ class Actor:
         if self.anchor and not any(prompt.images for prompt, _ in groups):
             groups = [*groups, (self.anchor, [])]
         pack, device = make_pack(groups, [self.positions(prompt) for prompt, _ in groups]), self.device
+        if features is not None and self.packing == "shared":
+            vision = {"mm_encoder_outputs": features}
+        else:
+            vision = self.multi_modal_inputs(pack.prompts)
         head = self.model.get_output_embeddings()
         head.request = (pack.targets.to(device), self._banned(device), self.temperature, self.chunk)
         try:
             out = self.model(
                 input_ids=pack.input_ids.to(device), position_ids=pack.position_ids.to(device),
-                logits_to_keep=pack.keep.to(device), layout=pack.layout, use_cache=False,
-                **self.multi_modal_inputs(pack.prompts),
+                logits_to_keep=pack.keep.to(device), layout=pack.layout, use_cache=False, **vision,
             ).logits  # (1, N, 2)  # fmt: skip
         finally:
             head.request = None
         return out[0, :, 0], out[0, :, 1].detach()
+
+    def check_packing(self, prompts: list) -> float:
+        """Compare the chosen packing with the padded forward: log-probs, and the gradient of one weight.
+
+        Run once before training, so that no family is ever silently wrong. All ranks call this together, with the same
+        prompts; gradients are cleared.
+
+        Returns:
+            The mean difference of the log-probs, in nats.
+
+        Raises:
+            RuntimeError: the packing is not exact for this model.
+        """
+        generator = torch.Generator().manual_seed(0)
+        allowed = torch.tensor(sorted(set(range(100)) - set(self.banned_ids) - set(self.eos_ids)))
+        groups = [(p, [allowed[torch.randint(len(allowed), (n,), generator=generator)] for n in (5, 8)])
+                  for p in prompts]  # fmt: skip
+        packing, results = self.packing, []
+        weight = next(p for name, p in self.model.named_parameters() if p.requires_grad and not is_vision(name))
+        for layout in ("padded", packing):
+            self.use_packing(layout)
+            logprobs, _ = self.logprobs(groups)
+            logprobs.mean().backward()
+            results.append((logprobs.detach(), full(weight.grad).float()))
+            self.model.zero_grad()
+        (expected, expected_gradient), (got, gradient) = results
+        gap = (got - expected).abs().mean().item()
+        slope = ((gradient - expected_gradient).norm() / expected_gradient.norm()).item()
+        exact = self.device.type == "cpu"
+        if not (gap < (1e-4 if exact else 0.05) and slope < (1e-3 if exact else 0.2)):
+            raise RuntimeError(
+                f"packing {packing!r} is not exact for {type(unwrap(self.model)).__name__}: its log-probs are "
+                f"{gap:.2g} nats and a gradient {slope:.2g} of its norm away from the padded forward's; use "
+                "--packing padded"
+            )
+        return gap
 
     def _padded_logprobs(self, groups):
         """The plain way, as a reference: one row per response, prompts padded left and responses right."""
@@ -590,6 +646,11 @@ VISION_MODULES = {"visual", "vision_tower", "vision_model", "multi_modal_project
 def is_vision(name: str) -> bool:
     """Whether a parameter, by its full name, belongs to the vision tower or to its projector."""
     return not VISION_MODULES.isdisjoint(name.split("."))
+
+
+def full(x: Tensor) -> Tensor:
+    """The whole tensor of an FSDP2 shard; a plain tensor as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def left_pad(rows: list[Tensor], value) -> Tensor:

@@ -342,9 +342,16 @@ class Grader(contextlib.AbstractContextManager):
 
 
 def compute_rewards(
-    responses: Sequence[str], problems: Sequence, weights: dict[str, float], grader: Grader
+    responses: Sequence[str],
+    problems: Sequence,
+    weights: dict[str, float],
+    grader: Grader,
+    truncated: Sequence[bool] | None = None,
 ) -> dict[str, list[float]]:
     """Score every response by every named reward; problems[i], with its `.answer`, is what responses[i] answers.
+
+    A response that was truncated at the length limit has no format, however it begins: with nothing to lose by going on
+    after the answer, a policy forgets how to end.
 
     Returns one list per reward, in order, and "reward", their sum weighted by `weights`; accuracy and format are there
     even without a weight. Raises ValueError for a name that is not registered.
@@ -356,6 +363,8 @@ def compute_rewards(
     for name in {"format": None, **weights}:
         if name != "accuracy":
             scores[name] = [REWARDS[name](response, problem) for response, problem in both]
+    if truncated is not None:
+        scores["format"] = [0.0 if cut else score for cut, score in zip(truncated, scores["format"], strict=True)]
     total = [sum(weight * scores[name][i] for name, weight in weights.items()) for i in range(len(both))]
     return scores | {"reward": total}
 

@@ -521,9 +521,11 @@ def choose_engine(wanted: str) -> tuple[str, str]:
 
 def score(rollouts, problems, tokenizer, weights: dict[str, float], grader) -> dict[str, Tensor]:
     """(P, n) scores of n responses to each of P problems: every named reward, and "reward", their weighted sum."""
-    texts = [r.text(tokenizer) for group in rollouts for r in group]
+    flat = [r for group in rollouts for r in group]
     owners = [problem for problem, group in zip(problems, rollouts, strict=True) for _ in group]
-    scores = reward.compute_rewards(texts, owners, weights, grader)
+    scores = reward.compute_rewards(
+        [r.text(tokenizer) for r in flat], owners, weights, grader, truncated=[r.truncated for r in flat]
+    )
     return {name: torch.tensor(values).view(len(problems), -1) for name, values in scores.items()}
 
 

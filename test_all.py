@@ -9,8 +9,10 @@ are skipped with the reason where these are missing. The last lines run what tor
 
 import base64
 import contextlib
+import ctypes
 import dataclasses
 import functools
+import gc
 import io
 import itertools
 import json
@@ -986,6 +988,12 @@ def test_reward_is_the_weighted_sum_of_its_named_parts(grader):
     assert got["reward"] == pytest.approx([1.0, 0.9, 0.1, 0.0])  # 0.9 accuracy + 0.1 format
 
 
+def test_a_response_cut_at_the_limit_has_no_format(grader):
+    text, weights = r"<think>look</think>\boxed{15}", reward.DEFAULT_WEIGHTS
+    got = compute_rewards([text, text + "}}}"], golds_as_problems("15", "15"), weights, grader, [False, True])
+    assert got == {"accuracy": [1.0, 1.0], "format": [1.0, 0.0], "reward": [1.0, 0.9]}
+
+
 def test_accuracy_and_format_are_reported_without_a_weight(grader):
     got = compute_rewards([r"\boxed{15}"], golds_as_problems("15"), {"accuracy": 1.0, "format": 0.0}, grader)
     assert got == {"accuracy": [1.0], "format": [0.0], "reward": [1.0]}
@@ -1140,6 +1148,81 @@ def test_shared_packed_and_padded_give_the_same_logprobs_and_gradients(tiny, var
         actor.model.gradient_checkpointing_enable({"use_reentrant": False})
         actor.model.train()
     expected, expected_gradients = gradients(actor, groups, "padded")
+    for packing in ("packed", "shared"):
+        got, got_gradients = gradients(actor, groups, packing)
+        close(got, expected, atol=1e-5)
+        assert_same_gradients(got_gradients, expected_gradients)
+
+
+def test_kept_features_of_a_frozen_tower_change_nothing(actor):
+    groups = random_groups(actor, (0, 1, 3, 2), ((3, 5), (4, 4, 1), (2, 9), (6,)))
+    assert actor.image_features([p for p, _ in groups]) is None  # a trained tower has to run every time
+    actor.freeze_vision()
+    features = actor.image_features([p for p, _ in groups])
+    before = [f.clone() for f in features["image"].pooler_output]
+    expected, _ = actor.logprobs(groups)
+    for _ in range(2):
+        assert torch.equal(actor.logprobs(groups, features)[0], expected)
+    assert all(map(torch.equal, features["image"].pooler_output, before))
+    assert actor.image_features(prompts_with(actor, 0)) is None
+
+
+def test_the_check_at_start_up_passes_and_refuses_a_wrong_layout(actor, monkeypatch):
+    prompts = prompts_with(actor, 2, 0)
+    assert actor.check_packing(prompts) < 1e-5
+    assert all(p.grad is None for p in actor.model.parameters()) and actor.packing == "shared"
+    monkeypatch.setattr(model.Layout, "padded", lambda self, window: _everyone_sees_all(self))
+    with pytest.raises(RuntimeError, match=r"packing 'shared' is not exact for Qwen2_5_VLFor.*--packing padded"):
+        actor.check_packing(prompts)
+
+
+def _everyone_sees_all(layout):
+    n = layout.segments[-1][1]
+    return [(torch.arange(n)[None], torch.arange(n)[None], torch.ones(1, 1, n, n).tril().bool(), torch.arange(n),
+             torch.ones(1, n, dtype=torch.bool))]  # fmt: skip
+
+
+def qwen3_vl(folder):
+    """A random tiny Qwen3-VL, whose tower also feeds the first decoder layers (deepstack)."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    processor = AutoProcessor.from_pretrained(folder)
+    text = dict(vocab_size=len(processor.tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.2,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]})  # fmt: skip
+    vision = dict(depth=2, hidden_size=32, intermediate_size=32, num_heads=2, patch_size=14, out_hidden_size=32,
+                  num_position_embeddings=64, deepstack_visual_indexes=[0, 1], initializer_range=0.2)  # fmt: skip
+    ids = {f"{n}_token_id": processor.tokenizer.convert_tokens_to_ids(f"<|{t}|>") for n, t in (
+        ("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end"))}
+    torch.manual_seed(0)
+    network = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids)).eval()
+    return model.Actor(network, processor)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_qwen3_vl_gives_the_same_logprobs_and_gradients_in_every_layout(tiny, frozen):
+    actor = qwen3_vl(tiny[False])
+    groups = random_groups(actor, (0, 1, 3, 2), ((3, 5), (4, 4, 1), (2, 9), (6,)))
+    if frozen:
+        actor.freeze_vision()
+        features = actor.image_features([p for p, _ in groups])
+        close(actor.logprobs(groups, features)[0], actor.logprobs(groups)[0], atol=1e-6)
+    expected, expected_gradients = gradients(actor, groups, "padded")
+    for packing in ("packed", "shared"):
+        got, got_gradients = gradients(actor, groups, packing)
+        close(got, expected, atol=1e-5)
+        assert_same_gradients(got_gradients, expected_gradients)
+
+
+def test_lora_gives_the_same_logprobs_and_gradients_in_every_layout(actor):
+    from peft import LoraConfig, get_peft_model
+
+    targets = r".*language_model.*\.(q_proj|v_proj|down_proj)"
+    adapted = get_peft_model(actor.model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    actor = model.Actor(adapted, actor.processor)
+    groups = random_groups(actor)
+    expected, expected_gradients = gradients(actor, groups, "padded")
+    assert expected_gradients and all("lora_" in name for name in expected_gradients)
     for packing in ("packed", "shared"):
         got, got_gradients = gradients(actor, groups, packing)
         close(got, expected, atol=1e-5)
@@ -1523,6 +1606,19 @@ def test_deal_by_hand_and_evenly():
     assert train.deal([], 3) == [[], [], []]
 
 
+@pytest.mark.skipif(not GEO3K.exists(), reason="the Geometry3K sample is not there")
+def test_eight_ranks_get_even_shares_of_real_geometry3k_groups(tiny):
+    # 128 prompts, 5 responses each of 50 to 2048 tokens: the heaviest rank has at most 5 % more than the mean
+    processor = AutoProcessor.from_pretrained(tiny[False])
+    rows, rng = data.load_problems(GEO3K / "train.parquet"), random.Random(0)
+    prompts = [len(data.make_prompt(p, processor, 262144, 1280 * 784).ids) for p in rows[:128]]
+    costs = [group(*(rng.randint(50, 2048) for _ in range(5)), prompt=n).cost for n in prompts]
+    loads = [sum(costs[i] for i in share) for share in train.deal(costs, 8)]
+    assert max(loads) * 8 / sum(loads) < 1.05
+    # dealt as they come, 16 to each, they would not pass
+    assert max(sum(costs[16 * i : 16 * i + 16]) for i in range(8)) * 8 / sum(costs) > 1.05
+
+
 def small_run(folder, groups_seed=0, **changes):
     """A Run on the tiny model in `folder` with plain SGD: its steps are the gradient, too long to be rounded away."""
     settings, _ = train.parse_settings(["--preset", "tiny", "--engine", "hf"])
@@ -1579,6 +1675,16 @@ def test_flat_groups_change_nothing_but_are_not_computed(tiny, processes):
         g.advantages = torch.zeros(4)
     [nothing] = train.plan_minibatches(run, groups, {})
     assert nothing.packs == [] and train.update(run, nothing, 0) == {}
+
+
+def test_dynamic_sampling_replaces_flat_groups(start, tmp_path):
+    copy_start(start, tmp_path)
+    flags = [str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--steps", "1", "--eval_rows", "1"]
+    flat = []
+    for extra in ("0", "3"):
+        run_python([*flags, "--dynamic_sampling", extra])
+        flat += [row["train/flat_groups"] for row in metrics(tmp_path / "tiny") if "train/reward" in row]
+    assert flat[0] > 0 and flat[1] < flat[0]
 
 
 def test_a_sampler_that_is_not_the_policy_stops_the_run(tiny, processes):
@@ -1726,6 +1832,104 @@ def test_pass_at_k_and_standard_error_by_hand():
     assert got["accuracy_se"] == pytest.approx(0.375)  # std of (1/4, 1) with n - 1 is 0.5303, over sqrt(2)
     assert got["pass@2"] == pytest.approx(1 - (3 * 2 / (4 * 3) + 0) / 2)  # C(3,2)/C(4,2) = 1/2
     assert got["pass@4"] == 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmark: seconds and peak memory of one update, by layout
+
+
+def bench_actor(folder):
+    """A random Qwen2.5-VL of 49M parameters: text 8 x 512, vocabulary 32k, vision 6 x 320."""
+    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+    config = AutoConfig.from_pretrained(folder)
+    config.text_config.update(
+        dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+             num_key_value_heads=2, vocab_size=32000, layer_types=["full_attention"] * 8)
+    )  # fmt: skip
+    config.text_config.rope_parameters["mrope_section"] = [8, 12, 12]
+    config.vision_config.update(
+        dict(hidden_size=320, intermediate_size=960, depth=6, num_heads=8, out_hidden_size=512,
+             fullatt_block_indexes=[2, 5])
+    )  # fmt: skip
+    torch.manual_seed(0)
+    actor = model.Actor(Qwen2_5_VLForConditionalGeneration(config), AutoProcessor.from_pretrained(folder))
+    actor.banned_ids = []  # the plainest way has no bans
+    return actor
+
+
+def bench_group(actor, prompt_tokens, response_lengths):
+    """One group whose prompt is half image: a square picture of random pixels, then random text."""
+    ids, side = actor.model.config, round((prompt_tokens / 2) ** 0.5)
+    image = torch.full((side * side,), ids.image_token_id)
+    text = torch.randint(0, 250, (prompt_tokens - len(image) - 2,))
+    whole = torch.cat([torch.tensor([ids.vision_start_token_id]), image, torch.tensor([ids.vision_end_token_id]), text])
+    inputs = dict(pixel_values=torch.randn(4 * len(image), 1176), mm_token_type_ids=(whole == image[0]).int()[None],
+                  image_grid_thw=torch.tensor([[1, 2 * side, 2 * side]]))  # fmt: skip
+    prompt = data.Prompt(problem(), whole, [object()], inputs)
+    return [(prompt, [torch.randint(0, 250, (n,)) for n in response_lengths])]
+
+
+def padded_with_all_logits(actor, groups):
+    """What a trainer does that calls the model and then log_softmax: logits of every position, prompt included."""
+    [(prompt, responses)] = groups
+    ids = torch.nn.utils.rnn.pad_sequence([torch.cat([prompt.ids, r]) for r in responses], batch_first=True)
+    inputs = {k: v.repeat(len(responses), 1) for k, v in prompt.inputs.items()}
+    inputs["mm_token_type_ids"] = (ids == actor.model.config.image_token_id).int()
+    logits = actor.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **inputs).logits
+    logps = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return torch.cat([row[len(prompt.ids) - 1 :][: len(r)] for row, r in zip(logps, responses, strict=True)])
+
+
+def measured_update(actor, groups, variant):
+    """Seconds, and MiB of memory above what was there before, of one forward and backward."""
+    actor.use_packing("padded" if variant.startswith("padded") else variant)
+    actor.model.zero_grad()
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    status = lambda name: int(re.search(name + r":\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # noqa: E731
+    before, start = status("VmRSS"), time.perf_counter()
+    if variant == "padded, all":
+        logprobs = padded_with_all_logits(actor, groups)
+    else:
+        features = actor.image_features([p for p, _ in groups]) if variant == "shared" else None
+        logprobs, _ = actor.logprobs(groups, features)
+    (-logprobs.mean()).backward()
+    return time.perf_counter() - start, status("VmHWM") - before, logprobs.detach()
+
+
+@pytest.mark.bench
+def test_bench_of_the_update(tiny):
+    torch.set_num_threads(2)
+    lines, bars = [], {}
+    for tower in ("trained", "frozen"):
+        actor = bench_actor(tiny[False])
+        if tower == "frozen":
+            actor.freeze_vision()
+        for prompt, length, n in ((200, 64, 5), (400, 128, 5), (400, "64..256", 8), (800, 200, 5)):
+            lengths = [round(64 + 192 * i / (n - 1)) for i in range(n)] if length == "64..256" else [length] * n
+            groups = bench_group(actor, prompt, lengths)
+            variants = ("padded, all", "padded", "packed", "shared") if tower == "trained" else ("padded", "shared")
+            runs = {variant: [] for variant in variants}
+            for _ in range(3):  # interleaved, so that a slow minute of the machine hits all alike
+                for variant in variants:
+                    runs[variant].append(measured_update(actor, groups, variant))
+            seconds = {v: sorted(r[0] for r in rs)[1] for v, rs in runs.items()}
+            memory = {v: sorted(r[1] for r in rs)[1] for v, rs in runs.items()}
+            for variant in variants:
+                close(runs[variant][0][2], runs["shared"][0][2], atol=1e-4)
+            gain, saved = seconds["padded"] / seconds["shared"], memory["padded"] / memory["shared"]
+            bars[tower, prompt, length] = gain, saved
+            cells = [f"{seconds[v]:.2f} s, {memory[v]:.0f} MiB" if v in seconds else ""
+                     for v in ("padded, all", "padded", "packed", "shared")]  # fmt: skip
+            shape = f"{prompt}, {length}, {n}"
+            lines.append(f"| {tower} | {shape} | {' | '.join(cells)} | {gain:.1f}x | {saved:.1f}x |")
+    heads = "tower", "prompt, response, n", "padded, all logits", "padded", "packed", "shared", "time", "memory"
+    print(f"\n| {' | '.join(heads)} |\n{'|---' * len(heads)}|", *lines, sep="\n")
+    assert bars["trained", 400, 128][0] > 2.5 and bars["trained", 800, 200][0] > 2.8
+    assert bars["frozen", 400, 128][0] > 2.2 and bars["frozen", 800, 200][0] > 2.6
+    assert all(saved > 2 for _, saved in bars.values())
 
 
 if __name__ == "__main__":

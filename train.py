@@ -31,7 +31,7 @@ from pathlib import Path
 import data
 import grpo
 import reward
-from model import Actor, build_warm_tiny, gather_objects, start_processes
+from model import Actor, build_warm_tiny, full, gather_objects, start_processes
 from rollout import HFEngine, Rollout, VLLMEngine, choose_engine, describe, evaluate, score
 
 import torch
@@ -39,7 +39,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -85,6 +84,7 @@ class Settings:
     steps: int = setting(60, "batches of rollouts")
     prompts_per_step: int = setting(512, "prompts per step, over all ranks")
     responses_per_prompt: int = setting(5, "the group size n")
+    dynamic_sampling: int = setting(0, "further batches drawn in a step to replace flat groups, at most (DAPO)")
     max_response_tokens: int = setting(2048, "a response that reaches this is cut and marked truncated")
     temperature: float = setting(1.0, "of the distribution that is sampled, scored and trained")
     # reward and loss
@@ -210,10 +210,20 @@ class Group:
     scores: dict[str, list[float]]  # n for each named reward, and "reward", their weighted sum
     advantages: Tensor  # (n,)
 
+    def is_flat(self) -> bool:
+        """Whether all responses earned the same, so that there is nothing to learn."""
+        return not self.advantages.any()
+
     @property
     def cost(self) -> float:
-        """Estimated work of learning from this group, in tokens: each prompt once, every response once."""
-        return self.prompt_tokens + sum(len(r.response) for r in self.rollouts)
+        """Estimated work of learning from this group, in tokens, each prompt and every response counted once.
+
+        Attention grows with the product of queries and keys; at the widths of 3B to 7B models a token's attention
+        over 10,000 keys costs about as much as the rest of its layer.
+        """
+        lengths = [len(r.response) for r in self.rollouts]
+        pairs = self.prompt_tokens**2 / 2 + sum(n * (self.prompt_tokens + n / 2) for n in lengths)
+        return self.prompt_tokens + sum(lengths) + pairs / 10_000
 
 
 def deal(costs: list[float], ranks: int) -> list[list[int]]:
@@ -276,6 +286,7 @@ class TrainPack:
     sampler_logprobs: Tensor  # (N,) nats, like the next two
     old_logprobs: Tensor | None = None  # None: the same forward gives them, because this update is on-policy
     ref_logprobs: Tensor | None = None
+    features: dict | None = None  # of a frozen vision tower, computed once for all passes over this pack
     weight: float = 1.0  # 0 for a filler, which a rank runs so that all ranks make the same number of passes
 
 
@@ -299,7 +310,7 @@ def plan_minibatches(run: "Run", groups: list[Group], prompts: dict) -> list[Min
     minibatches = []
     for i in range(0, len(groups), s.minibatch_prompts):
         chosen = groups[i : i + s.minibatch_prompts]
-        teaching = [g for g in chosen if g.advantages.any() or s.kl_coefficient]
+        teaching = [g for g in chosen if not g.is_flat() or s.kl_coefficient]
         costs = [g.cost for g in teaching]
         shares = deal(costs, world)
         plans = [cut_into_packs([teaching[j] for j in share], s.max_tokens_per_pack) for share in shares]
@@ -326,7 +337,9 @@ def build_pack(run: "Run", plan: list[tuple[Group, list[int]]], prompts: dict) -
     for group, _ in plan:
         if group.index not in prompts:
             prompts[group.index] = run.prompt(run.train_set[group.index])
+    features = run.actor.image_features([prompts[group.index] for group, _ in plan])
     return TrainPack(
+        features=features,
         groups=[(prompts[group.index], [group.rollouts[i].response for i in chosen]) for group, chosen in plan],
         lengths=torch.tensor([len(r.response) for r in rollouts], device=run.device),
         advantages=torch.cat([group.advantages[chosen] for group, chosen in plan]).to(run.device),
@@ -336,6 +349,11 @@ def build_pack(run: "Run", plan: list[tuple[Group, list[int]]], prompts: dict) -
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
+
+
+def make_prompt(s: Settings, actor: Actor, problem: data.Problem) -> data.Prompt:
+    """A problem as the run's settings pose it."""
+    return data.make_prompt(problem, actor.processor, s.min_pixels, s.max_pixels, s.instruction)
 
 
 @dataclass
@@ -355,8 +373,7 @@ class Run:
     step: int = 0  # steps done
 
     def prompt(self, problem: data.Problem) -> data.Prompt:
-        s = self.settings
-        return data.make_prompt(problem, self.actor.processor, s.min_pixels, s.max_pixels, s.instruction)
+        return make_prompt(self.settings, self.actor, problem)
 
     def evaluate(self, change=None) -> tuple[dict[str, float], list[dict]]:
         """Metrics and responses on the held-out problems, each passed through `change` first, if given."""
@@ -368,32 +385,21 @@ class Run:
 
 def train(run: Run) -> None:
     """The algorithm."""
-    s, rank, world = run.settings, dist.get_rank(), dist.get_world_size()
-    log = Log(run)
+    s, log = run.settings, Log(run)
     log.evaluation(run.step, run.evaluate())
     for step in log.progress(range(run.step, s.steps)):
         clock = Clock()
 
-        # SAMPLE: every rank draws n responses for each problem of its share
-        with clock("sample"):
-            indices = data.batch_indices(s.seed, step, s.prompts_per_step, len(run.train_set))[rank::world]
-            problems = [run.train_set[i] for i in indices]
-            prompts = {i: run.prompt(problem) for i, problem in zip(indices, problems, strict=True)}
-            seed = random.Random(f"{s.seed} {step}").getrandbits(63)
-            rollouts = run.engine.generate([prompts[i] for i in indices], s.responses_per_prompt, seed)
+        # SAMPLE and SCORE: n responses to every problem of the step, their rewards, advantages within every group
+        groups, prompts = [], {}
+        for extra in range(s.dynamic_sampling + 1):
+            groups += sample_groups(run, step * (s.dynamic_sampling + 1) + extra, prompts, clock)
+            if sum(not g.is_flat() for g in groups) >= s.prompts_per_step:
+                break
+        first = sorted(range(len(groups)), key=lambda i: groups[i].is_flat())[: s.prompts_per_step]
+        groups = [groups[i] for i in sorted(first)]  # those that teach, then others, in the order of the problems
         with clock("sleep"):
             run.engine.sleep()
-
-        # SCORE: a reward for every response, advantages within every group; then all ranks know all groups
-        with clock("score"):
-            scores = score(rollouts, problems, run.actor.processor.tokenizer, s.reward_weights, run.grader)
-            advantages = grpo.group_advantages(scores["reward"], s.advantage)
-            mine = [
-                Group(i, len(prompts[i].ids), rollouts[p], {k: v[p].tolist() for k, v in scores.items()}, advantages[p])
-                for p, i in enumerate(indices)
-            ]
-            shares = gather_objects(mine)
-            groups = [shares[i % world][i // world] for i in range(s.prompts_per_step)]  # in the order of the problems
 
         # FREEZE: log-probs under the policy as it is before it moves, and under the reference
         with clock("freeze"):
@@ -417,6 +423,31 @@ def train(run: Run) -> None:
     log.evaluation(run.step, run.evaluate(data.blank_images), "blank")
 
 
+def sample_groups(run: Run, batch: int, prompts: dict, clock: "Clock") -> list[Group]:
+    """Draw and score one batch of problems: every rank does its share, and then all ranks know all groups.
+
+    Args:
+        batch: number of the batch; it fixes the problems and, with the weights, the responses.
+        prompts: this rank's prompts by row; those of its share are added.
+    """
+    s, rank, world = run.settings, dist.get_rank(), dist.get_world_size()
+    with clock("sample"):
+        indices = data.batch_indices(s.seed, batch, s.prompts_per_step, len(run.train_set))[rank::world]
+        problems = [run.train_set[i] for i in indices]
+        prompts.update({i: run.prompt(problem) for i, problem in zip(indices, problems, strict=True)})
+        seed = random.Random(f"{s.seed} {batch}").getrandbits(63)
+        rollouts = run.engine.generate([prompts[i] for i in indices], s.responses_per_prompt, seed)
+    with clock("score"):
+        scores = score(rollouts, problems, run.actor.processor.tokenizer, s.reward_weights, run.grader)
+        advantages = grpo.group_advantages(scores["reward"], s.advantage)
+        mine = [
+            Group(i, len(prompts[i].ids), rollouts[p], {k: v[p].tolist() for k, v in scores.items()}, advantages[p])
+            for p, i in enumerate(indices)
+        ]
+        shares = gather_objects(mine)
+    return [shares[i % world][i // world] for i in range(s.prompts_per_step)]  # in the order of the problems
+
+
 @torch.no_grad()
 def freeze(run: Run, minibatches: list[Minibatch]) -> None:
     """Fill in old_logprobs, and ref_logprobs where there is a reference.
@@ -427,9 +458,9 @@ def freeze(run: Run, minibatches: list[Minibatch]) -> None:
     on_policy = len(minibatches) * run.settings.epochs == 1
     for pack in (pack for minibatch in minibatches for pack in minibatch.packs):
         if not on_policy:
-            pack.old_logprobs, _ = run.actor.logprobs(pack.groups)
+            pack.old_logprobs, _ = run.actor.logprobs(pack.groups, pack.features)
         if run.reference is not None:
-            pack.ref_logprobs, _ = run.reference.logprobs(pack.groups)
+            pack.ref_logprobs, _ = run.reference.logprobs(pack.groups, pack.features)
 
 
 def update(run: Run, minibatch: Minibatch, step: int) -> dict[str, float]:
@@ -446,7 +477,7 @@ def update(run: Run, minibatch: Minibatch, step: int) -> dict[str, float]:
     if not minibatch.packs:
         return {}
     for pack in minibatch.packs:
-        logprobs, entropy = run.actor.logprobs(pack.groups)
+        logprobs, entropy = run.actor.logprobs(pack.groups, pack.features)
         old = logprobs.detach() if pack.old_logprobs is None else pack.old_logprobs
         advantages = grpo.spread(pack.advantages, pack.lengths)
         losses, clipped = grpo.policy_loss(
@@ -495,11 +526,6 @@ def check_gap(gap: float, limit: float, step: int) -> None:
         )
 
 
-def full(x: Tensor) -> Tensor:
-    """The whole tensor of an FSDP2 shard; a plain tensor as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 def all_sum(sums: dict[str, float | Tensor], device) -> dict[str, float]:
     """Sums over all ranks; every rank brings the same names."""
     totals = torch.tensor([float(v) for v in sums.values()], dtype=torch.float64, device=device)
@@ -535,7 +561,7 @@ class Clock:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds[phase] = time.perf_counter() - start
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 class Log:
@@ -566,7 +592,7 @@ class Log:
         row = {f"train/{k}": sum(sum(g.scores[k]) for g in groups) / len(rollouts) for k in groups[0].scores}
         row["train/response_tokens"] = sum(len(r.response) for r in rollouts) / len(rollouts)
         row["train/truncated"] = sum(r.truncated for r in rollouts) / len(rollouts)
-        row["train/flat_groups"] = sum(not g.advantages.any() for g in groups) / len(groups)
+        row["train/flat_groups"] = sum(g.is_flat() for g in groups) / len(groups)
         updates = [u for u in updates if u]
         tokens = sum(u["tokens"] for u in updates)
         for name in ("kl", "entropy", "clipped", "gap", "sampler_kl"):
@@ -704,6 +730,10 @@ def build(s: Settings, device: torch.device) -> Run:
         actor.model.gradient_checkpointing_enable({"use_reentrant": False})
     actor.shard(device)
     say(actor.report())
+    if s.packing != "padded":
+        with_image = [p for p in sets[0][:100] if p.images][:1]
+        gap = actor.check_packing([make_prompt(s, actor, p) for p in [*with_image, sets[0][0]]])
+        say(f"packing {s.packing}: log-probs within {gap:.1g} nats of the padded forward")
     reference = None
     if s.kl_coefficient:
         reference = Actor.from_pretrained(s.model, dtype, **options)
