@@ -18,6 +18,7 @@ Legend  P tokens of a prompt, T tokens of a pack, N tokens written by the policy
 Papers  M-RoPE arXiv:2409.12191; FlashAttention's variable-length form arXiv:2307.08691
 """
 
+import argparse
 import collections
 import contextlib
 import importlib.util
@@ -74,6 +75,11 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.nn.attention.varlen import varlen_attn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+
+try:
+    import flash_attn
+except ImportError:  # optional: torch's own variable-length attention does the same
+    flash_attn = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What goes into the forward besides text
@@ -192,8 +198,14 @@ def shared_attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0,
         key_index, query_starts, key_starts, longest_query, longest_key = layout.varlen(q.device)
         k, v = k.index_select(0, key_index), v.index_select(0, key_index)
         window = ((sliding_window or 0) - 1, 0)  # (-1, 0) is plain causal, aligned to the bottom right
-        return varlen_attn(q, k, v, query_starts, key_starts, longest_query, longest_key, scale=scaling,
-                           window_size=window, enable_gqa=True)[None], None  # fmt: skip
+        sizes = (query_starts, key_starts, longest_query, longest_key)
+        if flash_attn is not None:
+            out = flash_attn.flash_attn_varlen_func(
+                q, k, v, *sizes, softmax_scale=scaling, causal=True, window_size=window
+            )
+        else:
+            out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=window, enable_gqa=True)
+        return out[None], None
     out = torch.empty_like(q)
     for query_index, key_index, mask, places, real in layout.padded(sliding_window):
         batch = (x[i].transpose(1, 2) for x, i in ((q, query_index), (k, key_index), (v, key_index)))
@@ -360,6 +372,7 @@ class Actor:
         self.model, self.processor, self.temperature = model, processor, temperature
         self.chunk = 1024  # rows of logits alive at a time; smaller chunks of bf16 products lose precision in dW
         self.banned_ids = banned_token_ids(unwrap(model).config)
+        self.image_token_id = getattr(processor, "image_token_id", None)
         self.pad_id = processor.tokenizer.pad_token_id or 0
         self.eos_ids = end_token_ids(unwrap(model), processor.tokenizer)
         self.anchor = None
@@ -429,10 +442,16 @@ class Actor:
         whole = {p for name, p in self.model.named_parameters() if is_vision(name) and not p.requires_grad}
         for p in whole:
             p.data = p.data.to(device)
-        for module in self.model.modules():
-            if type(module).__name__ in self.model._no_split_modules and not whole.intersection(module.parameters()):
-                fully_shard(module, mesh=mesh, mp_policy=policy)
-        fully_shard(self.model, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        blocks = [m for m in self.model.modules() if type(m).__name__ in self.model._no_split_modules]
+        for module in (*blocks, self.model):
+            if module in blocks and whole.intersection(module.parameters()):
+                continue
+            for p in module.parameters():  # block by block, so that no rank holds a whole float32 model
+                if p.requires_grad and not isinstance(p, DTensor):
+                    p.data = p.data.float()
+            fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole if module is self.model else None)
+        for buffer in self.model.buffers():
+            buffer.data = buffer.data.to(device)
         if any(is_vision(name) and p.requires_grad for name, p in self.model.named_parameters()):
             self.anchor = anchor_prompt(self.processor)
         for p in self.model.parameters():
@@ -516,12 +535,13 @@ class Actor:
     def image_features(self, prompts: list) -> dict | None:
         """What a frozen vision tower makes of the prompts' images, to be handed to `logprobs` again and again.
 
-        Returns None where there is nothing to keep: no image, a tower that is trained, or a model whose forward takes
-        no `mm_encoder_outputs`.
+        Returns None where there is nothing to keep: no image, a tower that is trained, a model whose forward takes no
+        `mm_encoder_outputs`, or a layout that needs an image several times.
         """
         names, model = inspect.signature(unwrap(self.model).forward).parameters, unwrap(self.model)
         trained = any(is_vision(name) and p.requires_grad for name, p in self.model.named_parameters())
-        if trained or "mm_encoder_outputs" not in names or not any(prompt.images for prompt in prompts):
+        needed = self.packing == "shared" and any(prompt.images for prompt in prompts)
+        if trained or not needed or "mm_encoder_outputs" not in names:
             return None
         inputs = self.multi_modal_inputs(prompts)
         return {"image": model.get_image_features(**inputs, return_dict=True)}
@@ -532,7 +552,6 @@ class Actor:
         Args:
             groups: (prompt, [response ids (R,), ...]) pairs.
             features: image_features of the groups' prompts, if they are at hand; else the tower runs on the pixels.
-                Used by the shared layout only: the others need an image several times.
 
         Returns:
             logprobs (N,) with gradient and entropy (N,) without, both float32 nats, over the responses' tokens end
@@ -545,7 +564,7 @@ class Actor:
         if self.anchor and not any(prompt.images for prompt, _ in groups):
             groups = [*groups, (self.anchor, [])]
         pack, device = make_pack(groups, [self.positions(prompt) for prompt, _ in groups]), self.device
-        if features is not None and self.packing == "shared":
+        if features is not None:
             vision = {"mm_encoder_outputs": features}
         else:
             vision = self.multi_modal_inputs(pack.prompts)
@@ -770,6 +789,7 @@ def warm_up(actor: Actor, prompts: list, golds: list[str], noise: float, updates
         bar.set_postfix_str(f"loss {loss.item():.3f}")
 
 
+TINY_INSTRUCTION = " <think></think> \\boxed{}"
 WARM_UP_RESPONSE = "<think>look</think>\\boxed{{{}}}<|im_end|>"
 
 
@@ -784,3 +804,17 @@ def build_warm_tiny(
     warm_up(actor, prompts, [p.answer for p in problems], noise, updates, seed)
     actor.model.save_pretrained(out)
     return Path(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build the tiny Qwen2.5-VL and warm it up on generated figures.")
+    parser.add_argument("out", type=Path, help="folder for the Hugging Face model directory")
+    parser.add_argument("--data", required=True, help="figures, as `python data.py FOLDER` draws them")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other weights and labels")
+    parser.add_argument("--updates", type=int, default=120, help="optimizer steps of the warm-up")
+    args = parser.parse_args()
+    build_warm_tiny(args.out, data.load_problems(args.data), TINY_INSTRUCTION, args.seed, updates=args.updates)
+
+
+if __name__ == "__main__":
+    main()

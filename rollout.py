@@ -271,7 +271,7 @@ class VLLMEngine:
         start = int(np.random.SeedSequence(seed).generate_state(1)[0])
         for i, (ids, images) in enumerate(prompts, first):
             media = {"multi_modal_data": {"image": images}} if images else {}
-            inputs.append(TokensPrompt(prompt_token_ids=collapse_images(ids, actor.processor.image_token_id), **media))
+            inputs.append(TokensPrompt(prompt_token_ids=collapse_images(ids, actor.image_token_id), **media))
             params.append(SamplingParams(
                 n=n, temperature=0.0 if greedy else actor.temperature, top_p=1.0, top_k=0, min_p=0.0,
                 max_tokens=self.max_response_tokens, seed=start + i * n, stop_token_ids=actor.eos_ids, ignore_eos=True,

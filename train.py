@@ -31,7 +31,7 @@ from pathlib import Path
 import data
 import grpo
 import reward
-from model import Actor, build_warm_tiny, full, gather_objects, start_processes
+from model import TINY_INSTRUCTION, Actor, build_warm_tiny, full, gather_objects, start_processes
 from rollout import HFEngine, Rollout, VLLMEngine, choose_engine, describe, evaluate, score
 
 import torch
@@ -155,7 +155,7 @@ CHOICES = dict(
 )  # fmt: skip
 PRESETS = {
     "tiny": dict(
-        instruction=" <think></think> \\boxed{}", min_pixels=56 * 56, max_pixels=56 * 56, max_prompt_tokens=256,
+        instruction=TINY_INSTRUCTION, min_pixels=56 * 56, max_pixels=56 * 56, max_prompt_tokens=256,
         steps=300, prompts_per_step=64, responses_per_prompt=8, minibatch_prompts=32, max_response_tokens=24,
         max_tokens_per_pack=8192, kl_coefficient=0.0, learning_rate=6e-4, beta2=0.98, warmup_updates=5,
         final_learning_rate=0.1, eval_every=50,
@@ -186,10 +186,6 @@ def parse_settings(argv: list[str] | None = None) -> tuple[Settings, str]:
     return settings, f"preset {preset} ({why})"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes
-
-
 def say(*parts) -> None:
     """Print on rank 0, above the progress bar."""
     if dist.get_rank() == 0:
@@ -205,7 +201,8 @@ class Group:
     """The n rollouts of one problem, as every rank knows them after sampling."""
 
     index: int  # row of the training set
-    prompt_tokens: int
+    prompt_tokens: int  # image tokens included
+    image_tokens: int
     rollouts: list[Rollout]
     scores: dict[str, list[float]]  # n for each named reward, and "reward", their weighted sum
     advantages: Tensor  # (n,)
@@ -218,12 +215,12 @@ class Group:
     def cost(self) -> float:
         """Estimated work of learning from this group, in tokens, each prompt and every response counted once.
 
-        Attention grows with the product of queries and keys; at the widths of 3B to 7B models a token's attention
-        over 10,000 keys costs about as much as the rest of its layer.
+        By operation count at Qwen2.5-VL-7B's shape, the vision tower adds a third of a token's work to an image token,
+        and a token's attention over 30,000 keys costs as much as the rest of its layer.
         """
         lengths = [len(r.response) for r in self.rollouts]
         pairs = self.prompt_tokens**2 / 2 + sum(n * (self.prompt_tokens + n / 2) for n in lengths)
-        return self.prompt_tokens + sum(lengths) + pairs / 10_000
+        return self.prompt_tokens + self.image_tokens / 3 + sum(lengths) + pairs / 30_000
 
 
 def deal(costs: list[float], ranks: int) -> list[list[int]]:
@@ -440,10 +437,12 @@ def sample_groups(run: Run, batch: int, prompts: dict, clock: "Clock") -> list[G
     with clock("score"):
         scores = score(rollouts, problems, run.actor.processor.tokenizer, s.reward_weights, run.grader)
         advantages = grpo.group_advantages(scores["reward"], s.advantage)
+        image_id = run.actor.image_token_id
         mine = [
-            Group(i, len(prompts[i].ids), rollouts[p], {k: v[p].tolist() for k, v in scores.items()}, advantages[p])
+            Group(i, len(prompts[i].ids), int((prompts[i].ids == image_id).sum()), rollouts[p],
+                  {k: v[p].tolist() for k, v in scores.items()}, advantages[p])
             for p, i in enumerate(indices)
-        ]
+        ]  # fmt: skip
         shares = gather_objects(mine)
     return [shares[i % world][i // world] for i in range(s.prompts_per_step)]  # in the order of the problems
 
