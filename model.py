@@ -156,10 +156,11 @@ class Layout:
             )  # fmt: skip
         return self._cache["varlen", device]
 
-    def padded(self, window: int | None) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """For dense attention: prompts and responses, each kind as (query index, key index, mask, where queries go).
+    def padded(self, window: int | None) -> list[tuple]:
+        """For dense attention: prompts and responses, each as (query index, key index, mask, places, real).
 
-        Shapes (S, L), (S, K), (S, 1, L, K) and (queries,): two batches, because prompts are long and responses many.
+        Shapes (S, L), (S, K), (S, 1, L, K), (queries,) and (S, L). Two batches, because prompts are long and responses
+        many; a mask of None is plain causal attention. `real` are the queries that are no padding, `places` their rows.
         """
         if ("padded", window) not in self._cache:
             kinds = [[s for s in self.segments if (s[2] == s[3]) == is_prompt] for is_prompt in (True, False)]
@@ -178,7 +179,8 @@ def _dense_batch(segments, window):
     if window:
         mask &= key > last[..., None] - window
         mask |= ~real[..., None]  # a padding query that sees nothing would be nan, in the backward too
-    return query_index, key_index, mask[:, None], query_index[real], real
+    plain = not window and bool((c == d).all() and real.all())  # whole prompts: causal attention needs no mask
+    return query_index, key_index, None if plain else mask[:, None], query_index[real], real
 
 
 def shared_attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0, sliding_window=None, layout=None, **_):
@@ -209,7 +211,7 @@ def shared_attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0,
     out = torch.empty_like(q)
     for query_index, key_index, mask, places, real in layout.padded(sliding_window):
         batch = (x[i].transpose(1, 2) for x, i in ((q, query_index), (k, key_index), (v, key_index)))
-        attended = F.scaled_dot_product_attention(*batch, mask, scale=scaling, enable_gqa=True)
+        attended = F.scaled_dot_product_attention(*batch, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
         out = out.index_copy(0, places, attended.transpose(1, 2)[real])
     return out[None], None
 
@@ -370,7 +372,7 @@ class Actor:
 
     def __init__(self, model: nn.Module, processor, temperature: float = 1.0, packing: str = "shared"):
         self.model, self.processor, self.temperature = model, processor, temperature
-        self.chunk = 1024  # rows of logits alive at a time; smaller chunks of bf16 products lose precision in dW
+        self.chunk = 256  # rows of logits alive at a time
         self.banned_ids = banned_token_ids(unwrap(model).config)
         self.image_token_id = getattr(processor, "image_token_id", None)
         self.pad_id = processor.tokenizer.pad_token_id or 0
@@ -429,6 +431,11 @@ class Actor:
             p.requires_grad_(False)
         return sum(p.numel() for p in frozen)
 
+    def checkpoint_activations(self) -> None:
+        """Keep only the inputs of layers, and compute the rest again in the backward. Works in train mode only."""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()
+
     def shard(self, device: torch.device) -> None:
         """Shard weights, gradients and optimizer state over all ranks with FSDP2, block by block.
 
@@ -436,6 +443,8 @@ class Actor:
         bfloat16. Frozen vision weights stay whole on every rank: they need no gradient and no optimizer state, and a
         tower without collectives cannot hang when one rank's pack has no image.
         """
+        if device.type == "cuda":
+            self.chunk = 1024  # sums over smaller chunks of bfloat16 products lose precision in the head's gradient
         compute = torch.bfloat16 if device.type == "cuda" else torch.float32
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -496,6 +505,8 @@ class Actor:
     def generating(self):
         """Make `model.generate` possible for a while: plain attention, and whole weights instead of shards, so that
         decoding token by token does not gather every block every time."""
+        training = self.model.training
+        self.model.eval()  # a layer that checkpoints keeps no key-value cache
         self._set_attention("sdpa")
         shards = [m for m in self.model.modules() if isinstance(m, FSDPModule)]
         for m in shards:
@@ -508,6 +519,7 @@ class Actor:
                 m.reshard()
                 m.set_reshard_after_forward(m is not self.model)
             self.use_packing(self.packing)
+            self.model.train(training)
 
     def positions(self, prompt) -> Tensor:
         """Positions of a prompt's tokens: (3, P) time, height, width for M-RoPE, else (1, P). Cached on the prompt.

@@ -726,7 +726,7 @@ def build(s: Settings, device: torch.device) -> Run:
     if s.freeze_vision:
         actor.freeze_vision()
     if s.gradient_checkpointing:
-        actor.model.gradient_checkpointing_enable({"use_reentrant": False})
+        actor.checkpoint_activations()
     actor.shard(device)
     say(actor.report())
     if s.packing != "padded":
