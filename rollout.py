@@ -35,7 +35,7 @@ from dataclasses import dataclass
 
 import data
 import reward
-from model import Actor, gather_objects, left_pad, start_processes
+from model import Actor, counts_pixels, gather_objects, left_pad, start_processes
 
 import numpy as np
 import torch
@@ -145,7 +145,7 @@ class HFEngine:
         out = actor.model.generate(
             ids.repeat_interleave(n, 0), attention_mask=mask.repeat_interleave(n, 0), past_key_values=cache,
             position_ids=positions.repeat_interleave(n, -2), generation_config=config,
-            logits_processor=[distribution],
+            logits_processor=[distribution], synced_gpus=False,  # weights are whole: no rank has to wait for another
         )  # fmt: skip
         distribution.record(out[:, -1])
         responses = out[:, ids.shape[1] :].cpu()  # (B n, R)
@@ -213,15 +213,17 @@ class VLLMEngine:
             if not self.cuda:
                 name_shared_memory()
             longest = max_prompt_tokens + max_response_tokens
+            edges = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+            size = {"size": edges} if counts_pixels(actor.processor) else {}
             # a prompt cut into chunks would make vLLM rewind a request's random state, which only a GPU's can
-            whole = {} if self.cuda else dict(enable_chunked_prefill=False, max_num_batched_tokens=longest + 8192)
+            no_chunks = {} if self.cuda else dict(enable_chunked_prefill=False, max_num_batched_tokens=longest + 8192)
             self.llm = LLM(
-                model, dtype=str(dtype).removeprefix("torch."), max_model_len=longest, **whole,
+                model, dtype=str(dtype).removeprefix("torch."), max_model_len=longest, **no_chunks,
                 distributed_executor_backend="external_launcher", tensor_parallel_size=tp,
                 enforce_eager=eager or not self.cuda, enable_sleep_mode=self.cuda,
                 gpu_memory_utilization=memory_fraction, kv_cache_memory_bytes=None if self.cuda else VLLM_CPU_CACHE,
                 limit_mm_per_prompt={"image": max_images, "video": 0},
-                mm_processor_kwargs={"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}},
+                mm_processor_kwargs=size,
                 mm_processor_cache_gb=0,  # each prompt is submitted once, and its n responses share its images anyway
                 skip_mm_profiling=not self.cuda,  # it measures the tower's memory at the largest image
                 logprobs_mode="processed_logprobs",  # of the distribution sampled from: after bans and temperature
@@ -515,18 +517,35 @@ def choose_engine(wanted: str) -> tuple[str, str]:
     return ("hf", problem) if problem else ("vllm", "asked for" if wanted == "vllm" else "installed")
 
 
+def build_engine(wanted: str, actor: Actor, model: str, **settings) -> tuple[HFEngine | VLLMEngine, str]:
+    """The engine that was asked for, or the best that this machine has, and a sentence on why.
+
+    Args:
+        wanted: auto, vllm or hf.
+        settings: of VLLMEngine; HFEngine needs max_response_tokens alone.
+    """
+    kind, why = choose_engine(wanted)
+    if kind == "vllm":
+        dtype = next(actor.model.parameters()).dtype
+        return VLLMEngine(actor, model, dtype=dtype, **settings), f"rollout engine vllm: {why}"
+    return HFEngine(actor, settings["max_response_tokens"]), f"rollout engine hf: {why}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
-def score(rollouts, problems, tokenizer, weights: dict[str, float], grader) -> dict[str, Tensor]:
-    """(P, n) scores of n responses to each of P problems: every named reward, and "reward", their weighted sum."""
+def score(rollouts, problems, n: int, tokenizer, weights: dict[str, float], grader) -> dict[str, Tensor]:
+    """(P, n) scores of n responses to each of P problems: every named reward, and "reward", their weighted sum.
+
+    P may be 0: a rank has no problem where there are more ranks than problems.
+    """
     flat = [r for group in rollouts for r in group]
     owners = [problem for problem, group in zip(problems, rollouts, strict=True) for _ in group]
     scores = reward.compute_rewards(
         [r.text(tokenizer) for r in flat], owners, weights, grader, truncated=[r.truncated for r in flat]
     )
-    return {name: torch.tensor(values).view(len(problems), -1) for name, values in scores.items()}
+    return {name: torch.tensor(values).view(len(problems), n) for name, values in scores.items()}
 
 
 def evaluate(engine, problems, make_prompt, n: int, seed: int, weights: dict[str, float], grader, bar=None):
@@ -547,7 +566,7 @@ def evaluate(engine, problems, make_prompt, n: int, seed: int, weights: dict[str
         rows = range(start + rank, min(start + per_call, len(problems)), world)
         chosen = [problems[i] for i in rows]
         rollouts = engine.generate([make_prompt(p) for p in chosen], n, seed + start, greedy=n == 1)
-        scores = score(rollouts, chosen, tokenizer, weights, grader)
+        scores = score(rollouts, chosen, n, tokenizer, weights, grader)
         mine = [
             dict(row=i, type=problem.type, question=problem.question, answer=problem.answer, response=r.text(tokenizer),
                  tokens=len(r.response), truncated=r.truncated, **{k: float(v[p, j]) for k, v in scores.items()})
@@ -571,7 +590,8 @@ def summarize(records: list[dict], n: int) -> dict[str, float]:
     """
     right = torch.tensor([r["accuracy"] for r in records], dtype=torch.float64).view(-1, n)  # (P, n)
     accuracy = right.mean(1)
-    metrics = {"accuracy": accuracy.mean().item(), "accuracy_se": (accuracy.std() / len(accuracy) ** 0.5).item()}
+    error = accuracy.std(correction=min(1, len(accuracy) - 1)) / len(accuracy) ** 0.5
+    metrics = {"accuracy": accuracy.mean().item(), "accuracy_se": error.item()}
     for k in (2**i for i in range(1, n.bit_length())):
         missed = [math.comb(n - int(c), k) / math.comb(n, k) for c in right.sum(1)]
         metrics[f"pass@{k}"] = 1 - sum(missed) / len(missed)
@@ -621,16 +641,13 @@ def main() -> None:
         data.load_problems(args.data, args.split), actor.processor, *pixels, args.max_prompt_tokens, args.instruction
     )
     problems = problems[: args.rows or len(problems)]
-    kind, why = choose_engine(args.engine)
-    if kind == "vllm":
-        engine = VLLMEngine(
-            actor, args.model, dtype=dtype, tp=args.rollout_tp, memory_fraction=0.9, eager=False,
-            max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens,
-            max_images=max(len(p.images) for p in problems), min_pixels=pixels[0], max_pixels=pixels[1],
-        )  # fmt: skip
-    else:
+    engine, why = build_engine(
+        args.engine, actor, args.model, tp=args.rollout_tp, memory_fraction=0.9, eager=False,
+        max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens,
+        max_images=max(len(p.images) for p in problems), min_pixels=pixels[0], max_pixels=pixels[1],
+    )  # fmt: skip
+    if isinstance(engine, HFEngine):
         actor.model.to(device)
-        engine = HFEngine(actor, args.max_response_tokens)
     if args.blank_images:
         problems = [data.blank_images(p) for p in problems]
     first = dist.get_rank() == 0
@@ -642,7 +659,7 @@ def main() -> None:
     if first:
         with open(args.out, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        print(f"{args.data}: {kept}\nengine {kind}: {why}\n{describe(metrics)}\nresponses in {args.out}")
+        print(f"{args.data}: {kept}\n{why}\n{describe(metrics)}\nresponses in {args.out}")
     engine.close()
     dist.destroy_process_group()
 

@@ -32,7 +32,7 @@ import data
 import grpo
 import reward
 from model import TINY_INSTRUCTION, Actor, build_warm_tiny, full, gather_objects, start_processes
-from rollout import HFEngine, Rollout, VLLMEngine, choose_engine, describe, evaluate, score
+from rollout import HFEngine, Rollout, VLLMEngine, build_engine, describe, evaluate, score
 
 import torch
 import torch.distributed as dist
@@ -84,7 +84,7 @@ class Settings:
     steps: int = setting(60, "batches of rollouts")
     prompts_per_step: int = setting(512, "prompts per step, over all ranks")
     responses_per_prompt: int = setting(5, "the group size n")
-    dynamic_sampling: int = setting(0, "further batches drawn in a step to replace flat groups, at most (DAPO)")
+    dynamic_sampling: int = setting(0, "most further batches in a step, drawn to replace flat groups (DAPO)")
     max_response_tokens: int = setting(2048, "a response that reaches this is cut and marked truncated")
     temperature: float = setting(1.0, "of the distribution that is sampled, scored and trained")
     # reward and loss
@@ -98,7 +98,7 @@ class Settings:
     kl_estimator: str = setting("k3", "k1, k2 or k3")
     importance: str = setting("token", "truncated importance sampling against the sampler's gap: none, token, sequence")
     importance_cap: float = setting(2.0, "largest importance weight")
-    max_sampler_gap: float = setting(0.5, "stop if sampler and trainer disagree by more nats per token, on average")
+    max_sampler_gap: float = setting(0.2, "stop if sampler and trainer disagree by more nats per token, on average")
     # optimizer
     minibatch_prompts: int = setting(128, "prompts per update, over all ranks")
     epochs: int = setting(1, "passes over the rollouts of a step")
@@ -116,7 +116,12 @@ class Settings:
     resume: bool = setting(False, "go on from the newest checkpoint of --name")
 
     def __post_init__(self):
-        for name in ("prompts_per_step", "responses_per_prompt", "max_response_tokens", "minibatch_prompts", "epochs",
+        if self.responses_per_prompt < 2:
+            raise ValueError(
+                f"--responses_per_prompt is {self.responses_per_prompt}; a response is compared with the others to its "
+                "prompt, so there must be at least 2"
+            )
+        for name in ("prompts_per_step", "max_response_tokens", "minibatch_prompts", "epochs",
                      "max_tokens_per_pack", "eval_every", "eval_samples", "steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
@@ -242,24 +247,24 @@ def deal(costs: list[float], ranks: int) -> list[list[int]]:
     return [sorted(items) for _, items in heap[0][2]] if heap else [[] for _ in range(ranks)]
 
 
-def cut_into_packs(groups: list[Group], max_tokens: int) -> list[list[tuple[Group, list[int]]]]:
+def cut_into_packs(groups: list[Group], max_tokens: int, shared: bool = True) -> list[list[tuple[Group, list[int]]]]:
     """Cut groups into forward passes of at most `max_tokens` tokens where possible.
 
     Groups stay whole where they fit and are split along responses where not (each part then repeats the prompt); a
-    single response that does not fit gets a pass of its own.
+    single response that does not fit gets a pass of its own. Without sharing every response brings its prompt.
 
     Returns:
         Packs, each a list of (group, indices of its responses).
     """
     parts = []
     for group in groups:
-        part, used = [], group.prompt_tokens
+        part, used, repeated = [], group.prompt_tokens, 0 if shared else group.prompt_tokens
         for i, rollout in enumerate(group.rollouts):
-            if part and used + len(rollout.response) > max_tokens:
+            if part and used + len(rollout.response) + repeated > max_tokens:
                 parts.append((used, group, part))
                 part, used = [], group.prompt_tokens
+            used += len(rollout.response) + (repeated if part else 0)
             part.append(i)
-            used += len(rollout.response)
         parts.append((used, group, part))
     packs = []  # first fit, largest first
     for used, group, part in sorted(parts, key=lambda p: -p[0]):
@@ -304,13 +309,13 @@ def plan_minibatches(run: "Run", groups: list[Group], prompts: dict) -> list[Min
     all 0 are left out where nothing else gives them a gradient; they still count in the normalisation.
     """
     s, rank, world = run.settings, dist.get_rank(), dist.get_world_size()
-    minibatches = []
+    minibatches, shared = [], s.packing == "shared"
     for i in range(0, len(groups), s.minibatch_prompts):
         chosen = groups[i : i + s.minibatch_prompts]
         teaching = [g for g in chosen if not g.is_flat() or s.kl_coefficient]
         costs = [g.cost for g in teaching]
         shares = deal(costs, world)
-        plans = [cut_into_packs([teaching[j] for j in share], s.max_tokens_per_pack) for share in shares]
+        plans = [cut_into_packs([teaching[j] for j in share], s.max_tokens_per_pack, shared) for share in shares]
         passes = max(map(len, plans))
         packs = [build_pack(run, plan, prompts) for plan in plans[rank]]
         while len(packs) < passes:
@@ -361,7 +366,7 @@ class Run:
     device: torch.device
     actor: Actor
     reference: Actor | None
-    engine: HFEngine
+    engine: HFEngine | VLLMEngine
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     train_set: data.Problems
@@ -393,8 +398,9 @@ def train(run: Run) -> None:
             groups += sample_groups(run, step * (s.dynamic_sampling + 1) + extra, prompts, clock)
             if sum(not g.is_flat() for g in groups) >= s.prompts_per_step:
                 break
-        first = sorted(range(len(groups)), key=lambda i: groups[i].is_flat())[: s.prompts_per_step]
-        groups = [groups[i] for i in sorted(first)]  # those that teach, then others, in the order of the problems
+        drawn = groups
+        chosen = sorted(range(len(drawn)), key=lambda i: drawn[i].is_flat())[: s.prompts_per_step]
+        groups = [drawn[i] for i in sorted(chosen)]  # first those that teach; in the order of the problems
         with clock("sleep"):
             run.engine.sleep()
 
@@ -411,7 +417,7 @@ def train(run: Run) -> None:
         with clock("sync"):
             synced = run.engine.sync(run.actor)
         run.step = step + 1
-        log.step(run.step, groups, minibatches, updates, clock.seconds, synced)
+        log.step(run.step, drawn, minibatches, updates, clock.seconds, synced)
         if run.step % s.eval_every == 0 or run.step == s.steps:
             log.evaluation(run.step, run.evaluate())
         if run.step == s.steps or (s.save_every and run.step % s.save_every == 0):
@@ -435,7 +441,8 @@ def sample_groups(run: Run, batch: int, prompts: dict, clock: "Clock") -> list[G
         seed = random.Random(f"{s.seed} {batch}").getrandbits(63)
         rollouts = run.engine.generate([prompts[i] for i in indices], s.responses_per_prompt, seed)
     with clock("score"):
-        scores = score(rollouts, problems, run.actor.processor.tokenizer, s.reward_weights, run.grader)
+        tokenizer = run.actor.processor.tokenizer
+        scores = score(rollouts, problems, s.responses_per_prompt, tokenizer, s.reward_weights, run.grader)
         advantages = grpo.group_advantages(scores["reward"], s.advantage)
         image_id = run.actor.image_token_id
         mine = [
@@ -457,9 +464,9 @@ def freeze(run: Run, minibatches: list[Minibatch]) -> None:
     on_policy = len(minibatches) * run.settings.epochs == 1
     for pack in (pack for minibatch in minibatches for pack in minibatch.packs):
         if not on_policy:
-            pack.old_logprobs, _ = run.actor.logprobs(pack.groups, pack.features)
+            pack.old_logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy=False)
         if run.reference is not None:
-            pack.ref_logprobs, _ = run.reference.logprobs(pack.groups, pack.features)
+            pack.ref_logprobs, _ = run.reference.logprobs(pack.groups, pack.features, entropy=False)
 
 
 def update(run: Run, minibatch: Minibatch, step: int) -> dict[str, float]:
@@ -536,12 +543,13 @@ def all_max(value: float) -> float:
     return max(gather_objects(value))
 
 
-def chance(problems) -> float:
-    """Accuracy of the best answer that never looks: the commonest gold of each question."""
+def chance(train_set, test_set) -> float:
+    """Accuracy of the best answer that never looks: a question's commonest gold in training."""
     golds = collections.defaultdict(collections.Counter)
-    for problem in problems:
+    for problem in train_set:
         golds[problem.question][problem.answer] += 1
-    return sum(counts.most_common(1)[0][1] for counts in golds.values()) / len(problems)
+    commonest = {question: counts.most_common(1)[0][0] for question, counts in golds.items()}
+    return sum(p.answer == commonest.get(p.question) for p in test_set) / len(test_set)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -573,7 +581,8 @@ class Log:
             return
         path = self.folder / "metrics.jsonl"
         if run.step and path.exists():  # what the steps after the checkpoint wrote is written again
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            lines = path.read_text().splitlines(keepends=True)
+            rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill can cut the last one
             self.rows = [row for row in rows if row["step"] < run.step + ("train/reward" in row)]
         path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         with contextlib.suppress(ImportError):  # TensorBoard is optional
@@ -598,6 +607,7 @@ class Log:
             row[f"train/{name}"] = sum(u[name] for u in updates) / max(tokens, 1)
         for name in ("loss", "grad_norm"):
             row[f"train/{name}"] = sum(u[name] for u in updates) / max(len(updates), 1)
+        row["train/learnt_tokens"] = tokens
         row["train/gap_max"] = max((u["gap_max"] for u in updates), default=0.0)
         row["train/learning_rate"] = self.run.schedule.get_last_lr()[0]
         row["train/imbalance"] = sum(m.imbalance for m in minibatches) / len(minibatches)
@@ -719,9 +729,15 @@ def build(s: Settings, device: torch.device) -> Run:
         )  # fmt: skip
         say(f"{path}, {split}: {kept}")
         sets.append(problems)
-    say(f"always giving a question's commonest answer would score {chance(sets[1]):.3f} on the held-out problems")
+    say(f"a question's commonest answer in training would score {chance(*sets):.3f} on the held-out problems")
     # vLLM measures the free memory of the GPU when it starts, so it comes before the trainer's weights
-    engine = build_engine(s, actor, dtype, most_images=max(len(p.images) for problems in sets for p in problems))
+    engine, why = build_engine(
+        s.engine, actor, s.model, tp=s.rollout_tp, memory_fraction=s.memory_fraction, eager=s.eager,
+        max_prompt_tokens=s.max_prompt_tokens, max_response_tokens=s.max_response_tokens,
+        max_images=max(len(p.images) for problems in sets for p in problems),
+        min_pixels=s.min_pixels, max_pixels=s.max_pixels,
+    )  # fmt: skip
+    say(why)
     engine.sleep()
     if s.freeze_vision:
         actor.freeze_vision()
@@ -744,17 +760,11 @@ def build(s: Settings, device: torch.device) -> Run:
     return Run(s, device, actor, reference, engine, optimizer, schedule, *sets, reward.Grader())
 
 
-def build_engine(s: Settings, actor: Actor, dtype: torch.dtype, most_images: int) -> HFEngine | VLLMEngine:
-    """The rollout engine that the settings ask for, or the best that this machine has."""
-    kind, why = choose_engine(s.engine)
-    say(f"rollout engine {kind}: {why}")
-    if kind == "hf":
-        return HFEngine(actor, s.max_response_tokens)
-    return VLLMEngine(
-        actor, s.model, dtype=dtype, tp=s.rollout_tp, memory_fraction=s.memory_fraction, eager=s.eager,
-        max_prompt_tokens=s.max_prompt_tokens, max_response_tokens=s.max_response_tokens, max_images=most_images,
-        min_pixels=s.min_pixels, max_pixels=s.max_pixels,
-    )  # fmt: skip
+def set_aside(folder: Path) -> Path:
+    """Rename the folder of an earlier run, so that no file of it is taken for this one's."""
+    free = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
+    folder.rename(free)
+    return free
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -762,7 +772,10 @@ def main(argv: list[str] | None = None) -> None:
     device = start_processes()
     say(f"{why}: {dist.get_world_size()} process(es) on {device.type}, results in {settings.folder}")
     try:
-        settings.folder.mkdir(parents=True, exist_ok=True)
+        if dist.get_rank() == 0:
+            if settings.folder.exists() and not settings.resume:
+                say(f"{settings.folder} exists; its files move to {set_aside(settings.folder)}")
+            settings.folder.mkdir(parents=True, exist_ok=True)
         settings = prepare_tiny(settings)
         if dist.get_rank() == 0:
             (settings.folder / "settings.json").write_text(json.dumps(dataclasses.asdict(settings), indent=2))
