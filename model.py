@@ -809,7 +809,7 @@ WARM_UP_RESPONSE = "<think>look</think>\\boxed{{{}}}<|im_end|>"
 
 
 def build_warm_tiny(
-    out: str | Path, problems, instruction: str, seed: int = 0, noise: float = 0.5, updates: int = 120
+    out: str | Path, problems, instruction: str, seed: int = 0, noise: float = 0.5, updates: int = 150
 ) -> Path:
     """Write the tiny model, warmed up on the problems: what RL starts from."""
     texts = [f"{p.question}{instruction}{WARM_UP_RESPONSE.format(p.answer)}" for p in problems]
@@ -826,7 +826,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the Hugging Face model directory")
     parser.add_argument("--data", required=True, help="figures, as `python data.py FOLDER` draws them")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other weights and labels")
-    parser.add_argument("--updates", type=int, default=120, help="optimizer steps of the warm-up")
+    parser.add_argument("--updates", type=int, default=150, help="optimizer steps of the warm-up")
     args = parser.parse_args()
     build_warm_tiny(args.out, data.load_problems(args.data), TINY_INSTRUCTION, args.seed, updates=args.updates)
 

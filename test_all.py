@@ -1636,7 +1636,7 @@ def test_eight_ranks_get_even_shares_of_real_geometry3k_groups(tiny):
 def small_run(folder, groups_seed=0, **changes):
     """A Run on the tiny model in `folder` with plain SGD: its steps are the gradient, too long to be rounded away."""
     settings, _ = train.parse_settings(["--preset", "tiny", "--engine", "hf"])
-    settings = dataclasses.replace(settings, model=str(folder), **changes)
+    settings = dataclasses.replace(settings, model=str(folder), kl_coefficient=0.0, **changes)
     actor = model.Actor.from_pretrained(settings.model, temperature=settings.temperature, packing=settings.packing)
     actor.shard(torch.device("cpu"))
     optimizer = torch.optim.SGD(actor.model.parameters(), lr=1e6)
@@ -1781,7 +1781,8 @@ def start(tmp_path_factory):
 
 
 SHORT = ("--preset", "tiny", "--engine", "hf", "--prompts_per_step", "8", "--minibatch_prompts", "4",
-         "--responses_per_prompt", "4", "--steps", "3", "--eval_every", "3", "--eval_rows", "12")  # fmt: skip
+         "--responses_per_prompt", "4", "--steps", "3", "--eval_every", "3", "--eval_rows", "12",
+         "--kl_coefficient", "0")  # fmt: skip
 
 
 def copy_start(start, folder):
