@@ -161,7 +161,7 @@ CHOICES = dict(
 PRESETS = {
     "tiny": dict(
         instruction=TINY_INSTRUCTION, min_pixels=56 * 56, max_pixels=56 * 56, max_prompt_tokens=256,
-        steps=300, prompts_per_step=64, responses_per_prompt=8, minibatch_prompts=32, max_response_tokens=24,
+        steps=200, prompts_per_step=64, responses_per_prompt=8, minibatch_prompts=32, max_response_tokens=24,
         max_tokens_per_pack=8192, kl_coefficient=0.02, learning_rate=6e-4, beta2=0.98, warmup_updates=5,
         final_learning_rate=0.1, eval_every=50,
     ),
