@@ -1138,6 +1138,16 @@ def assert_same_gradients(got, expected, tolerance=1e-5):
         assert (got[name] - g).norm() <= tolerance * max(g.norm(), 1e-3 * scale), name
 
 
+def assert_same_in_every_layout(actor, groups):
+    """Log-probs and all gradients; returns the padded forward's gradients by name."""
+    expected, expected_gradients = gradients(actor, groups, "padded")
+    for packing in ("packed", "shared"):
+        got, got_gradients = gradients(actor, groups, packing)
+        close(got, expected, atol=1e-5)
+        assert_same_gradients(got_gradients, expected_gradients)
+    return expected_gradients
+
+
 @pytest.mark.parametrize("variant", ["plain", "frozen tower", "checkpointing", "tied"])
 def test_shared_packed_and_padded_give_the_same_logprobs_and_gradients(tiny, processes, variant):
     actor = model.Actor.from_pretrained(str(tiny[variant == "tied"]))
@@ -1151,11 +1161,7 @@ def test_shared_packed_and_padded_give_the_same_logprobs_and_gradients(tiny, pro
         gradients(actor, groups, "shared")
         assert len(calls) == 2  # in the forward, and again in the backward
         assert len(rollout.HFEngine(actor, 3).generate([groups[1][0]], 2, 0)[0]) == 2 and actor.model.training
-    expected, expected_gradients = gradients(actor, groups, "padded")
-    for packing in ("packed", "shared"):
-        got, got_gradients = gradients(actor, groups, packing)
-        close(got, expected, atol=1e-5)
-        assert_same_gradients(got_gradients, expected_gradients)
+    assert_same_in_every_layout(actor, groups)
 
 
 def test_kept_features_of_a_frozen_tower_change_nothing(actor):
@@ -1211,11 +1217,7 @@ def test_qwen3_vl_gives_the_same_logprobs_and_gradients_in_every_layout(tiny, fr
         actor.freeze_vision()
         features = actor.image_features([p for p, _ in groups])
         close(actor.logprobs(groups, features)[0], actor.logprobs(groups)[0], atol=1e-6)
-    expected, expected_gradients = gradients(actor, groups, "padded")
-    for packing in ("packed", "shared"):
-        got, got_gradients = gradients(actor, groups, packing)
-        close(got, expected, atol=1e-5)
-        assert_same_gradients(got_gradients, expected_gradients)
+    assert_same_in_every_layout(actor, groups)
 
 
 def test_lora_gives_the_same_logprobs_and_gradients_in_every_layout(actor):
@@ -1225,12 +1227,8 @@ def test_lora_gives_the_same_logprobs_and_gradients_in_every_layout(actor):
     adapted = get_peft_model(actor.model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     actor = model.Actor(adapted, actor.processor)
     groups = random_groups(actor)
-    expected, expected_gradients = gradients(actor, groups, "padded")
-    assert expected_gradients and all("lora_" in name for name in expected_gradients)
-    for packing in ("packed", "shared"):
-        got, got_gradients = gradients(actor, groups, packing)
-        close(got, expected, atol=1e-5)
-        assert_same_gradients(got_gradients, expected_gradients)
+    trained = assert_same_in_every_layout(actor, groups)
+    assert trained and all("lora_" in name for name in trained)
 
 
 def test_a_response_does_not_see_the_others_of_its_pack(actor):
