@@ -449,17 +449,18 @@ class Actor:
         compute = torch.bfloat16 if device.type == "cuda" else torch.float32
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        whole = {p for name, p in self.model.named_parameters() if is_vision(name) and not p.requires_grad}
-        for p in whole:
+        unsharded = {p for name, p in self.model.named_parameters() if is_vision(name) and not p.requires_grad}
+        for p in unsharded:
             p.data = p.data.to(device)
         blocks = [m for m in self.model.modules() if type(m).__name__ in self.model._no_split_modules]
         for module in (*blocks, self.model):
-            if module in blocks and whole.intersection(module.parameters()):
+            if module in blocks and unsharded.intersection(module.parameters()):
                 continue
             for p in module.parameters():  # block by block, so that no rank holds a whole float32 model
                 if p.requires_grad and not isinstance(p, DTensor):
                     p.data = p.data.float()
-            fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole if module is self.model else None)
+            ignored = unsharded if module is self.model else None
+            fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
         if any(is_vision(name) and p.requires_grad for name, p in self.model.named_parameters()):

@@ -400,7 +400,7 @@ def train(run: Run) -> None:
                 break
         drawn = groups
         chosen = sorted(range(len(drawn)), key=lambda i: drawn[i].is_flat())[: s.prompts_per_step]
-        groups = [drawn[i] for i in sorted(chosen)]  # first those that teach; in the order of the problems
+        groups = [drawn[i] for i in sorted(chosen)]  # those that teach before flat ones, in the order of the problems
         with clock("sleep"):
             run.engine.sleep()
 
