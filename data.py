@@ -285,17 +285,21 @@ def make_prompt(
     and a processor that resizes the images once more.
     """
     vision = processor.image_processor
-    patch, merge = (vision.patch_size, vision.merge_size) if hasattr(vision, "merge_size") else (1, 1)
     try:
-        messages = [{"role": "user", "content": _content(problem, processor.tokenizer.all_special_tokens, instruction)}]
-        images = [resize_image(decode_image(raw), min_pixels, max_pixels, patch * merge) for raw in problem.images]
+        messages = [{"role": "user", "content": _content(problem, special_tokens(processor.tokenizer), instruction)}]
+        images = [decode_image(raw) for raw in problem.images]
+        if hasattr(vision, "merge_size"):  # others cut an image into tiles of a fixed size, and are bounded in that
+            factor = vision.patch_size * vision.merge_size
+            images = [resize_image(image, min_pixels, max_pixels, factor) for image in images]
     except ValueError as error:
         raise ValueError(f"{problem.where}: {error}") from error
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = dict(processor(text=[text], images=images or None, return_tensors="pt"))
+    # the template writes every special token itself; Gemma's tokenizer would add a second <bos>
+    inputs = dict(processor(text=[text], images=images or None, add_special_tokens=False, return_tensors="pt"))
     if "image_grid_thw" in inputs:
         sizes = [image.size for image in images]
-        seen = [(columns * patch, rows * patch) for _, rows, columns in inputs["image_grid_thw"].tolist()]
+        grid = inputs["image_grid_thw"].tolist()
+        seen = [(columns * vision.patch_size, rows * vision.patch_size) for _, rows, columns in grid]
         if seen != sizes:
             raise ValueError(
                 f"{problem.where}: the processor resized {sizes} once more, to {seen}, so the sampler could see other "
@@ -303,6 +307,11 @@ def make_prompt(
             )
     del inputs["attention_mask"]  # one prompt, no padding
     return Prompt(problem, inputs.pop("input_ids")[0], images, inputs)
+
+
+def special_tokens(tokenizer) -> list[str]:
+    """Every token that a tokenizer takes for control; its own `all_special_tokens` misses some of Idefics3's."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def _content(problem: Problem, special_tokens: Sequence[str], instruction: str) -> list[dict[str, str]]:

@@ -25,9 +25,12 @@ import importlib.util
 import inspect
 import io
 import json
+import math
 import os
 import random
 import sys
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,10 +70,12 @@ _torchvision_library = mend_cpu_imports()  # before transformers, which imports 
 import data  # noqa: E402
 
 import torch.distributed as dist  # noqa: E402
+from peft import LoraConfig, inject_adapter_in_model  # noqa: E402
+from peft.tuners.lora import LoraLayer  # noqa: E402
 from PIL import Image  # noqa: E402
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # noqa: E402
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.nn.attention.varlen import varlen_attn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -119,15 +124,102 @@ def extract_multi_modal_inputs(model: nn.Module, batch: dict) -> dict:
     return {name: value for name, value in batch.items() if name in names and value is not None}
 
 
+def counts_pixels(vision) -> bool:
+    """Whether an image processor's `size` bounds an image's pixels, as Qwen's do, and not its sides."""
+    return {"shortest_edge", "longest_edge"} <= set(dict(vision.size))
+
+
+def bound_pixels(vision, least: int, most: int) -> dict:
+    return {"size": {"shortest_edge": least, "longest_edge": most}} if counts_pixels(vision) else {}
+
+
+def bound_tiles(vision, least: int, most: int) -> dict:
+    return {"max_patches": max(1, most // (vision.size["height"] * vision.size["width"]))}
+
+
+def bound_grids(vision, least: int, most: int) -> dict:
+    grids = sorted(vision.image_grid_pinpoints, key=lambda sides: sides[0] * sides[1])
+    return {"image_grid_pinpoints": [sides for sides in grids if sides[0] * sides[1] <= most] or grids[:1]}
+
+
+def bound_edge(vision, least: int, most: int) -> dict:
+    tile = vision.max_image_size["longest_edge"]
+    return {"size": {"longest_edge": tile * max(1, math.isqrt(most // tile**2))}}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What has to be known of a model family and can be read neither from its config nor from its forward.
+
+    tower, projector: names of modules. A weight with one of `projector` on its path belongs to the projector, else with
+        one of `tower` to the vision tower, else to the language model.
+    bound: (image processor, least, most pixels) -> its settings that keep every image within about so many pixels.
+    image_axis: axis of `pixel_values` along which the images of several prompts are joined.
+    whole_images: a token of an image attends to its whole image, not only backwards.
+    """
+
+    tower: frozenset[str]
+    projector: frozenset[str]
+    bound: Callable[..., dict] = bound_pixels
+    image_axis: int = 0
+    whole_images: bool = False
+
+
+def family(tower: str, projector: str, *rest, **special) -> Family:
+    return Family(frozenset(tower.split()), frozenset(projector.split()), *rest, **special)
+
+
+QWEN = family("visual", "merger deepstack_merger_list")  # both inside `visual`; deepstack feeds the first layers too
+IDEFICS = family("vision_model", "connector", bound_edge, image_axis=1)
+FAMILIES = {  # by the config's model_type
+    "qwen2_vl": QWEN,
+    "qwen2_5_vl": QWEN,
+    "qwen3_vl": QWEN,
+    "qwen3_5": QWEN,
+    "internvl": family("vision_tower", "multi_modal_projector", bound_tiles),
+    "llava_onevision": family("vision_tower", "multi_modal_projector image_newline", bound_grids),
+    "smolvlm": IDEFICS,
+    "idefics3": IDEFICS,
+    "gemma3": family("vision_tower", "multi_modal_projector", whole_images=True),
+}
+USUAL = family("visual vision_tower vision_model", "merger multi_modal_projector connector")  # names that many share
+
+
+def family_of(model: nn.Module) -> Family:
+    """The model's entry in FAMILIES, or the usual names where they fit an unknown model.
+
+    Raises:
+        ValueError: an unknown model type none of whose modules has a usual name.
+    """
+    kind = unwrap(model).config.model_type
+    found = FAMILIES.get(kind, USUAL)
+    if not any(found.tower & set(name.split(".")) for name, _ in model.named_parameters()):
+        raise ValueError(
+            f"{kind} is not in FAMILIES, and no module of {type(unwrap(model)).__name__} is called one of "
+            f"{sorted(found.tower)}; add an entry with the names of its vision tower and its projector"
+        )
+    return found
+
+
 def is_per_token(name: str) -> bool:
     """Whether a processor output has one number per prompt token (1, P); all others are per image or per patch."""
     return name.endswith("token_type_ids")
 
 
-def join_inputs(prompts: list) -> dict[str, Tensor]:
-    """Pixels and grids of several prompts, end to end in prompt order; a prompt without images adds nothing."""
-    names = dict.fromkeys(name for p in prompts for name in p.inputs if not is_per_token(name))
-    return {name: torch.cat([p.inputs[name] for p in prompts if name in p.inputs]) for name in names}
+def join_inputs(prompts: list, axis: int = 0) -> dict[str, Tensor]:
+    """Pixels and grids of several prompts, end to end in prompt order; a prompt without images adds nothing.
+
+    Other axes than `axis` are filled up with zeros to the longest: LLaVA's images differ in their number of tiles, and
+    its forward cuts the filling off again.
+    """
+    joined = {}
+    for name in dict.fromkeys(name for p in prompts for name in p.inputs if not is_per_token(name)):
+        tensors = [p.inputs[name] for p in prompts if name in p.inputs]
+        longest = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
+        missing = [[0 if i == axis else longest[i] - t.shape[i] for i in range(t.ndim)] for t in tensors]
+        pads = [[n for size in reversed(sizes) for n in (0, size)] for sizes in missing]  # the last axis first
+        joined[name] = torch.cat([F.pad(t, pad) for t, pad in zip(tensors, pads, strict=True)], axis)
+    return joined
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,10 +231,12 @@ class Layout:
     """Who attends to whom in a pack. Travels to the attention function as a keyword argument of the forward.
 
     segments: (start, end, prompt_start, prompt_end) of every prompt and response, in tokens; a prompt's own prompt
-    range is empty. Keys of a segment are its prompt range, then itself.
+    range is empty. Keys of a segment are its prompt range, then itself. With `images`, a token of an image sees all of
+    its image.
     """
 
     segments: list[tuple[int, int, int, int]]
+    images: Tensor | None = None  # (T,) number of the image a token belongs to, -1 for text; None where it is no matter
     _cache: dict = field(default_factory=dict)
 
     def varlen(self, device) -> tuple[Tensor, Tensor, Tensor, int, int]:
@@ -156,31 +250,36 @@ class Layout:
             )  # fmt: skip
         return self._cache["varlen", device]
 
-    def padded(self, window: int | None) -> list[tuple]:
+    def padded(self, window: int | None, device) -> list[tuple]:
         """For dense attention: prompts and responses, each as (query index, key index, mask, places, real).
 
         Shapes (S, L), (S, K), (S, 1, L, K), (queries,) and (S, L). Two batches, because prompts are long and responses
         many; a mask of None is plain causal attention. `real` are the queries that are no padding, `places` their rows.
         """
-        if ("padded", window) not in self._cache:
+        if ("padded", window, device) not in self._cache:
             kinds = [[s for s in self.segments if (s[2] == s[3]) == is_prompt] for is_prompt in (True, False)]
-            self._cache["padded", window] = [_dense_batch(kind, window) for kind in kinds if kind]
-        return self._cache["padded", window]
+            batches = [self._dense_batch(kind, window) for kind in kinds if kind]
+            self._cache["padded", window, device] = [[x if x is None else x.to(device) for x in b] for b in batches]
+        return self._cache["padded", window, device]
 
-
-def _dense_batch(segments, window):
-    a, b, c, d = (torch.tensor(x)[:, None] for x in zip(*segments, strict=True))  # each (S, 1)
-    query, key = torch.arange(int((b - a).max())), torch.arange(int((b - a + d - c).max()))
-    real = query < b - a  # (S, L)
-    query_index = torch.where(real, a + query, a)
-    key_index = torch.where(key < d - c, c + key, a + key - (d - c)).clamp(max=b - 1)  # (S, K)
-    last = (d - c) + query  # (S, L) the key that is the query itself: the last one it may see
-    mask = (key <= last[..., None]) & (key < b - a + d - c)[:, None]  # (S, L, K)
-    if window:
-        mask &= key > last[..., None] - window
-        mask |= ~real[..., None]  # a padding query that sees nothing would be nan, in the backward too
-    plain = not window and bool((c == d).all() and real.all())  # whole prompts: causal attention needs no mask
-    return query_index, key_index, None if plain else mask[:, None], query_index[real], real
+    def _dense_batch(self, segments, window):
+        a, b, c, d = (torch.tensor(x)[:, None] for x in zip(*segments, strict=True))  # each (S, 1)
+        query, key = torch.arange(int((b - a).max())), torch.arange(int((b - a + d - c).max()))
+        real = query < b - a  # (S, L)
+        query_index = torch.where(real, a + query, a)
+        key_index = torch.where(key < d - c, c + key, a + key - (d - c)).clamp(max=b - 1)  # (S, K)
+        last = (d - c) + query  # (S, L) the key that is the query itself: the last one it may see
+        mask = key <= last[..., None]  # (S, L, K)
+        if self.images is not None:
+            mine, its = self.images[query_index][..., None], self.images[key_index][:, None]
+            mask |= (mine == its) & (mine >= 0)
+        mask &= (key < b - a + d - c)[:, None]
+        if window:
+            mask &= key > last[..., None] - window
+            mask |= ~real[..., None]  # a padding query that sees nothing would be nan, in the backward too
+        # whole prompts: causal attention needs no mask
+        plain = not window and self.images is None and bool((c == d).all() and real.all())
+        return query_index, key_index, None if plain else mask[:, None], query_index[real], real
 
 
 def shared_attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0, sliding_window=None, layout=None, **_):
@@ -196,7 +295,7 @@ def shared_attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0,
     if layout is None or attention_mask is not None or dropout:
         raise ValueError("shared attention runs on packs only: it needs layout=, no attention_mask and no dropout")
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, head size)
-    if q.is_cuda:
+    if q.is_cuda and layout.images is None:  # the kernel knows causal attention only
         key_index, query_starts, key_starts, longest_query, longest_key = layout.varlen(q.device)
         k, v = k.index_select(0, key_index), v.index_select(0, key_index)
         window = ((sliding_window or 0) - 1, 0)  # (-1, 0) is plain causal, aligned to the bottom right
@@ -207,7 +306,7 @@ def shared_attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0,
             out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=window, enable_gqa=True)
         return out[None], None
     out = torch.empty_like(q)
-    for query_index, key_index, mask, places, real in layout.padded(sliding_window):
+    for query_index, key_index, mask, places, real in layout.padded(sliding_window, q.device):
         batch = (x[i].transpose(1, 2) for x, i in ((q, query_index), (k, key_index), (v, key_index)))
         attended = F.scaled_dot_product_attention(*batch, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
         out = out.index_copy(0, places, attended.transpose(1, 2)[real])
@@ -227,14 +326,16 @@ class Pack:
     targets: Tensor
     layout: Layout
     prompts: list
+    token_types: dict[str, Tensor]  # (1, T) each
 
 
-def make_pack(groups: list[tuple], positions: list[Tensor]) -> Pack:
+def make_pack(groups: list[tuple], positions: list[Tensor], whole_images: bool = False) -> Pack:
     """Lay groups end to end: `[prompt_a | a_resp1 | a_resp2 | ... | prompt_b | ...]`.
 
     Args:
         groups: (prompt, [response ids (R,), ...]) pairs; a prompt may have no response, a response is never empty.
         positions: one (3 or 1, P) per prompt.
+        whole_images: let the tokens of an image see all of it.
 
     Returns:
         A Pack whose N targets are the responses' tokens, end to end in the order given.
@@ -256,13 +357,22 @@ def make_pack(groups: list[tuple], positions: list[Tensor]) -> Pack:
             ids.append(segment)
             t += length
     position_ids = torch.cat(position_ids, 1)
+    token_types = {
+        name: torch.cat([F.pad(p.inputs[name], (0, sum(map(len, responses)))) for p, responses in groups], 1)
+        for name in groups[0][0].inputs if is_per_token(name)
+    }  # fmt: skip
+    images = None
+    if whole_images:
+        inside = token_types["token_type_ids"][0] == 1
+        images = torch.where(inside, (inside & ~F.pad(inside, (1, -1))).cumsum(0), -1)
     return Pack(
         input_ids=torch.cat(ids)[None],
         position_ids=position_ids[:, None] if len(position_ids) > 1 else position_ids,
         keep=torch.tensor(keep, dtype=torch.long),
         targets=torch.cat([r for _, responses in groups for r in responses] or [ids[0][:0]]),
-        layout=Layout(segments),
+        layout=Layout(segments, images),
         prompts=[prompt for prompt, _ in groups],
+        token_types=token_types,
     )
 
 
@@ -375,17 +485,20 @@ class Actor:
 
     def __init__(self, model: nn.Module, processor, temperature: float = 1.0, packing: str = "shared"):
         self.model, self.processor, self.temperature = model, processor, temperature
+        self.family, self.dtype, self.lora = family_of(model), unwrap(model).dtype, None
         self.chunk = 1024  # rows of logits alive at a time; fewer rows of bfloat16 products lose precision in dW
         self.banned_ids = banned_token_ids(unwrap(model).config)
         self.image_token_id = getattr(processor, "image_token_id", None)
         self.pad_id = processor.tokenizer.pad_token_id or 0
         self.eos_ids = end_token_ids(unwrap(model), processor.tokenizer)
-        self.anchor = None
+        self.anchor, self.image_bounds = None, {}
         model.get_output_embeddings().__class__ = LogprobHead
         self.use_packing(packing)
 
     def use_packing(self, packing: str) -> None:
         """Choose how `logprobs` lays out its forward: "shared", "packed" (a prompt for every response) or "padded".
+
+        Layers with a recurrent state (Qwen3.5) cannot tell the sequences of a row apart, so their models stay "padded".
 
         The language model's attention is set for good, not around each forward: gradient checkpointing runs the layers
         again in the backward. The vision tower keeps its own attention.
@@ -394,7 +507,8 @@ class Actor:
             raise ValueError(f"packing is {packing!r}, not one of shared, packed, padded")
         kinds = set(getattr(self.text_config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         if packing != "padded" and kinds:
-            raise ValueError(f"layers of type {sorted(kinds)} cannot share a prompt in one row; use --packing padded")
+            warnings.warn(f"layers of type {sorted(kinds)} cannot share a row: packing is padded", stacklevel=2)
+            packing = "padded"
         self.packing = packing
         self._set_attention("sdpa" if packing == "padded" else "shared")
 
@@ -413,43 +527,104 @@ class Actor:
             options: of Actor().
         """
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
-        processor = AutoProcessor.from_pretrained(name)
-        if pixels and counts_pixels(processor):
-            processor.image_processor.size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
-        return cls(model.eval(), processor, **options)
+        actor = cls(model.eval(), AutoProcessor.from_pretrained(name), **options)
+        if pixels:
+            actor.bound_images(*pixels)
+        return actor
 
-    def freeze_vision(self) -> int:
-        """Stop training the vision tower with its projector. Returns the number of parameters frozen.
+    def bound_images(self, least: int, most: int) -> None:
+        """Keep every image within about so many pixels, by the settings of the family's image processor."""
+        vision = self.processor.image_processor
+        self.image_bounds = self.family.bound(vision, least, most)
+        for name, value in self.image_bounds.items():
+            setattr(vision, name, value)
+            if hasattr(unwrap(self.model).config, name):  # LLaVA's forward reads the grids there
+                setattr(unwrap(self.model).config, name, value)
+
+    def part(self, name: str) -> str:
+        """Which part of the model a parameter or module belongs to, by its full name: tower, projector or language."""
+        path = set(name.split("."))
+        return "projector" if path & self.family.projector else "tower" if path & self.family.tower else "language"
+
+    def freeze(self, *parts: str) -> int:
+        """Stop training the given parts ("tower", "projector"). Returns the number of parameters frozen.
 
         Raises:
-            RuntimeError: nothing was frozen, because no module has a name that a vision tower goes by.
+            RuntimeError: a part holds nothing that was trained, so the freeze would do nothing.
         """
-        frozen = [p for name, p in self.model.named_parameters() if is_vision(name) and p.requires_grad]
-        if not frozen:
-            raise RuntimeError(
-                f"freeze_vision froze nothing: no trained parameter of {type(self.model).__name__} lies in a module "
-                f"named one of {sorted(VISION_MODULES)}; add the name of this model's vision tower to VISION_MODULES"
-            )
-        for p in frozen:
-            p.requires_grad_(False)
-        return sum(p.numel() for p in frozen)
+        for part in parts:
+            frozen = [p for name, p in self.model.named_parameters() if self.part(name) == part and p.requires_grad]
+            if not frozen:
+                raise RuntimeError(
+                    f"freezing the {part} froze nothing: no trained parameter of {type(unwrap(self.model)).__name__} "
+                    f"has one of {sorted(getattr(self.family, part))} on its path; correct its entry in FAMILIES"
+                )
+            for p in frozen:
+                p.requires_grad_(False)
+        return sum(p.numel() for name, p in self.model.named_parameters() if self.part(name) in parts)
 
-    def checkpoint_activations(self) -> None:
-        """Keep only the inputs of layers, and compute the rest again in the backward. Works in train mode only."""
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model.train()
+    def add_lora(self, rank: int, alpha: float, dropout: float = 0.0, targets: str = "all", seed: int = 0):
+        """Freeze every weight, and train low-rank adapters beside linear layers of the language model instead.
 
-    def shard(self, device: torch.device) -> None:
+        The layers are replaced in place, so the model keeps its class, names and forward. The base model stays what it
+        was, bit for bit, and is the reference policy for free (see `without_adapters`).
+
+        Args:
+            targets: last names of the layers, separated by commas ("q_proj,v_proj"); "all" of the language model, but
+                the head.
+            seed: of the adapters' start, the same on all ranks.
+
+        Raises:
+            ValueError: no linear layer of the language model has such a name.
+        """
+        head, wanted = self.model.get_output_embeddings(), targets.split(",")
+        linear = [name for name, m in self.model.named_modules()
+                  if isinstance(m, nn.Linear) and m is not head and self.part(name) == "language"]  # fmt: skip
+        names = [name for name in linear if targets == "all" or name.split(".")[-1] in wanted]
+        if not names:
+            known = ", ".join(sorted({name.split(".")[-1] for name in linear}))
+            raise ValueError(f"--lora_targets {targets} names no linear layer of the language model; it has {known}")
+        self.model.requires_grad_(False)
+        self.lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(self.lora, self.model)
+
+    @contextlib.contextmanager
+    def without_adapters(self):
+        """The base model, for a while: what the policy was before LoRA. Changes nothing where there is no adapter."""
+        layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+        for layer in layers:
+            layer.set_scale("default", 0.0)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.set_scale("default", 1.0)
+
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Keep only the inputs of layers, and compute the rest again in the backward; or stop doing so."""
+        if on:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
+
+    def shard(self, device: torch.device, offload: bool = False) -> None:
         """Shard weights, gradients and optimizer state over all ranks with FSDP2, block by block.
 
         Weights are kept in float32, so that small updates are not rounded away; on a GPU the blocks compute in
         bfloat16. Frozen vision weights stay whole on every rank: they need no gradient and no optimizer state, and a
         tower without collectives cannot hang when one rank's pack has no image.
+
+        Args:
+            offload: keep the shards in the host's memory and bring each block to the GPU when it is used; slower.
         """
         compute = torch.bfloat16 if device.type == "cuda" else torch.float32
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        unsharded = {p for name, p in self.model.named_parameters() if is_vision(name) and not p.requires_grad}
+        place = CPUOffloadPolicy() if offload and device.type == "cuda" else OffloadPolicy()
+        unsharded = {p for name, p in self.model.named_parameters()
+                     if self.part(name) != "language" and not p.requires_grad}  # fmt: skip
         for p in unsharded:
             p.data = p.data.to(device)
         blocks = [m for m in self.model.modules() if type(m).__name__ in self.model._no_split_modules]
@@ -460,35 +635,91 @@ class Actor:
                 if p.requires_grad and not isinstance(p, DTensor):
                     p.data = p.data.float()
             ignored = unsharded if module is self.model else None
-            fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place, ignored_params=ignored)
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
-        if any(is_vision(name) and p.requires_grad for name, p in self.model.named_parameters()):
+        if self.trains_vision():
             self.anchor = anchor_prompt(self.processor)
 
     def report(self) -> str:
         """One line on what is trained."""
-        parts = {"language model": [0, 0], "vision": [0, 0]}
+        parts = {"language": [0, 0], "projector": [0, 0], "tower": [0, 0]}
         for name, p in self.model.named_parameters():
-            part = parts["vision" if is_vision(name) else "language model"]
-            part[0] += p.numel()
-            part[1] += p.numel() * p.requires_grad
-        return "parameters: " + ", ".join(
-            f"{name} {total / 1e6:.2f}M, {trained / 1e6:.2f}M of it trained" for name, (total, trained) in parts.items()
+            parts[self.part(name)][0] += p.numel()
+            parts[self.part(name)][1] += p.numel() * p.requires_grad
+        return "parameters trained: " + ", ".join(
+            f"{part} {trained / 1e6:.2f}M of {total / 1e6:.2f}M" for part, (total, trained) in parts.items()
         )
 
-    def save(self, folder: str | Path) -> None:
-        """Gather the weights and write a Hugging Face directory, on rank 0; every rank must call this."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(self.model, options=options)
-        if dist.get_rank() == 0:
-            architectures = list(self.model.config.architectures)
+    def activation_bytes(self, prompts: list, responses: int, length: int) -> float:
+        """Bytes per token that a forward keeps for its backward, measured.
+
+        On groups of these prompts, each with so many random responses of `length` tokens. All ranks call this together,
+        with the same prompts; gradients are cleared.
+        """
+        groups, saved = self._random_groups(prompts, [length] * responses), SavedTensors()
+        with saved:
+            logprobs, _ = self.logprobs(groups)
+        logprobs.sum().backward()
+        self.model.zero_grad()
+        return saved.bytes / sum(len(prompt.ids) + responses * length for prompt in prompts)
+
+    def _random_groups(self, prompts, lengths):
+        generator = torch.Generator().manual_seed(0)
+        allowed = torch.tensor(sorted(set(range(100)) - set(self.banned_ids) - set(self.eos_ids)))
+        return [(p, [allowed[torch.randint(len(allowed), (n,), generator=generator)] for n in lengths])
+                for p in prompts]  # fmt: skip
+
+    def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Every weight under its Hugging Face name, one at a time, whole even if FSDP2 has it sharded, LoRA merged in.
+
+        Each step is a collective under FSDP2: all ranks must run the iteration to its end. A tensor with two names
+        (tied embeddings) is gathered once and comes under both, because vLLM may keep a copy for lm_head in another
+        layout. state_dict is used because it puts FSDP2 back into its sharded state, where the optimizer writes;
+        parameters still gathered from a forward pass could be old.
+        """
+        names, weights = collections.defaultdict(list), self.model.state_dict(keep_vars=True)
+        for name, tensor in weights.items():
+            if ".lora_" not in name:
+                names[id(tensor)].append(name)
+        for same in names.values():
+            tensor = weights[same[0]].detach()
+            if tensor.is_floating_point():
+                tensor = tensor.to(dtype)  # before the gather: half the bytes between ranks
+            tensor = full(tensor)
+            if same[0].endswith(".base_layer.weight"):  # merged into a new tensor; the base stays as it is
+                adapter = same[0].removesuffix("base_layer.weight") + "lora_{}.default.weight"
+                a, b = (full(weights[adapter.format(x)].detach()) for x in "AB")
+                tensor = (tensor.float() + self.lora.lora_alpha / self.lora.r * (b.float() @ a.float())).to(dtype)
+            for name in same:
+                yield name.replace(".base_layer.", "."), tensor
+
+    def save(self, folder: str | Path, merge: bool = True) -> None:
+        """Write a Hugging Face directory, on rank 0; every rank must call this.
+
+        Args:
+            merge: with LoRA, False writes the adapter alone, as `PeftModel.from_pretrained` reads it.
+        """
+        folder, first = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
+        if merge:
+            state = {name: tensor.cpu() for name, tensor in self.weights(self.dtype) if first}
+        else:
+            weights = self.model.state_dict(keep_vars=True).items()
+            state = {f"base_model.model.{name.replace('.default', '')}": full(tensor.detach()).cpu()
+                     for name, tensor in weights if ".lora_" in name}  # fmt: skip
+        if first and merge:
             self.model.save_pretrained(folder, state_dict=state)
             self.processor.save_pretrained(folder)
-            config = json.loads((Path(folder) / "config.json").read_text())
-            config["architectures"] = architectures  # FSDP2 renames the model's class
-            (Path(folder) / "config.json").write_text(json.dumps(config, indent=2))
-        dist.barrier()
+        elif first:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / "adapter_model.safetensors")
+            self.lora.save_pretrained(folder)
+        if dist.is_initialized():
+            dist.barrier()
+
+    def trains_vision(self) -> bool:
+        """Whether any weight of the tower or the projector is trained."""
+        return any(p.requires_grad and self.part(name) != "language" for name, p in self.model.named_parameters())
 
     @property
     def text_config(self):
@@ -538,7 +769,14 @@ class Actor:
 
     def multi_modal_inputs(self, prompts: list) -> dict[str, Tensor]:
         """Pixels and grids of the prompts, on the model's device, ready for the forward."""
-        return {k: v.to(self.device) for k, v in extract_multi_modal_inputs(self.model, join_inputs(prompts)).items()}
+        inputs = extract_multi_modal_inputs(self.model, join_inputs(prompts, self.family.image_axis))
+        return {name: value.to(self.device) for name, value in inputs.items()}
+
+    def token_types(self, prompts: list, more: int = 0) -> dict[str, Tensor]:
+        """The processor's per-token inputs, (B, longest prompt + more), 0 on the left and for what follows."""
+        rows = extract_multi_modal_inputs(self.model, prompts[0].inputs)
+        return {name: left_pad([F.pad(p.inputs[name][0], (0, more)) for p in prompts], 0).to(self.device)
+                for name in rows if is_per_token(name)}  # fmt: skip
 
     @torch.no_grad()
     def image_features(self, prompts: list) -> dict | None:
@@ -548,9 +786,8 @@ class Actor:
         `mm_encoder_outputs`, or a layout that needs an image several times.
         """
         names, model = inspect.signature(unwrap(self.model).forward).parameters, unwrap(self.model)
-        trained = any(is_vision(name) and p.requires_grad for name, p in self.model.named_parameters())
         needed = self.packing == "shared" and any(prompt.images for prompt in prompts)
-        if trained or not needed or "mm_encoder_outputs" not in names:
+        if self.trains_vision() or not needed or "mm_encoder_outputs" not in names:
             return None
         inputs = self.multi_modal_inputs(prompts)
         return {"image": model.get_image_features(**inputs, return_dict=True)}
@@ -567,23 +804,26 @@ class Actor:
             logprobs (N,) with gradient and entropy (N,) without, both float32 nats, over the responses' tokens end
             to end in the order given.
         """
+        self.model.train(torch.is_grad_enabled())  # layers drop out and checkpoint while they are trained only
         if self.packing == "padded":
             return self._padded_logprobs(groups)
         if self.packing == "packed":  # every response brings its own copy of the prompt
             groups = [(prompt, [response]) for prompt, responses in groups for response in responses]
         if self.anchor and not any(prompt.images for prompt, _ in groups):
             groups = [*groups, (self.anchor, [])]
-        pack, device = make_pack(groups, [self.positions(prompt) for prompt, _ in groups]), self.device
+        positions, device = [self.positions(prompt) for prompt, _ in groups], self.device
+        pack = make_pack(groups, positions, self.family.whole_images)
         if features is not None:
             vision = {"mm_encoder_outputs": features}
         else:
             vision = self.multi_modal_inputs(pack.prompts)
+        types = {k: v.to(device) for k, v in extract_multi_modal_inputs(self.model, pack.token_types).items()}
         head = self.model.get_output_embeddings()
         head.request = (pack.targets.to(device), self._banned(device), self.temperature, self.chunk, entropy)
         try:
             out = self.model(
                 input_ids=pack.input_ids.to(device), position_ids=pack.position_ids.to(device),
-                logits_to_keep=pack.keep.to(device), layout=pack.layout, use_cache=False, **vision,
+                logits_to_keep=pack.keep.to(device), layout=pack.layout, use_cache=False, **vision, **types,
             ).logits  # (1, N, 2)  # fmt: skip
         finally:
             head.request = None
@@ -601,12 +841,11 @@ class Actor:
         Raises:
             RuntimeError: the packing is not exact for this model.
         """
-        generator = torch.Generator().manual_seed(0)
-        allowed = torch.tensor(sorted(set(range(100)) - set(self.banned_ids) - set(self.eos_ids)))
-        groups = [(p, [allowed[torch.randint(len(allowed), (n,), generator=generator)] for n in (5, 8)])
-                  for p in prompts]  # fmt: skip
-        weight = next(p for name, p in self.model.named_parameters() if p.requires_grad and not is_vision(name))
+        groups = self._random_groups(prompts, (5, 8))
+        weight = next(p for name, p in self.model.named_parameters()  # a fresh adapter's B is 0, and so A's gradient
+                      if p.requires_grad and self.part(name) == "language" and "lora_A" not in name)  # fmt: skip
         packing, results = self.packing, []
+        self.model.zero_grad()
         # the padded forward in one batch and in several tells how much the rounding of this dtype alone does
         for layout, batches in (("padded", [groups]), ("padded", [[g] for g in groups]), (packing, [groups])):
             self.use_packing(layout)
@@ -645,6 +884,7 @@ class Actor:
             input_ids=ids.to(device), attention_mask=mask.long().to(device), use_cache=False,
             position_ids=(positions.transpose(0, 1) if positions.shape[1] > 1 else positions[:, 0]).to(device),
             logits_to_keep=width + 1, **self.multi_modal_inputs([prompt for prompt, _ in rows]),
+            **self.token_types([prompt for prompt, _ in rows], width),
         ).logits[:, :-1].float() / self.temperature  # (rows, R, V)  # fmt: skip
         logps = logits.index_fill(-1, self._banned(device), -torch.inf).log_softmax(-1)
         real = mask[:, -width:].to(device)
@@ -656,6 +896,37 @@ class Actor:
         return torch.tensor(self.banned_ids, dtype=torch.long, device=device)
 
 
+class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what a forward pass keeps for its backward, weights aside: `with saved: ...`, as often as you like.
+
+    `bytes` is the most of any pass.
+    """
+
+    def __init__(self):
+        super().__init__(self._note, lambda tensor: tensor)
+        self.bytes, self.sizes = 0, {}  # bytes by address: several saved tensors may be views of one memory
+
+    def __enter__(self):
+        self.sizes = {}
+        super().__enter__()
+
+    def __exit__(self, *exc):
+        super().__exit__(*exc)
+        self.bytes = max(self.bytes, sum(self.sizes.values()))
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
+            memory = tensor.untyped_storage()
+            self.sizes[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+
+def local_bytes(tensors) -> int:
+    """Bytes of tensors on this rank, of sharded ones the own shard."""
+    own = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
+    return sum(t.numel() * t.element_size() for t in own)
+
+
 def anchor_prompt(processor) -> data.Prompt:
     """A prompt with one small white image and no response, for packs without any image.
 
@@ -665,22 +936,9 @@ def anchor_prompt(processor) -> data.Prompt:
     image = io.BytesIO()
     Image.new("RGB", (1, 1), "white").save(image, "PNG")
     problem = data.Problem("anchor", "<image>", (image.getvalue(),), "", "", "")
-    size = processor.image_processor.size
-    bounds = (size["shortest_edge"], size["longest_edge"]) if counts_pixels(processor) else (1, 10**9)
+    vision = processor.image_processor
+    bounds = (vision.size["shortest_edge"], vision.size["longest_edge"]) if counts_pixels(vision) else (1, 10**9)
     return data.make_prompt(problem, processor, *bounds, "")
-
-
-def counts_pixels(processor) -> bool:
-    """Whether `size` bounds an image's pixels, as Qwen's processors mean it, and not its sides."""
-    return {"shortest_edge", "longest_edge"} <= set(dict(processor.image_processor.size))
-
-
-VISION_MODULES = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "connector"}
-
-
-def is_vision(name: str) -> bool:
-    """Whether a parameter, by its full name, belongs to the vision tower or to its projector."""
-    return not VISION_MODULES.isdisjoint(name.split("."))
 
 
 def full(x: Tensor) -> Tensor:

@@ -35,13 +35,12 @@ from dataclasses import dataclass
 
 import data
 import reward
-from model import Actor, counts_pixels, gather_objects, left_pad, start_processes
+from model import Actor, gather_objects, left_pad, start_processes
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor
 
@@ -134,8 +133,9 @@ class HFEngine:
         cache = actor.model(
             input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[..., :-1], use_cache=True,
             logits_to_keep=1, **actor.multi_modal_inputs(prompts),
+            **{name: types[:, :-1] for name, types in actor.token_types(prompts).items()},
         ).past_key_values  # fmt: skip
-        cache.batch_repeat_interleave(n)
+        cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(n))
         distribution = TrainedDistribution(actor.temperature, actor.banned_ids)
         # every sampling setting is spelled out: generate() fills in what is missing from the model's generation config
         config = GenerationConfig(
@@ -191,12 +191,11 @@ class VLLMEngine:
         eager: no CUDA graphs: slower tokens, a faster start.
         max_prompt_tokens, max_response_tokens: limits of the run.
         max_images: most images in one prompt.
-        min_pixels, max_pixels: the trainer's, so that vLLM's own resize leaves the images as they are.
     """
 
     def __init__(
         self, actor: Actor, model: str, *, dtype: torch.dtype, tp: int, memory_fraction: float, eager: bool,
-        max_prompt_tokens: int, max_response_tokens: int, max_images: int, min_pixels: int, max_pixels: int,
+        max_prompt_tokens: int, max_response_tokens: int, max_images: int,
     ):  # fmt: skip
         if dist.get_world_size() % tp:
             raise ValueError(f"--rollout_tp {tp} does not divide the {dist.get_world_size()} processes of this run")
@@ -213,8 +212,6 @@ class VLLMEngine:
             if not self.cuda:
                 name_shared_memory()
             longest = max_prompt_tokens + max_response_tokens
-            edges = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-            size = {"size": edges} if counts_pixels(actor.processor) else {}
             # a prompt cut into chunks would make vLLM rewind a request's random state, which only a GPU's can
             no_chunks = {} if self.cuda else dict(enable_chunked_prefill=False, max_num_batched_tokens=longest + 8192)
             self.llm = LLM(
@@ -223,7 +220,7 @@ class VLLMEngine:
                 enforce_eager=eager or not self.cuda, enable_sleep_mode=self.cuda,
                 gpu_memory_utilization=memory_fraction, kv_cache_memory_bytes=None if self.cuda else VLLM_CPU_CACHE,
                 limit_mm_per_prompt={"image": max_images, "video": 0},
-                mm_processor_kwargs=size,
+                mm_processor_kwargs=actor.image_bounds,  # so that vLLM's own resize leaves the images as they are
                 mm_processor_cache_gb=0,  # each prompt is submitted once, and its n responses share its images anyway
                 skip_mm_profiling=not self.cuda,  # it measures the tower's memory at the largest image
                 logprobs_mode="processed_logprobs",  # of the distribution sampled from: after bans and temperature
@@ -315,7 +312,7 @@ class VLLMEngine:
 
         def counted():
             nonlocal sent
-            for name, tensor in stream_weights(actor.model, self.dtype):
+            for name, tensor in actor.weights(self.dtype):
                 sent += tensor.numel() * tensor.element_size()
                 yield name, tensor
 
@@ -376,28 +373,6 @@ def collapse_images(ids: Tensor, image_token_id: int) -> list[int]:
     repeated = torch.zeros_like(image)
     repeated[1:] = image[1:] & image[:-1]
     return ids[~repeated].tolist()
-
-
-def stream_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under its Hugging Face name, one at a time, whole even if FSDP2 has it sharded.
-
-    Each step is a collective under FSDP2: all ranks must run the iteration to its end. A tensor with two names (tied
-    embeddings) is gathered once and comes under both, because vLLM may keep a copy for lm_head in another layout.
-    state_dict is used because it puts FSDP2 back into its sharded state, where the optimizer writes; parameters still
-    gathered from a forward pass could be old.
-    """
-    names = collections.defaultdict(list)
-    weights = model.state_dict(keep_vars=True)
-    for name, tensor in weights.items():
-        names[id(tensor)].append(name)
-    for same in names.values():
-        tensor = weights[same[0]].detach()
-        if tensor.is_floating_point():
-            tensor = tensor.to(dtype)  # before the gather: half the bytes between ranks
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-        for name in same:
-            yield name, tensor
 
 
 def load_weights(worker, weights: Iterator[tuple[str, Tensor]]) -> None:
@@ -644,7 +619,7 @@ def main() -> None:
     engine, why = build_engine(
         args.engine, actor, args.model, tp=args.rollout_tp, memory_fraction=0.9, eager=False,
         max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens,
-        max_images=max(len(p.images) for p in problems), min_pixels=pixels[0], max_pixels=pixels[1],
+        max_images=max(len(p.images) for p in problems),
     )  # fmt: skip
     if isinstance(engine, HFEngine):
         actor.model.to(device)

@@ -45,8 +45,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers as hf
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 HERE = Path(__file__).parent
 GEO3K = HERE.parent / "shared" / "geo3k"
@@ -1153,7 +1154,7 @@ def test_shared_packed_and_padded_give_the_same_logprobs_and_gradients(tiny, pro
     actor = model.Actor.from_pretrained(str(tiny[variant == "tied"]))
     groups = random_groups(actor, (0, 1, 3, 2), ((3, 5), (4, 4, 1), (2, 9), (6,)))
     if variant == "frozen tower":
-        actor.freeze_vision()
+        actor.freeze("tower", "projector")
     if variant == "checkpointing":
         actor.checkpoint_activations()
         layer, calls = actor.model.model.language_model.layers[1].mlp, []
@@ -1167,7 +1168,7 @@ def test_shared_packed_and_padded_give_the_same_logprobs_and_gradients(tiny, pro
 def test_kept_features_of_a_frozen_tower_change_nothing(actor):
     groups = random_groups(actor, (0, 1, 3, 2), ((3, 5), (4, 4, 1), (2, 9), (6,)))
     assert actor.image_features([p for p, _ in groups]) is None  # a trained tower has to run every time
-    actor.freeze_vision()
+    actor.freeze("tower", "projector")
     features = actor.image_features([p for p, _ in groups])
     before = [f.clone() for f in features["image"].pooler_output]
     expected, _ = actor.logprobs(groups)
@@ -1181,7 +1182,7 @@ def test_the_check_at_start_up_passes_and_refuses_a_wrong_layout(actor, monkeypa
     prompts = prompts_with(actor, 2, 0)
     assert actor.check_packing(prompts) < 1e-5
     assert all(p.grad is None for p in actor.model.parameters()) and actor.packing == "shared"
-    monkeypatch.setattr(model.Layout, "padded", lambda self, window: _everyone_sees_all(self))
+    monkeypatch.setattr(model.Layout, "padded", lambda self, window, device: _everyone_sees_all(self))
     with pytest.raises(RuntimeError, match=r"packing 'shared' is not exact for Qwen2_5_VLFor.*--packing padded"):
         actor.check_packing(prompts)
 
@@ -1190,34 +1191,6 @@ def _everyone_sees_all(layout):
     n = layout.segments[-1][1]
     return [(torch.arange(n)[None], torch.arange(n)[None], torch.ones(1, 1, n, n).tril().bool(), torch.arange(n),
              torch.ones(1, n, dtype=torch.bool))]  # fmt: skip
-
-
-def qwen3_vl(folder):
-    """A random tiny Qwen3-VL, whose tower also feeds the first decoder layers (deepstack)."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
-    processor = AutoProcessor.from_pretrained(folder)
-    text = dict(vocab_size=len(processor.tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-                num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.2,
-                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]})  # fmt: skip
-    vision = dict(depth=2, hidden_size=32, intermediate_size=32, num_heads=2, patch_size=14, out_hidden_size=32,
-                  num_position_embeddings=64, deepstack_visual_indexes=[0, 1], initializer_range=0.2)  # fmt: skip
-    ids = {f"{n}_token_id": processor.tokenizer.convert_tokens_to_ids(f"<|{t}|>") for n, t in (
-        ("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end"))}
-    torch.manual_seed(0)
-    network = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids)).eval()
-    return model.Actor(network, processor)
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_qwen3_vl_gives_the_same_logprobs_and_gradients_in_every_layout(tiny, frozen):
-    actor = qwen3_vl(tiny[False])
-    groups = random_groups(actor, (0, 1, 3, 2), ((3, 5), (4, 4, 1), (2, 9), (6,)))
-    if frozen:
-        actor.freeze_vision()
-        features = actor.image_features([p for p, _ in groups])
-        close(actor.logprobs(groups, features)[0], actor.logprobs(groups)[0], atol=1e-6)
-    assert_same_in_every_layout(actor, groups)
 
 
 def test_lora_gives_the_same_logprobs_and_gradients_in_every_layout(actor):
@@ -1333,7 +1306,7 @@ def test_extract_multi_modal_inputs_reads_the_forward_signature():
 
 
 def test_freeze_vision_freezes_the_tower_and_says_when_there_is_none(actor):
-    frozen = actor.freeze_vision()
+    frozen = actor.freeze("tower", "projector")
     assert frozen == sum(p.numel() for p in actor.model.model.visual.parameters())
     before = {n: p.clone() for n, p in actor.model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in actor.model.parameters() if p.requires_grad], lr=1e-2)
@@ -1341,14 +1314,247 @@ def test_freeze_vision_freezes_the_tower_and_says_when_there_is_none(actor):
     optimizer.step()
     for name, p in actor.model.named_parameters():
         assert torch.equal(p, before[name]) == name.startswith("model.visual."), name
-    with pytest.raises(RuntimeError, match="froze nothing"):
-        actor.freeze_vision()
+    with pytest.raises(RuntimeError, match="freezing the tower froze nothing"):
+        actor.freeze("tower")
 
 
 def test_the_tiny_model_is_the_same_for_the_same_seed(tmp_path):
     weights = [(model.build_tiny(tmp_path / name, ["a b"], seed=seed) / "model.safetensors").read_bytes()
                for name, seed in (("a", 0), ("b", 0), ("c", 1))]  # fmt: skip
     assert weights[0] == weights[1] != weights[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model.py: families
+
+CHATML = "<|im_start|>{role}\n", "<|im_end|>\n", "<|im_start|>assistant\n"
+QWEN = dict(image="<|vision_start|><|image_pad|><|vision_end|>", turn=CHATML, named={},
+            special=["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"])  # fmt: skip
+TILES = [f"<row_{row}_col_{column}>" for row in range(1, 3) for column in range(1, 3)]
+CHATS = {  # how a family writes a user's turn, its image placeholder and its special tokens
+    "qwen2_vl": QWEN, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "qwen3_5": QWEN,
+    "idefics3": dict(
+        image="<image>", turn=("User:", "<end_of_utterance>\n", "Assistant:"), start="<|im_start|>", named={},
+        special=["<image>", "<fake_token_around_image>", "<global-img>", "<video>", *TILES]),
+    "internvl": dict(image="<IMG_CONTEXT>\n", turn=CHATML, special=[], named=dict(
+        start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
+        video_token="<video>")),
+    "llava_onevision": dict(  # the real template moves every image before the text
+        image="<image>", images_first=True, named=dict(image_token="<image>", video_token="<video>"), special=[],
+        turn=("<|im_start|>{role} ", "<|im_end|>", "<|im_start|>assistant\n")),
+    "gemma3": dict(image="<start_of_image>", named=dict(
+        boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"), special=[],
+        start="{{ bos_token }}", turn=("<start_of_turn>{role}\n", "<end_of_turn>\n", "<start_of_turn>model\n")),
+}  # fmt: skip
+
+
+def chat_template(image, turn, images_first=False, start="", **_) -> str:
+    opening, closing, answer = turn
+    part = f"{{% if part.type == 'image' %}}{image}{{% else %}}{{{{ part.text }}}}{{% endif %}}"
+    parts = f"{{% for part in message.content %}}{part}{{% endfor %}}"
+    if images_first:
+        parts = "".join(
+            f"{{% for part in message.content if part.type == '{kind}' %}}{text}{{% endfor %}}"
+            for kind, text in (("image", image), ("text", "\n{{ part.text }}"))
+        )
+    opening = opening.replace("{role}", "{{ message.role }}")
+    turns = f"{{% for message in messages %}}{opening}{parts}{closing}{{% endfor %}}"
+    return f"{start}{turns}{{% if add_generation_prompt %}}{answer}{{% endif %}}"
+
+
+def tiny_tokenizer(turn, special, named, **_):
+    """model.tiny_processor's byte-level BPE with another family's special tokens."""
+    learned = json.loads(model.tiny_processor(["How many sides? Which colour?"]).tokenizer.backend_tokenizer.to_str())
+    bos = dict(bos_token="<bos>", add_bos_token=True) if "<start_of_turn>" in turn[0] else {}
+    tokenizer = hf.Qwen2Tokenizer(
+        vocab=learned["model"]["vocab"], merges=[tuple(pair) for pair in learned["model"]["merges"]], unk_token=None,
+        eos_token=turn[1].strip(), pad_token="<pad>", **bos, **named,
+        extra_special_tokens=[*special, "<start_of_turn>" if bos else "<|im_start|>"],
+    )  # fmt: skip
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return tokenizer
+
+
+def tiny_family(name: str, folder: Path) -> Path:
+    """Write a random tiny model of a family, float32, and its processor; an image of 56 x 56 is 4 to 34 tokens."""
+    chat = CHATS[name]
+    tokenizer = tiny_tokenizer(**chat)
+    ids = {token.strip("<|>"): i for token, i in tokenizer.get_added_vocab().items()}
+    text = dict(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, max_position_embeddings=4096,
+    )  # fmt: skip
+    rope = dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]})
+    tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=14)
+    qwen_tower = dict(depth=2, num_heads=2, patch_size=14)
+    qwen_ids = {f"{ours}_token_id": ids.get(theirs) for ours, theirs in (
+        ("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end"))}
+    deep = dict(hidden_size=32, intermediate_size=64, out_hidden_size=64, num_position_embeddings=64)
+    template = dict(chat_template=chat_template(**chat))
+    grid, edges = [[28, 28], [28, 56], [56, 28], [56, 56]], dict(longest_edge=112)
+    old_qwen = lambda: (hf.Qwen2VLImageProcessor(), tokenizer, hf.Qwen2VLVideoProcessor())  # noqa: E731
+    new_qwen = lambda: (  # noqa: E731
+        hf.Qwen2VLImageProcessor(patch_size=14), tokenizer, hf.Qwen3VLVideoProcessor(patch_size=14))  # fmt: skip
+    processor = {
+        "qwen2_vl": lambda: hf.Qwen2VLProcessor(*old_qwen(), **template),
+        "qwen2_5_vl": lambda: hf.Qwen2_5_VLProcessor(*old_qwen(), **template),
+        "qwen3_vl": lambda: hf.Qwen3VLProcessor(*new_qwen(), **template),
+        "qwen3_5": lambda: hf.Qwen3VLProcessor(*new_qwen(), **template),
+        "internvl": lambda: hf.InternVLProcessor(
+            hf.GotOcr2ImageProcessor(size=dict(height=56, width=56), max_patches=2), tokenizer,
+            hf.InternVLVideoProcessor(), image_seq_length=4, **template),
+        "llava_onevision": lambda: hf.LlavaOnevisionProcessor(
+            hf.LlavaOnevisionImageProcessor(size=dict(height=28, width=28), image_grid_pinpoints=grid), tokenizer,
+            hf.LlavaOnevisionVideoProcessor(), num_image_tokens=4, vision_feature_select_strategy="full", **template),
+        "idefics3": lambda: hf.Idefics3Processor(
+            hf.Idefics3ImageProcessor(size=edges, max_image_size=dict(longest_edge=56)), tokenizer, image_seq_len=4,
+            **template),
+        "gemma3": lambda: hf.Gemma3Processor(
+            hf.Gemma3ImageProcessor(size=dict(height=56, width=56)), tokenizer, image_seq_length=16, **template),
+    }[name]()  # fmt: skip
+    siglip = dict(**tower, model_type="siglip_vision_model", vision_use_head=False)
+    config = {
+        "qwen2_vl": lambda: dict(text_config=text | rope, **qwen_ids, vision_config=dict(
+            **qwen_tower, embed_dim=32, hidden_size=64, mlp_ratio=2)),
+        "qwen2_5_vl": lambda: dict(text_config=text | rope, **qwen_ids, vision_config=dict(
+            **qwen_tower, hidden_size=32, intermediate_size=64, out_hidden_size=64, fullatt_block_indexes=[1])),
+        "qwen3_vl": lambda: dict(text_config=text | rope, **qwen_ids, vision_config=dict(
+            **qwen_tower, **deep, deepstack_visual_indexes=[0, 1])),
+        "qwen3_5": lambda: dict(**qwen_ids, vision_config=dict(**qwen_tower, **deep), text_config=text | dict(
+            head_dim=32, layer_types=["linear_attention", "full_attention", "linear_attention"],
+            linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1],
+                             "partial_rotary_factor": 0.25})),
+        "internvl": lambda: dict(text_config=dict(model_type="qwen2", **text), image_token_id=ids["IMG_CONTEXT"],
+                                 image_seq_length=4, vision_config=dict(**tower, image_size=[56, 56]) | dict(
+                                     patch_size=[14, 14])),
+        "llava_onevision": lambda: dict(
+            text_config=dict(model_type="qwen2", **text), vision_config=dict(**siglip, image_size=28),
+            image_token_index=ids["image"], video_token_index=ids["video"], image_grid_pinpoints=grid),
+        "idefics3": lambda: dict(
+            vision_config=dict(**tower, image_size=56), text_config=dict(model_type="llama", **text),
+            image_token_id=ids.get("image"), scale_factor=2, pad_token_id=tokenizer.pad_token_id),
+        "gemma3": lambda: dict(
+            text_config=text | dict(query_pre_attn_scalar=16, sliding_window=8, layer_types=[
+                "sliding_attention", "full_attention", "sliding_attention"]),
+            vision_config=dict(**siglip, image_size=56), mm_tokens_per_image=16, boi_token_index=ids["start_of_image"],
+            eoi_token_index=ids["end_of_image"], image_token_index=ids["image_soft_token"]),
+    }[name]()  # fmt: skip
+    config = AutoConfig.for_model(name, **config, tie_word_embeddings=name in ("gemma3", "qwen2_vl"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        for p in network.parameters():
+            if p.ndim > 1:  # wide enough, and never 0 (Gemma 3's projector), so that the image matters
+                torch.nn.init.normal_(p, std=0.1)
+    network.generation_config.eos_token_id = tokenizer.eos_token_id
+    network.generation_config.pad_token_id = tokenizer.pad_token_id
+    network.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return Path(folder)
+
+
+PIXELS = {  # what the forward takes beside text, for a prompt with images of 84 x 56 and 56 x 112 pixels
+    **{name: dict(pixel_values=(56, 1176), image_grid_thw=(2, 3), mm_token_type_ids=None)
+       for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")},
+    "internvl": dict(pixel_values=(6, 3, 56, 56)),
+    "llava_onevision": dict(pixel_values=(2, 5, 3, 28, 28), image_sizes=(2, 2), batch_num_images=(2,)),
+    "idefics3": dict(pixel_values=(1, 8, 3, 56, 56), pixel_attention_mask=(1, 8, 56, 56)),
+    "gemma3": dict(pixel_values=(2, 3, 56, 56), token_type_ids=None),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    return functools.cache(lambda name: tiny_family(name, folder / name))
+
+
+def plain_logprobs(actor, groups):
+    """The Hugging Face forward of every prompt with its response alone, its own masks and positions, no padding."""
+    rows = []
+    for prompt, responses in groups:
+        for response in responses:
+            types = {k: torch.nn.functional.pad(v, (0, len(response))) for k, v in prompt.inputs.items()
+                     if model.is_per_token(k)}  # fmt: skip
+            ids = torch.cat([prompt.ids, response])[None]
+            logits = actor.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False,
+                                 **prompt.inputs | types).logits[0, len(prompt.ids) - 1 : -1]  # fmt: skip
+            logits = logits.index_fill(-1, torch.tensor(actor.banned_ids), -torch.inf)
+            rows.append(logits.log_softmax(-1).gather(-1, response[:, None])[:, 0])
+    return torch.cat(rows)
+
+
+@pytest.mark.filterwarnings("ignore:layers of type")
+@pytest.mark.parametrize("name", CHATS)
+def test_a_family_is_scored_as_its_plain_forward_does_and_its_frozen_tower_stays(name, family_folder, processes):
+    actor = model.Actor.from_pretrained(str(family_folder(name)), packing="padded")
+    groups = random_groups(actor, (0, 1, 3, 2), ((3, 5), (4, 4, 1), (2, 9), (6,)))
+    groups = [(p, [r.masked_fill(torch.isin(r, torch.tensor(actor.banned_ids)), 5) for r in rs]) for p, rs in groups]
+    expected = plain_logprobs(actor, groups)
+    white = [(data.make_prompt(data.blank_images(p.problem), actor.processor, 28 * 28, 28 * 28 * 64, ""), rs)
+             for p, rs in groups]  # fmt: skip
+    assert (plain_logprobs(actor, white) - expected).abs().mean() > 0.05  # the images matter
+    expected.mean().backward()
+    slopes = {n: p.grad.clone() for n, p in actor.model.named_parameters() if p.grad is not None}
+    assert {actor.part(n) for n in slopes} == {"tower", "projector", "language"}
+    for packing in ("padded", "packed", "shared"):
+        actor.use_packing(packing)
+        actor.model.zero_grad()
+        got, _ = actor.logprobs(groups)
+        close(got, expected, atol=2e-5)
+        got.mean().backward()
+        assert_same_gradients({n: p.grad for n, p in actor.model.named_parameters() if p.grad is not None}, slopes,
+                              tolerance=1e-4)  # fmt: skip
+    assert actor.packing == ("padded" if name == "qwen3_5" else "shared")
+    assert actor.freeze("tower", "projector") > 0
+    features = actor.image_features([p for p, _ in groups])
+    assert (features is None) == (name == "qwen3_5")  # its images are needed once per response
+    assert torch.equal(actor.logprobs(groups, features)[0], actor.logprobs(groups)[0])
+
+    drawn = rollout.HFEngine(actor, 12).generate([p for p, _ in groups], 2, 0)
+    drawn = [(p, rollouts) for (p, _), rollouts in zip(groups, drawn, strict=True)]
+    actor.use_packing("padded")
+    close(torch.cat([r.sampler_logprobs for _, rs in drawn for r in rs]),
+          plain_logprobs(actor, [(p, [r.response for r in rs]) for p, rs in drawn]), atol=2e-5)  # fmt: skip
+
+    inputs = model.extract_multi_modal_inputs(actor.model, prompts_with(actor, 2)[0].inputs)
+    assert {k: None if model.is_per_token(k) else tuple(v.shape) for k, v in inputs.items()} == PIXELS[name]
+
+
+@pytest.mark.filterwarnings("ignore:layers of type")
+@pytest.mark.parametrize("name", CHATS)
+def test_one_grpo_update_moves_a_familys_language_model_and_no_frozen_byte(name, family_folder, processes):
+    run, groups = small_run(family_folder(name), prepare=lambda actor: actor.freeze("tower"), minibatch_prompts=8,
+                            max_sampler_gap=100.0, max_grad_norm=1e9)  # fmt: skip
+    before = {n: model.full(p).detach().clone() for n, p in run.actor.model.named_parameters()}
+    [minibatch] = train.plan_minibatches(run, groups, {})
+    train.freeze(run, [minibatch])
+    assert train.update(run, minibatch, 0)["grad_norm"] > 0
+    moved = {run.actor.part(n) for n, p in run.actor.model.named_parameters()
+             if not torch.equal(model.full(p), before[n])}  # fmt: skip
+    assert moved == {"projector", "language"}
+
+def test_an_unknown_family_works_by_the_usual_names_or_says_what_to_add(actor, monkeypatch):
+    monkeypatch.delitem(model.FAMILIES, "qwen2_5_vl")
+    assert model.family_of(actor.model) is model.USUAL
+    monkeypatch.setattr(model, "USUAL", model.family("eyes", "nerve"))
+    with pytest.raises(ValueError, match=r"qwen2_5_vl is not in FAMILIES.*called one of \['eyes'\].*add an entry"):
+        model.family_of(actor.model)
+
+
+@pytest.mark.parametrize("name, most, tokens", [
+    ("internvl", 56 * 56, 4), ("internvl", 4 * 56 * 56, 20), ("llava_onevision", 28 * 56, 10),
+    ("idefics3", 56 * 56, 4), ("idefics3", 4 * 56 * 56, 20), ("gemma3", 56 * 56, 16), ("qwen3_vl", 4 * 28 * 28, 4),
+])  # fmt: skip
+def test_an_image_has_no_more_tokens_than_its_bound_allows(name, most, tokens, family_folder):
+    actor = model.Actor.from_pretrained(str(family_folder(name)), pixels=(28 * 28, most))
+    row = problem(images=(picture(0, 112, 112),))
+    prompt = data.make_prompt(row, actor.processor, 28 * 28, most, "")
+    image_id = getattr(actor.model.config, "image_token_id", None) or actor.model.config.image_token_index
+    assert (prompt.ids == image_id).sum() == tokens
+    actor.logprobs([(prompt, [torch.tensor([5, 6])])])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1415,7 +1621,7 @@ needs_vllm = pytest.mark.skipif(rollout.choose_engine("auto")[0] != "vllm", reas
 
 def vllm_engine(actor, folder, **changes):
     settings = dict(dtype=torch.float32, tp=1, memory_fraction=0.3, eager=True, max_prompt_tokens=400,
-                    max_response_tokens=24, max_images=3, min_pixels=28 * 28, max_pixels=28 * 28 * 64)  # fmt: skip
+                    max_response_tokens=24, max_images=3)  # fmt: skip
     return rollout.VLLMEngine(actor, str(folder), **settings | changes)
 
 
@@ -1496,7 +1702,7 @@ def test_vllm_refuses_another_prompt_and_another_model(tiny, processes):
     def altered(change):
         weights = dict(actor.model.state_dict())
         change(weights)
-        return SimpleNamespace(model=SimpleNamespace(state_dict=lambda keep_vars: weights))
+        return SimpleNamespace(weights=lambda dtype: iter(weights.items()))
 
     layer = "model.language_model.layers.1."
     for change, message in (
@@ -1631,13 +1837,14 @@ def test_eight_ranks_get_even_shares_of_real_geometry3k_groups(tiny):
     assert max(sum(costs[16 * i : 16 * i + 16]) for i in range(8)) * 8 / sum(costs) > 1.05
 
 
-def small_run(folder, groups_seed=0, **changes):
+def small_run(folder, groups_seed=0, prepare=lambda actor: None, **changes):
     """A Run on the tiny model in `folder` with plain SGD: its steps are the gradient, too long to be rounded away."""
     settings, _ = train.parse_settings(["--preset", "tiny", "--engine", "hf"])
     settings = dataclasses.replace(settings, model=str(folder), kl_coefficient=0.0, **changes)
     actor = model.Actor.from_pretrained(settings.model, temperature=settings.temperature, packing=settings.packing)
+    prepare(actor)
     actor.shard(torch.device("cpu"))
-    optimizer = torch.optim.SGD(actor.model.parameters(), lr=1e6)
+    optimizer = torch.optim.SGD([p for p in actor.model.parameters() if p.requires_grad], lr=1e6)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1.0)
     rows = [problem("<image>" * (i % 3) + "What?" * (1 + i % 4), tuple(picture(j + i) for j in range(i % 3)))
             for i in range(8)]  # fmt: skip
@@ -1693,11 +1900,11 @@ def test_flat_groups_change_nothing_but_are_not_computed(tiny, processes):
 def test_sharding_keeps_trained_weights_in_float32_and_changes_no_logprob(tiny, processes, frozen):
     plain = model.Actor.from_pretrained(str(tiny[True]), torch.bfloat16)
     for name, p in plain.model.named_parameters():
-        p.data = p.data if frozen and model.is_vision(name) else p.data.float()
+        p.data = p.data if frozen and plain.part(name) != "language" else p.data.float()
     groups = random_groups(plain)
     actor = model.Actor.from_pretrained(str(tiny[True]), torch.bfloat16)
     if frozen:
-        actor.freeze_vision()
+        actor.freeze("tower", "projector")
     actor.shard(torch.device("cpu"))
     for name, p in actor.model.named_parameters():
         assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
@@ -1941,7 +2148,7 @@ def test_bench_of_the_update(tiny):
     for tower in ("trained", "frozen"):
         actor = bench_actor(tiny[False])
         if tower == "frozen":
-            actor.freeze_vision()
+            actor.freeze("tower", "projector")
         trained = tower == "trained"
         for prompt, length, n in ((400, 128, 5), (800, 200, 5), *([(400, "64..256", 8)] if trained else [])):
             lengths = [round(64 + 192 * i / (n - 1)) for i in range(n)] if length == "64..256" else [length] * n

@@ -31,7 +31,16 @@ from pathlib import Path
 import data
 import grpo
 import reward
-from model import TINY_INSTRUCTION, Actor, build_warm_tiny, full, gather_objects, start_processes
+from model import (
+    TINY_INSTRUCTION,
+    Actor,
+    SavedTensors,
+    build_warm_tiny,
+    full,
+    gather_objects,
+    local_bytes,
+    start_processes,
+)
 from rollout import HFEngine, Rollout, VLLMEngine, build_engine, describe, evaluate, score
 
 import torch
@@ -58,7 +67,13 @@ class Settings:
     seed: int = setting(0, "fixes the order of the problems and, on one machine, the responses drawn")
     # model
     model: str = setting("", "directory or hub name of a vision-language model; empty: build and warm up the tiny one")
-    freeze_vision: bool = setting(False, "do not train the vision tower and its projector")
+    freeze_vision: bool = setting(False, "do not train the vision tower")
+    freeze_projector: bool = setting(False, "do not train what brings the tower's features to the language model")
+    lora_rank: int = setting(0, "train adapters of this rank on the language model's linear layers alone; 0: no LoRA")
+    lora_alpha: float = setting(32.0, "LoRA's scale; the adapter's product is multiplied by alpha / rank")
+    lora_dropout: float = setting(0.0, "of the adapters' inputs while learning")
+    lora_targets: str = setting("all", "layers with an adapter, such as q_proj,v_proj; all: every linear one")
+    reference_on_cpu: bool = setting(False, "keep the KL's reference in the host's memory: less on the GPU, and slower")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward: less memory, 1/3 more time")
     packing: str = setting("shared", "shared: each prompt once per group; packed: once per response; padded: plain")
     max_tokens_per_pack: int = setting(16384, "tokens in one forward pass of one rank; lower it when memory runs out")
@@ -309,7 +324,7 @@ def plan_minibatches(run: "Run", groups: list[Group], prompts: dict) -> list[Min
     all 0 are left out where nothing else gives them a gradient; they still count in the normalisation.
     """
     s, rank, world = run.settings, dist.get_rank(), dist.get_world_size()
-    minibatches, shared = [], s.packing == "shared"
+    minibatches, shared = [], run.actor.packing == "shared"
     for i in range(0, len(groups), s.minibatch_prompts):
         chosen = groups[i : i + s.minibatch_prompts]
         teaching = [g for g in chosen if not g.is_flat() or s.kl_coefficient]
@@ -387,7 +402,7 @@ class Run:
 
 def train(run: Run) -> None:
     """The algorithm."""
-    s, log = run.settings, Log(run)
+    s, log, meter = run.settings, Log(run), SavedTensors()
     log.evaluation(run.step, run.evaluate())
     for step in log.progress(range(run.step, s.steps)):
         clock = Clock()
@@ -411,7 +426,13 @@ def train(run: Run) -> None:
 
         # LEARN: one optimizer step for each minibatch
         with clock("learn"):
-            updates = [update(run, minibatch, step) for _ in range(s.epochs) for minibatch in minibatches]
+            updates = [update(run, minibatch, step, meter) for _ in range(s.epochs) for minibatch in minibatches]
+        if meter and updates[-1]:
+            states = [state for of in run.optimizer.state.values() for state in of.values()]
+            measured = memory_report(run, updates[-1]["gradient_bytes"], local_bytes(states), meter.bytes)
+            peak = f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} at most" if run.device.type == "cuda" else ""
+            say(f"memory of rank 0 in GiB, measured: {measured}{peak}")
+            meter = None
 
         # REPORT: the engine gets the new weights; metrics, evaluation and checkpoint
         with clock("sync"):
@@ -466,10 +487,11 @@ def freeze(run: Run, minibatches: list[Minibatch]) -> None:
         if not on_policy:
             pack.old_logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy=False)
         if run.reference is not None:
-            pack.ref_logprobs, _ = run.reference.logprobs(pack.groups, pack.features, entropy=False)
+            with run.reference.without_adapters():
+                pack.ref_logprobs, _ = run.reference.logprobs(pack.groups, pack.features, entropy=False)
 
 
-def update(run: Run, minibatch: Minibatch, step: int) -> dict[str, float]:
+def update(run: Run, minibatch: Minibatch, step: int, meter: SavedTensors | None = None) -> dict[str, float]:
     """One optimizer step. The loss is a sum over tokens with global weights, accumulated pack by pack.
 
     Returns:
@@ -483,7 +505,8 @@ def update(run: Run, minibatch: Minibatch, step: int) -> dict[str, float]:
     if not minibatch.packs:
         return {}
     for pack in minibatch.packs:
-        logprobs, entropy = run.actor.logprobs(pack.groups, pack.features)
+        with meter or contextlib.nullcontext():
+            logprobs, entropy = run.actor.logprobs(pack.groups, pack.features)
         old = logprobs.detach() if pack.old_logprobs is None else pack.old_logprobs
         advantages = grpo.spread(pack.advantages, pack.lengths)
         losses, clipped = grpo.policy_loss(
@@ -517,9 +540,19 @@ def update(run: Run, minibatch: Minibatch, step: int) -> dict[str, float]:
             "causes: a learning rate too high, or a reward that is not finite"
         )
     run.optimizer.step()
+    gradients = local_bytes(p.grad for p in run.actor.model.parameters() if p.grad is not None)
     run.optimizer.zero_grad()
     run.schedule.step()
-    return totals | {"grad_norm": grad_norm, "gap_max": gap_max}
+    return totals | {"grad_norm": grad_norm, "gap_max": gap_max, "gradient_bytes": gradients}
+
+
+def memory_report(run: Run, gradients: float, optimizer: float, activations: float) -> str:
+    """One line of GiB on rank 0, of bytes."""
+    sizes = dict(parameters=local_bytes(run.actor.model.parameters()), gradients=gradients, optimizer=optimizer,
+                 activations=activations)  # fmt: skip
+    if run.reference not in (None, run.actor):
+        sizes["reference"] = local_bytes(run.reference.model.parameters())
+    return ", ".join(f"{name} {size / 2**30:.3f}" for name, size in sizes.items())
 
 
 def check_gap(gap: float, limit: float, step: int) -> None:
@@ -735,29 +768,41 @@ def build(s: Settings, device: torch.device) -> Run:
         s.engine, actor, s.model, tp=s.rollout_tp, memory_fraction=s.memory_fraction, eager=s.eager,
         max_prompt_tokens=s.max_prompt_tokens, max_response_tokens=s.max_response_tokens,
         max_images=max(len(p.images) for problems in sets for p in problems),
-        min_pixels=s.min_pixels, max_pixels=s.max_pixels,
     )  # fmt: skip
     say(why)
     engine.sleep()
-    if s.freeze_vision:
-        actor.freeze_vision()
-    if s.gradient_checkpointing:
-        actor.checkpoint_activations()
+    adapt(actor, s)
     actor.shard(device)
     say(actor.report())
-    if s.packing != "padded":
-        with_image = [p for p in sets[0][:100] if p.images][:1]
-        gap = actor.check_packing([make_prompt(s, actor, p) for p in [*with_image, sets[0][0]]])
-        say(f"packing {s.packing}: log-probs within {gap:.1g} nats of the padded forward")
-    reference = None
-    if s.kl_coefficient:
+    with_image = [p for p in sets[0][:100] if p.images][:1]
+    samples = [make_prompt(s, actor, p) for p in [*with_image, sets[0][0]]]
+    if actor.packing != "padded":
+        gap = actor.check_packing(samples)
+        say(f"packing {actor.packing}: log-probs within {gap:.1g} nats of the padded forward")
+    reference = actor if s.kl_coefficient and s.lora_rank else None  # without its adapters it is the base model
+    if s.kl_coefficient and not s.lora_rank:
         reference = Actor.from_pretrained(s.model, dtype, **options)
         reference.model.requires_grad_(False)
-        reference.shard(device)
+        reference.shard(device, offload=s.reference_on_cpu)
     trained = [p for p in actor.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=s.learning_rate, weight_decay=s.weight_decay, betas=(0.9, s.beta2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, s.rate)
-    return Run(s, device, actor, reference, engine, optimizer, schedule, *sets, reward.Grader())
+    run = Run(s, device, actor, reference, engine, optimizer, schedule, *sets, reward.Grader())
+    size = local_bytes(trained)  # trained weights, gradients and both moments of AdamW are float32
+    per_token = actor.activation_bytes(samples, s.responses_per_prompt, min(64, s.max_response_tokens))
+    estimate = memory_report(run, size, 2 * size, s.max_tokens_per_pack * per_token)
+    say(f"memory of rank 0 in GiB, estimated for full packs: {estimate}")
+    return run
+
+
+def adapt(actor: Actor, s: Settings) -> None:
+    """Freeze, add adapters and checkpoint as the settings say; before sharding."""
+    if s.lora_rank:
+        actor.add_lora(s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets)
+    elif s.freeze_vision or s.freeze_projector:
+        actor.freeze(*["tower"] * s.freeze_vision, *["projector"] * s.freeze_projector)
+    if s.gradient_checkpointing:
+        actor.checkpoint_activations()
 
 
 def set_aside(folder: Path) -> Path:
