@@ -1193,15 +1193,82 @@ def _everyone_sees_all(layout):
              torch.ones(1, n, dtype=torch.bool))]  # fmt: skip
 
 
-def test_lora_gives_the_same_logprobs_and_gradients_in_every_layout(actor):
-    from peft import LoraConfig, get_peft_model
+def with_lora(actor, seed=1):
+    """LoRA as after some training: both factors random."""
+    actor.add_lora(4, 8.0, targets="q_proj,v_proj,down_proj")
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in actor.model.named_parameters():
+        if "lora_B" in name:
+            p.data = 0.05 * torch.randn(p.shape, generator=generator)
+    return actor
 
-    targets = r".*language_model.*\.(q_proj|v_proj|down_proj)"
-    adapted = get_peft_model(actor.model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
-    actor = model.Actor(adapted, actor.processor)
-    groups = random_groups(actor)
-    trained = assert_same_in_every_layout(actor, groups)
+
+def test_lora_gives_the_same_logprobs_and_gradients_in_every_layout(actor):
+    trained = assert_same_in_every_layout(with_lora(actor), random_groups(actor))
     assert trained and all("lora_" in name for name in trained)
+    assert actor.check_packing(prompts_with(actor, 2, 0)) < 1e-5
+
+
+def test_lora_adapts_the_language_model_alone_and_keeps_the_base_bit_for_bit(actor):
+    before = {n: p.clone() for n, p in actor.model.named_parameters()}
+    groups = random_groups(actor)
+    base = actor.logprobs(groups)[0].detach()
+    actor.add_lora(4, 8.0)
+    adapted = {n.split(".lora_")[0] for n, p in actor.model.named_parameters() if p.requires_grad}
+    layers = [f"model.language_model.layers.{i}." for i in range(4)]
+    assert adapted == {layer + name for layer in layers for name in (
+        *(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))}  # fmt: skip
+    assert torch.equal(actor.logprobs(groups)[0], base)  # B starts at 0
+    optimizer = torch.optim.AdamW([p for p in actor.model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        (-actor.logprobs(groups)[0].mean()).backward()
+        optimizer.step()
+    assert (actor.logprobs(groups)[0] - base).abs().max() > 0.01
+    with actor.without_adapters():
+        assert torch.equal(actor.logprobs(groups)[0], base)
+    now = {n.replace(".base_layer", ""): p for n, p in actor.model.named_parameters()}
+    assert all(torch.equal(now[n], p) for n, p in before.items())
+
+
+def test_weights_have_lora_merged_and_equal_a_plain_model(actor, tiny):
+    with_lora(actor)
+    weights = dict(actor.weights(torch.float32))
+    layer = actor.model.model.language_model.layers[1].mlp.down_proj
+    a, b = (getattr(layer, f"lora_{x}")["default"].weight for x in "AB")
+    close(weights["model.language_model.layers.1.mlp.down_proj.weight"], layer.base_layer.weight + 8 / 4 * b @ a)
+    plain = model.Actor.from_pretrained(str(tiny[False]))
+    plain.model.load_state_dict(weights)
+    groups = random_groups(actor)
+    close(plain.logprobs(groups)[0], actor.logprobs(groups)[0], atol=1e-5)
+
+
+def test_lora_refuses_targets_that_the_language_model_does_not_have(actor):
+    with pytest.raises(ValueError, match=r"--lora_targets qkv,fc1 names no linear layer.*down_proj, gate_proj, k_proj"):
+        actor.add_lora(4, 8.0, targets="qkv,fc1")
+
+
+def test_dropout_of_the_adapters_acts_while_learning_only(actor):
+    with_lora(actor)
+    for layer in (m for n, m in actor.model.named_modules() if n.endswith("lora_dropout.default")):
+        layer.__class__, layer.p, layer.inplace = torch.nn.Dropout, 0.5, False
+    groups = random_groups(actor)
+    with torch.no_grad():
+        assert torch.equal(actor.logprobs(groups)[0], actor.logprobs(groups)[0])
+    assert not torch.equal(actor.logprobs(groups)[0], actor.logprobs(groups)[0])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_estimate_of_activations_is_what_a_forward_of_other_groups_keeps(actor, checkpointing):
+    actor.checkpoint_activations(checkpointing)
+    per_token = actor.activation_bytes(prompts_with(actor, 1, 0), 4, 20)
+    saved, groups = model.SavedTensors(), random_groups(actor, (1, 0, 1), ((30,) * 4,) * 3)
+    tokens = sum(len(p.ids) + sum(map(len, rs)) for p, rs in groups)
+    for _ in range(2):  # the most of any pass, not their sum
+        with saved:
+            actor.logprobs(groups)
+    assert saved.bytes == pytest.approx(per_token * tokens, rel=0.25)
+    layers = 4 * tokens * 128 * 4  # bytes of the decoder layers' inputs
+    assert saved.bytes < 4 * layers if checkpointing else saved.bytes > 12 * layers
 
 
 def test_a_response_does_not_see_the_others_of_its_pack(actor):
@@ -1656,6 +1723,10 @@ def test_vllm_follows_the_trainer_through_every_kind_of_update(tiny, processes, 
             assert largest_gap(actor, engine, prompts) < 1e-4, part
         assert stats["gigabytes"] == pytest.approx(4e-9 * sum(v.numel() for v in actor.model.state_dict().values()))
         assert stats["gigabytes_per_second"] > 0
+        with_lora(actor)
+        assert largest_gap(actor, engine, prompts) > 1e-2
+        engine.sync(actor)
+        assert largest_gap(actor, engine, prompts) < 1e-4
 
 
 @needs_vllm
@@ -1938,20 +2009,27 @@ def test_a_sampler_that_is_not_the_policy_stops_the_run(tiny, processes):
         train.check_gap(math.nan, 0.1, 0)
 
 
-def test_two_processes_that_share_prompts_equal_one_that_pads(tiny, processes, tmp_path):
-    torchrun("save_one_update", str(tiny[False]), str(tmp_path / "two.pt"))
-    totals, weights, _ = one_update(tiny[False], packing="padded")
+@pytest.mark.parametrize("prepare", ["nothing", "with_lora"])
+def test_two_processes_that_share_prompts_equal_one_that_pads(tiny, processes, tmp_path, prepare):
+    torchrun("save_one_update", str(tiny[False]), str(tmp_path / "two.pt"), prepare)
+    totals, weights, _ = one_update(tiny[False], packing="padded", prepare=globals()[prepare])
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     assert two["loss"] == pytest.approx(totals["loss"], rel=1e-5)
-    before = dict(model.Actor.from_pretrained(str(tiny[False])).model.named_parameters())
-    assert_same_gradients({n: w - before[n] for n, w in two["weights"].items()},
-                          {n: w - before[n] for n, w in weights.items()})  # fmt: skip
+    before = model.Actor.from_pretrained(str(tiny[False]))
+    globals()[prepare](before)
+    before = dict(before.model.named_parameters())
+    moved = {n: w - before[n] for n, w in weights.items() if not torch.equal(w, before[n])}
+    assert_same_gradients({n: w - before[n] for n, w in two["weights"].items() if n in moved}, moved)
 
 
-def save_one_update(folder, out):
+def nothing(actor):
+    pass
+
+
+def save_one_update(folder, out, prepare):
     """Run by torchrun, with 2 ranks."""
     model.start_processes()
-    totals, weights, _ = one_update(folder, max_tokens_per_pack=100)
+    totals, weights, _ = one_update(folder, max_tokens_per_pack=100, prepare=globals()[prepare])
     if torch.distributed.get_rank() == 0:
         torch.save({"loss": totals["loss"], "weights": weights}, out)
     torch.distributed.destroy_process_group()
