@@ -270,30 +270,33 @@ class Prompt:
 
     problem: Problem
     ids: Tensor  # (P,) int64, image tokens expanded
+    short_ids: Tensor  # one token for each image, as vLLM wants it, whose own processor expands them
     images: list[Image.Image]  # RGB, resized
     inputs: dict[str, Tensor]  # all else the processor returned: pixel_values, image_grid_thw, mm_token_type_ids (1, P)
     positions: Tensor | None = None  # (3 or 1, P), filled in by the actor
 
 
 def make_prompt(
-    problem: Problem, processor: Any, min_pixels: int, max_pixels: int, instruction: str = INSTRUCTION
-) -> Prompt:
+    problem: Problem, processor: Any, min_pixels: int, max_pixels: int, instruction: str = INSTRUCTION,
+    later: bool = False,
+) -> Prompt:  # fmt: skip
     """Write the problem as one user turn, images where their placeholders stand, and turn it into ids and pixels.
 
-    The bounds on each image must lie within those that the processor was loaded with. Raises ValueError, naming the
-    row, for an unreadable image, more or fewer placeholders than images, a special token or <video> in the question,
-    and a processor that resizes the images once more.
+    With `later`, as a turn that follows a response in a conversation: only what the chat template puts after the
+    response's end token. The bounds on each image must lie within those that the processor was loaded with. Raises
+    ValueError, naming the row, for an unreadable image, more or fewer placeholders than images, a special token or
+    <video> in the question, a processor that resizes the images once more, and a template that cannot be continued.
     """
-    vision = processor.image_processor
+    vision, tokenizer = processor.image_processor, processor.tokenizer
     try:
-        messages = [{"role": "user", "content": _content(problem, special_tokens(processor.tokenizer), instruction)}]
+        messages = [{"role": "user", "content": _content(problem, special_tokens(tokenizer), instruction)}]
         images = [decode_image(raw) for raw in problem.images]
         if hasattr(vision, "merge_size"):  # others cut an image into tiles of a fixed size, and are bounded in that
             factor = vision.patch_size * vision.merge_size
             images = [resize_image(image, min_pixels, max_pixels, factor) for image in images]
+        text = _later_turn(messages, processor) if later else _render(messages, processor)
     except ValueError as error:
         raise ValueError(f"{problem.where}: {error}") from error
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     # the template writes every special token itself; Gemma's tokenizer would add a second <bos>
     inputs = dict(processor(text=[text], images=images or None, add_special_tokens=False, return_tensors="pt"))
     if "image_grid_thw" in inputs:
@@ -306,7 +309,26 @@ def make_prompt(
                 f"pixels; load it with min_pixels={min_pixels}, max_pixels={max_pixels}"
             )
     del inputs["attention_mask"]  # one prompt, no padding
-    return Prompt(problem, inputs.pop("input_ids")[0], images, inputs)
+    short_ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    return Prompt(problem, inputs.pop("input_ids")[0], short_ids, images, inputs)
+
+
+def _render(messages: list[dict], processor: Any) -> str:
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _later_turn(messages: list[dict], processor: Any) -> str:
+    """What the template puts between the end of a response and the next one."""
+    first, response = [{"role": "user", "content": [{"type": "text", "text": "?"}]}], "!"
+    answer = {"role": "assistant", "content": [{"type": "text", "text": response}]}
+    start = _render(first, processor) + response + processor.tokenizer.eos_token
+    whole = _render([*first, answer, *messages], processor)
+    if not whole.startswith(start):
+        raise ValueError(
+            f"the chat template writes a conversation anew with every turn ({whole[: len(start)]!r} instead of "
+            f"{start!r}), so it cannot go on from its tokens; choose another template for conversations"
+        )
+    return whole[len(start) :]
 
 
 def special_tokens(tokenizer) -> list[str]:

@@ -1,6 +1,7 @@
 """The actor: any Hugging Face vision-language model, scoring the tokens that the policy wrote.
 
     groups [(prompt, [response, ...]), ...] --make_pack--> Pack, one row without padding
+    (a response is ids (R,), or the turns of a conversation: ids, observation, ids, ...; see lay_out)
     Pack --model forward--> hidden states --log-prob head--> logprobs (N,), entropy (N,), in nats
 
 In GRPO the n responses of a group share their prompt and its images. A pack holds each prompt once:
@@ -31,7 +32,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -206,6 +207,31 @@ def is_per_token(name: str) -> bool:
     return name.endswith("token_type_ids")
 
 
+def as_turns(part) -> list:
+    """A conversation is a list of turns: Prompts, which the policy read, and Tensors of ids (R,), which it wrote."""
+    return part if isinstance(part, list) else [part]
+
+
+def turns_of(parts) -> list:
+    """Every turn in nested lists of them, groups for example, in order."""
+    return [t for part in parts for t in turns_of(part)] if isinstance(parts, (list, tuple)) else [parts]
+
+
+def prompts_of(parts) -> list:
+    """Every Prompt in nested lists of turns, in order: that of their tokens and of their images.
+
+    Each holds the images that arrived with it, so none counts twice, and equal ones keep their own places.
+    """
+    return [turn for turn in turns_of(parts) if not isinstance(turn, Tensor)]
+
+
+def join_token_types(parts) -> dict[str, Tensor]:
+    """The processor's per-token inputs (T,) of nested lists of turns, end to end; 0 for what the policy wrote."""
+    names = dict.fromkeys(name for prompt in prompts_of(parts) for name in prompt.inputs if is_per_token(name))
+    return {name: torch.cat([torch.zeros_like(turn) if isinstance(turn, Tensor) else turn.inputs[name][0]
+                             for turn in turns_of(parts)]) for name in names}  # fmt: skip
+
+
 def join_inputs(prompts: list, axis: int = 0) -> dict[str, Tensor]:
     """Pixels and grids of several prompts, end to end in prompt order; a prompt without images adds nothing.
 
@@ -220,6 +246,42 @@ def join_inputs(prompts: list, axis: int = 0) -> dict[str, Tensor]:
         pads = [[n for size in reversed(sizes) for n in (0, size)] for sizes in missing]  # the last axis first
         joined[name] = torch.cat([F.pad(t, pad) for t, pad in zip(tensors, pads, strict=True)], axis)
     return joined
+
+
+def make_trace(turns: list[tuple]) -> list:
+    """A recorded conversation as one training sequence: [prompt, ids, observation, ids, ...].
+
+    Args:
+        turns: (Prompt that the policy read, ids (R,) that it wrote) of every turn. A later Prompt holds either what
+            is new in it or, as agents send it, the whole conversation so far with all its images again.
+
+    Raises:
+        ValueError: a turn repeats the conversation with other tokens or pixels, as after encoding its text again.
+    """
+    trace = []
+    for prompt, response in turns:
+        repeats = trace and torch.equal(prompt.ids[: len(trace[0].ids)], trace[0].ids)
+        trace += [_without(prompt, trace) if repeats else prompt, response]
+    return trace
+
+
+def _without(prompt, trace):
+    """What a Prompt adds to the conversation that it begins with; images are matched by their places."""
+    earlier, names = prompts_of(trace), ("ids", "short_ids")
+    old = {name: torch.cat([t if isinstance(t, Tensor) else getattr(t, name) for t in trace]) for name in names}
+    old |= join_inputs(earlier)
+    new = {name: getattr(prompt, name) for name in names} | prompt.inputs
+    for name, value in old.items():
+        if not torch.equal(new[name][: len(value)], value):
+            raise ValueError(
+                f"turn {len(earlier) + 1} begins like the conversation, but its {name} are not those of earlier turns; "
+                "go on from the token ids that were sampled and the images that were shown, never from text"
+            )
+        new[name] = new[name][len(value) :]
+    ids, short_ids = (new.pop(name) for name in names)
+    inputs = {name: x[:, -len(ids) :] if is_per_token(name) else x for name, x in new.items() if len(x)}
+    images = prompt.images[sum(len(p.images) for p in earlier) :]
+    return replace(prompt, ids=ids, short_ids=short_ids, images=images, inputs=inputs, positions=None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,54 +387,72 @@ class Pack:
     keep: Tensor
     targets: Tensor
     layout: Layout
-    prompts: list
-    token_types: dict[str, Tensor]  # (1, T) each
 
 
-def make_pack(groups: list[tuple], positions: list[Tensor], whole_images: bool = False) -> Pack:
+def lay_out(turns: list, positions: Callable, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Write the turns of a conversation into one row.
+
+    Args:
+        turns: Prompts, which the policy read, and Tensors of ids (R,), which it wrote, never empty.
+        positions: Prompt -> (3 or 1, P), from 0. Each turn starts after the largest position of the one before it.
+        start: the first position.
+
+    Returns:
+        ids (T,), positions (3 or 1, T), and (T,) bool: written by the policy, so trained.
+    """
+    ids, places, written = [], [], []
+    for turn in turns:
+        is_written = isinstance(turn, Tensor)
+        if is_written and len(turn) == 0:
+            raise ValueError("an empty response has no token to score; drop it before packing")
+        ids.append(turn if is_written else turn.ids)
+        places.append(start + (torch.arange(len(turn))[None] if is_written else positions(turn)))
+        written.append(torch.full((len(ids[-1]),), is_written))
+        start = places[-1].max() + 1
+    return torch.cat(ids), join_positions(places), torch.cat(written)
+
+
+def join_positions(places: list[Tensor]) -> Tensor:
+    """(3 or 1, T) positions of pieces end to end; a piece of text has one row where one with images has 3."""
+    rows = max(map(len, places))
+    return torch.cat([place.expand(rows, -1) for place in places], 1)
+
+
+def make_pack(groups: list[tuple], positions: Callable, whole_images: bool = False) -> Pack:
     """Lay groups end to end: `[prompt_a | a_resp1 | a_resp2 | ... | prompt_b | ...]`.
 
     Args:
-        groups: (prompt, [response ids (R,), ...]) pairs; a prompt may have no response, a response is never empty.
-        positions: one (3 or 1, P) per prompt.
+        groups: (prompt, [response, ...]) pairs; a prompt may have no response. A response is one segment with all its
+            turns, those of the environment included, which nothing is trained on.
+        positions: Prompt -> (3 or 1, P).
         whole_images: let the tokens of an image see all of it.
 
     Returns:
-        A Pack whose N targets are the responses' tokens, end to end in the order given.
+        A Pack whose N targets are the tokens that the policy wrote, end to end in the order given.
     """
-    segments, ids, position_ids, keep, t = [], [], [], [], 0
-    for (prompt, responses), prompt_positions in zip(groups, positions, strict=True):
-        start, end = t, t + len(prompt.ids)
-        after = prompt_positions.max() + 1
-        for i, segment in enumerate((prompt.ids, *responses)):
-            length = len(segment)
-            if length == 0:
-                raise ValueError("an empty response has no token to score; drop it before packing")
-            segments.append((t, t + length, start, end) if i else (t, t + length, start, start))
-            position_ids.append(
-                (after + torch.arange(length)).expand(len(prompt_positions), -1) if i else prompt_positions
-            )
-            if i:
-                keep += [end - 1, *range(t, t + length - 1)]
-            ids.append(segment)
-            t += length
-    position_ids = torch.cat(position_ids, 1)
-    token_types = {
-        name: torch.cat([F.pad(p.inputs[name], (0, sum(map(len, responses)))) for p, responses in groups], 1)
-        for name in groups[0][0].inputs if is_per_token(name)
-    }  # fmt: skip
-    images = None
+    segments, ids, places, keep, targets, t = [], [], [], [], [], 0
+    for prompt, responses in groups:
+        start, end, after = t, t + len(prompt.ids), positions(prompt).max() + 1
+        for i, part in enumerate((prompt, *responses)):
+            row, place, written = lay_out(as_turns(part), positions, after if i else 0)
+            predictor = torch.arange(t - 1, t - 1 + len(row))
+            predictor[0] = end - 1
+            keep.append(predictor[written])
+            targets.append(row[written])
+            segments.append((t, t + len(row), start, end if i else start))
+            ids.append(row)
+            places.append(place)
+            t += len(row)
+    places, images = join_positions(places), None
     if whole_images:
-        inside = token_types["token_type_ids"][0] == 1
+        inside = join_token_types(groups)["token_type_ids"] == 1
         images = torch.where(inside, (inside & ~F.pad(inside, (1, -1))).cumsum(0), -1)
     return Pack(
         input_ids=torch.cat(ids)[None],
-        position_ids=position_ids[:, None] if len(position_ids) > 1 else position_ids,
-        keep=torch.tensor(keep, dtype=torch.long),
-        targets=torch.cat([r for _, responses in groups for r in responses] or [ids[0][:0]]),
+        position_ids=places[:, None] if len(places) > 1 else places,
+        keep=torch.cat(keep),
+        targets=torch.cat(targets),
         layout=Layout(segments, images),
-        prompts=[prompt for prompt, _ in groups],
-        token_types=token_types,
     )
 
 
@@ -772,11 +852,11 @@ class Actor:
         inputs = extract_multi_modal_inputs(self.model, join_inputs(prompts, self.family.image_axis))
         return {name: value.to(self.device) for name, value in inputs.items()}
 
-    def token_types(self, prompts: list, more: int = 0) -> dict[str, Tensor]:
-        """The processor's per-token inputs, (B, longest prompt + more), 0 on the left and for what follows."""
-        rows = extract_multi_modal_inputs(self.model, prompts[0].inputs)
-        return {name: left_pad([F.pad(p.inputs[name][0], (0, more)) for p in prompts], 0).to(self.device)
-                for name in rows if is_per_token(name)}  # fmt: skip
+    def token_types(self, rows: list) -> dict[str, Tensor]:
+        """The processor's per-token inputs of rows of turns, padded left with 0, as far as the forward takes them."""
+        types = [join_token_types(row) for row in rows]
+        return {name: left_pad([row[name] for row in types], 0).to(self.device)
+                for name in extract_multi_modal_inputs(self.model, types[0])}  # fmt: skip
 
     @torch.no_grad()
     def image_features(self, prompts: list) -> dict | None:
@@ -796,34 +876,33 @@ class Actor:
         """Score responses under the model, at `temperature` and without the banned tokens.
 
         Args:
-            groups: (prompt, [response ids (R,), ...]) pairs.
-            features: image_features of the groups' prompts, if they are at hand; else the tower runs on the pixels.
+            groups: (prompt, [response, ...]) pairs; a response is ids (R,), or the turns of a conversation (lay_out).
+            features: image_features of the groups, if they are at hand; else the tower runs on the pixels.
             entropy: compute entropies too; without, they are 0.
 
         Returns:
-            logprobs (N,) with gradient and entropy (N,) without, both float32 nats, over the responses' tokens end
-            to end in the order given.
+            logprobs (N,) with gradient and entropy (N,) without, both float32 nats, over the tokens that the
+            policy wrote, end to end in the order given.
         """
         self.model.train(torch.is_grad_enabled())  # layers drop out and checkpoint while they are trained only
         if self.packing == "padded":
             return self._padded_logprobs(groups)
         if self.packing == "packed":  # every response brings its own copy of the prompt
             groups = [(prompt, [response]) for prompt, responses in groups for response in responses]
-        if self.anchor and not any(prompt.images for prompt, _ in groups):
+        if self.anchor and not any(prompt.images for prompt in prompts_of(groups)):
             groups = [*groups, (self.anchor, [])]
-        positions, device = [self.positions(prompt) for prompt, _ in groups], self.device
-        pack = make_pack(groups, positions, self.family.whole_images)
+        pack, device = make_pack(groups, self.positions, self.family.whole_images), self.device
         if features is not None:
             vision = {"mm_encoder_outputs": features}
         else:
-            vision = self.multi_modal_inputs(pack.prompts)
-        types = {k: v.to(device) for k, v in extract_multi_modal_inputs(self.model, pack.token_types).items()}
+            vision = self.multi_modal_inputs(prompts_of(groups))
+        vision |= self.token_types([groups])
         head = self.model.get_output_embeddings()
         head.request = (pack.targets.to(device), self._banned(device), self.temperature, self.chunk, entropy)
         try:
             out = self.model(
                 input_ids=pack.input_ids.to(device), position_ids=pack.position_ids.to(device),
-                logits_to_keep=pack.keep.to(device), layout=pack.layout, use_cache=False, **vision, **types,
+                logits_to_keep=pack.keep.to(device), layout=pack.layout, use_cache=False, **vision,
             ).logits  # (1, N, 2)  # fmt: skip
         finally:
             head.request = None
@@ -865,32 +944,23 @@ class Actor:
         return gap
 
     def _padded_logprobs(self, groups):
-        """The plain way, as a reference: one row per response, prompts padded left and responses right."""
-        rows = [(prompt, response) for prompt, responses in groups for response in responses]
-        written = sum(len(response) for _, response in rows)
-        if self.anchor and not any(prompt.images for prompt, _ in rows):
-            rows = [*rows, (self.anchor, rows[0][1])]
-        width, device = max(len(r) for _, r in rows), self.device
-        tokens = [torch.cat([prompt.ids, response, response.new_full((width - len(response),), self.pad_id)])
-                  for prompt, response in rows]  # fmt: skip
-        real = [len(prompt.ids) + len(response) for prompt, response in rows]
-        ids = left_pad(tokens, self.pad_id)
-        mask = left_pad([torch.arange(len(t)) < n for t, n in zip(tokens, real, strict=True)], 0)
-        positions = left_pad(
-            [torch.cat([p := self.positions(prompt), (p.max() + 1 + torch.arange(width)).expand(len(p), -1)], 1)
-             for prompt, _ in rows], 0,
-        )  # fmt: skip
+        """The plain way, as a reference: one row per response with all it follows, padded left."""
+        rows = [[prompt, *as_turns(response)] for prompt, responses in groups for response in responses]
+        if self.anchor and not any(prompt.images for prompt in prompts_of(groups)):
+            rows = [*rows, [self.anchor]]
+        ids, places, written = zip(*(lay_out(row, self.positions) for row in rows), strict=True)
+        width = max(len(tokens) - len(row[0].ids) for tokens, row in zip(ids, rows, strict=True))
+        mask = left_pad([torch.ones_like(tokens) for tokens in ids], 0)
+        ids, positions, written = left_pad(ids, self.pad_id), left_pad(places, 0), left_pad(written, False)[:, -width:]
         logits = self.model(
-            input_ids=ids.to(device), attention_mask=mask.long().to(device), use_cache=False,
-            position_ids=(positions.transpose(0, 1) if positions.shape[1] > 1 else positions[:, 0]).to(device),
-            logits_to_keep=width + 1, **self.multi_modal_inputs([prompt for prompt, _ in rows]),
-            **self.token_types([prompt for prompt, _ in rows], width),
+            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False,
+            position_ids=(positions.transpose(0, 1) if positions.shape[1] > 1 else positions[:, 0]).to(self.device),
+            logits_to_keep=width + 1, **self.multi_modal_inputs(prompts_of(rows)), **self.token_types(rows),
         ).logits[:, :-1].float() / self.temperature  # (rows, R, V)  # fmt: skip
-        logps = logits.index_fill(-1, self._banned(device), -torch.inf).log_softmax(-1)
-        real = mask[:, -width:].to(device)
+        logps = logits.index_fill(-1, self._banned(self.device), -torch.inf).log_softmax(-1)
         entropy = -(logps.exp() * logps.masked_fill(logps == -torch.inf, 0)).sum(-1)
-        logprobs = logps.gather(-1, ids[:, -width:, None].to(device))[..., 0]
-        return logprobs[real][:written], entropy[real][:written].detach()
+        logprobs = logps.gather(-1, ids[:, -width:, None].to(self.device))[..., 0]
+        return logprobs[written.to(self.device)], entropy[written.to(self.device)].detach()
 
     def _banned(self, device):
         return torch.tensor(self.banned_ids, dtype=torch.long, device=device)

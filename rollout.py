@@ -133,7 +133,7 @@ class HFEngine:
         cache = actor.model(
             input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[..., :-1], use_cache=True,
             logits_to_keep=1, **actor.multi_modal_inputs(prompts),
-            **{name: types[:, :-1] for name, types in actor.token_types(prompts).items()},
+            **{name: types[:, :-1] for name, types in actor.token_types([[p] for p in prompts]).items()},
         ).past_key_values  # fmt: skip
         cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(n))
         distribution = TrainedDistribution(actor.temperature, actor.banned_ids)
