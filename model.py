@@ -71,6 +71,7 @@ _torchvision_library = mend_cpu_imports()  # before transformers, which imports 
 import data  # noqa: E402
 
 import torch.distributed as dist  # noqa: E402
+import torch.distributed.checkpoint as dcp  # noqa: E402
 from peft import LoraConfig, inject_adapter_in_model  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -80,7 +81,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.nn.attention.varlen import varlen_attn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor  # noqa: E402
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -571,7 +572,7 @@ class Actor:
         self.image_token_id = getattr(processor, "image_token_id", None)
         self.pad_id = processor.tokenizer.pad_token_id or 0
         self.eos_ids = end_token_ids(unwrap(model), processor.tokenizer)
-        self.anchor, self.image_bounds = None, {}
+        self.anchor, self.image_bounds, self.checking = None, {}, False
         model.get_output_embeddings().__class__ = LogprobHead
         self.use_packing(packing)
 
@@ -789,7 +790,10 @@ class Actor:
                      for name, tensor in weights if ".lora_" in name}  # fmt: skip
         if first and merge:
             self.model.save_pretrained(folder, state_dict=state)
-            self.processor.save_pretrained(folder)
+            self.processor.save_pretrained(folder)  # with the chat template
+            config = json.loads((folder / "config.json").read_text())
+            config["dtype"] = str(self.dtype).removeprefix("torch.")  # not that of the float32 weights that are trained
+            (folder / "config.json").write_text(json.dumps(config, indent=2))
         elif first:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(state, folder / "adapter_model.safetensors")
@@ -885,6 +889,9 @@ class Actor:
             policy wrote, end to end in the order given.
         """
         self.model.train(torch.is_grad_enabled())  # layers drop out and checkpoint while they are trained only
+        for module in self.model.modules() if self.checking else ():
+            if isinstance(module, nn.Dropout):
+                module.eval()
         if self.packing == "padded":
             return self._padded_logprobs(groups)
         if self.packing == "packed":  # every response brings its own copy of the prompt
@@ -923,7 +930,7 @@ class Actor:
         groups = self._random_groups(prompts, (5, 8))
         weight = next(p for name, p in self.model.named_parameters()  # a fresh adapter's B is 0, and so A's gradient
                       if p.requires_grad and self.part(name) == "language" and "lora_A" not in name)  # fmt: skip
-        packing, results = self.packing, []
+        packing, results, self.checking = self.packing, [], True
         self.model.zero_grad()
         # the padded forward in one batch and in several tells how much the rounding of this dtype alone does
         for layout, batches in (("padded", [groups]), ("padded", [[g] for g in groups]), (packing, [groups])):
@@ -932,6 +939,7 @@ class Actor:
             logprobs.mean().backward()
             results.append((logprobs.detach(), full(weight.grad).float()))
             self.model.zero_grad()
+        self.checking = False
         expected, rounded, got = results
         noise, gap = ((x[0] - expected[0]).abs().mean().item() for x in (rounded, got))
         slope_noise, slope = (((x[1] - expected[1]).norm() / expected[1].norm()).item() for x in (rounded, got))
@@ -1150,14 +1158,52 @@ def build_warm_tiny(
     return Path(out)
 
 
+def export(checkpoint: str | Path, out: str | Path, merge: bool = True) -> None:
+    """Write a checkpoint of train.py, of any number of ranks, as a Hugging Face directory.
+
+    What was not trained comes from the run's --model. The result loads in transformers and in vLLM.
+
+    Args:
+        checkpoint: RUN/checkpoints/step-N; RUN/run.json holds the settings.
+        merge: with LoRA, False writes the adapter alone.
+
+    Raises:
+        ValueError: no checkpoint of a run there, or it holds no weight of the model.
+    """
+    checkpoint = Path(checkpoint).resolve()
+    record = checkpoint.parents[1] / "run.json"
+    if not record.is_file() or not (checkpoint / "manifest.json").is_file():
+        raise ValueError(f"{checkpoint} is no checkpoint of a run; give RUN/checkpoints/step-N, beside RUN/run.json")
+    s = json.loads(record.read_text())["settings"]
+    actor = Actor.from_pretrained(s["model"], torch.float32, (s["min_pixels"], s["max_pixels"]))
+    actor.dtype = AutoConfig.from_pretrained(s["model"]).dtype or torch.float32
+    if s["lora_rank"]:
+        actor.add_lora(s["lora_rank"], s["lora_alpha"], s["lora_dropout"], s["lora_targets"])
+    reader, weights = dcp.HuggingFaceStorageReader(str(checkpoint)), dict(actor.model.named_parameters())
+    state = {name: weights[name].detach() for name in reader.read_metadata().state_dict_metadata if name in weights}
+    if not state:
+        raise ValueError(f"{checkpoint} holds no weight of {s['model']}, which run.json names as its --model")
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    actor.save(out, merge)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Build the tiny Qwen2.5-VL and warm it up on generated figures.")
-    parser.add_argument("out", type=Path, help="folder for the Hugging Face model directory")
-    parser.add_argument("--data", required=True, help="figures, as `python data.py FOLDER` draws them")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other weights and labels")
-    parser.add_argument("--updates", type=int, default=150, help="optimizer steps of the warm-up")
+    parser = argparse.ArgumentParser(description="Build the tiny model, or export a checkpoint.")
+    jobs = parser.add_subparsers(required=True, dest="job")
+    tiny = jobs.add_parser("tiny", help="a Qwen2.5-VL of 1M parameters, warmed up on generated figures")
+    tiny.add_argument("out", type=Path, help="folder for the Hugging Face model directory")
+    tiny.add_argument("--data", required=True, help="figures, as `python data.py FOLDER` draws them")
+    tiny.add_argument("--seed", type=int, default=0, help="another seed draws other weights and labels")
+    tiny.add_argument("--updates", type=int, default=150, help="optimizer steps of the warm-up")
+    exporter = jobs.add_parser("export", help="a checkpoint as a directory for transformers and vLLM")
+    exporter.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step-N")
+    exporter.add_argument("out", type=Path, help="folder for the Hugging Face model directory")
+    exporter.add_argument("--keep_adapter", action="store_true", help="write a LoRA adapter by itself, not merged")
     args = parser.parse_args()
-    build_warm_tiny(args.out, data.load_problems(args.data), TINY_INSTRUCTION, args.seed, updates=args.updates)
+    if args.job == "export":
+        export(args.checkpoint, args.out, merge=not args.keep_adapter)
+    else:
+        build_warm_tiny(args.out, data.load_problems(args.data), TINY_INSTRUCTION, args.seed, updates=args.updates)
 
 
 if __name__ == "__main__":
