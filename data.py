@@ -38,6 +38,9 @@ INSTRUCTION = "Reason step by step inside <think> </think>, then give only the f
 PLACEHOLDER = "<image>"
 COLUMNS = ("image", "problem", "answer", "type")  # our names for a data set's
 MAX_ASPECT = 200  # Qwen's processor refuses a longer side of more than 200 times the shorter one
+# what a data set from elsewhere may bring; a real one stays far below
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow reads more, and some with the help of other programs
+MAX_IMAGE_PIXELS, MAX_FILE_BYTES, MAX_CHARACTERS = 50_000_000, 100_000_000, 100_000
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,18 +69,23 @@ class Problems(Sequence):
         return len(self.rows)
 
     def __getitem__(self, index):
-        """One row, or a slice. Raises ValueError, naming the row, if an image is not where it says."""
+        """One row, or a slice. ValueError, naming the row: an image not where it says, text that cannot be meant."""
         if isinstance(index, slice):
             return Problems(self.rows[index])
         file, table, row = self.rows[index]
-        where, cells = f"{file.name} row {row}", table.slice(row, 1).to_pylist()[0]
-        # a cell holds one value, a list of them, or nothing
-        cells = [cell if isinstance(cell, list) else [] if cell is None else [cell] for cell in map(cells.get, COLUMNS)]
+        where = f"{file.name} row {row}"
         try:
+            cells = map(table.slice(row, 1).to_pylist()[0].get, COLUMNS)
+            # a cell holds one value, a list of them, or nothing
+            cells = [cell if isinstance(cell, list) else [] if cell is None else [cell] for cell in cells]
             images = tuple(image_bytes(value, file.parent) for value in cells[0])
+            question, answer, kind = (",".join(map(str, texts)) for texts in cells[1:])
+            if len(question) + len(answer) > MAX_CHARACTERS:
+                raise ValueError(f"{len(question) + len(answer)} characters, {MAX_CHARACTERS} is the most; shorten it")
+            if len(kind) > 80 or not kind.isprintable():
+                raise ValueError(f"the type {kind[:80]!r} names a metric; make it printable and at most 80 characters")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        question, answer, kind = (",".join(map(str, texts)) for texts in cells[1:])
         return Problem(where, question, images, answer, kind, source=file.name)
 
     def select(self, indices: Sequence[int]) -> "Problems":
@@ -131,17 +139,18 @@ def _read_table(file: Path, keys: dict[str, str]) -> pa.Table:
     """The columns that a Problem is made of, under our names for them."""
     try:
         schema = pq.read_schema(file)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{file} is not a parquet file ({error}); convert it, or download it again") from error
-    present = {ours: theirs for ours, theirs in keys.items() if theirs in schema.names}
+        present = {ours: theirs for ours, theirs in keys.items() if theirs in schema.names}
+        table = pq.read_table(file, columns=list(present.values()))
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{file} is not a whole parquet file ({error}); convert it, or download it again") from error
     # text-only rows have no image column; where one has the usual name, another image_key is a slip
     needed = ["problem", "answer", *(["image"] if {"image", "images"} & set(schema.names) else [])]
     for ours in needed:
         if ours not in present:
             raise ValueError(f"{file}: no column {keys[ours]!r} among {schema.names}; name it with {ours}_key")
-        if ours != "image" and pa.types.is_nested(kind := schema.field(keys[ours]).type):
+        kind = schema.field(keys[ours]).type
+        if ours != "image" and (pa.types.is_nested(kind) or "binary" in str(kind)):
             raise ValueError(f"{file}: column {keys[ours]!r} is {kind}, but a {ours} is one text; store it as a string")
-    table = pq.read_table(file, columns=list(present.values()))
     return pa.table({ours: table[theirs] for ours, theirs in present.items()})
 
 
@@ -168,18 +177,23 @@ def image_bytes(value: Any, folder: Path) -> bytes:
             file = (folder / value).resolve()
             if not file.is_relative_to(folder.resolve()):
                 raise ValueError("the path leads out of the parquet file's folder; move the image into it")
+            if not file.is_file() or file.stat().st_size > MAX_FILE_BYTES:  # to open a pipe would wait for ever
+                raise ValueError(f"there is no plain file of at most {MAX_FILE_BYTES} bytes; put one there")
             return file.read_bytes()
         return base64.b64decode("".join(value.split()), validate=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links that lead to each other
         raise ValueError(f"image {value[:80]!r} is not a file's path, base64 or a base64 data URL: {error}") from error
 
 
 def decode_image(raw: bytes) -> Image.Image:
     """Bytes -> RGB picture: upright (EXIF), white where transparent, 16-bit grey scaled to 8. ValueError if broken."""
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(raw)))
+        image = Image.open(io.BytesIO(raw), formats=FORMATS)
+        if math.prod(image.size) > MAX_IMAGE_PIXELS:  # known from the header; a few bytes can unfold to any size
+            raise ValueError(f"{image.width} x {image.height} pixels, {MAX_IMAGE_PIXELS} is the most")
+        image = ImageOps.exif_transpose(image)
         image.load()  # the whole of it, so that a truncated file shows here
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{len(raw)} bytes are not a readable image ({error}); repair or remove the row") from error
     if image.mode == "F":
         raise ValueError("the image holds floats, and which one is white is unknown; store it with 8 or 16 bits")
@@ -376,14 +390,14 @@ def usable_problems(
     """Make every prompt once before training, so that no row can stop a run on its second day.
 
     Prompts over max_prompt_tokens are left out and counted, never truncated. Raises ValueError for broken rows (see
-    make_prompt; an empty answer too), unless skip_bad_rows leaves them out and reports them, and if no row is left.
+    make_prompt; empty ones too), unless skip_bad_rows leaves them out and reports them, and if no row is left.
     """
     lengths, bad = {}, []
     for index in tqdm(range(len(problems)), "checking problems", disable=None):
         try:
             problem = problems[index]
-            if not problem.answer.strip():
-                raise ValueError(f"{problem.where}: the answer is empty, so no response can be right; fill it in")
+            if not problem.answer.strip() or not problem.question.strip():
+                raise ValueError(f"{problem.where}: the answer or the question is empty; fill it in or remove the row")
             lengths[index] = len(make_prompt(problem, processor, min_pixels, max_pixels, instruction).ids)
         except ValueError as error:
             bad.append(str(error))

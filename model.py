@@ -22,6 +22,7 @@ Papers  M-RoPE arXiv:2409.12191; FlashAttention's variable-length form arXiv:230
 import argparse
 import collections
 import contextlib
+import datetime
 import importlib.util
 import inspect
 import io
@@ -528,15 +529,21 @@ class LogprobHead(nn.Linear):
 # Processes
 
 
-def start_processes() -> torch.device:
-    """Join the other ranks of torchrun; without torchrun, be the only one. Returns this rank's device."""
-    alone = {} if "WORLD_SIZE" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+def start_processes(timeout: float = 30.0) -> torch.device:
+    """Join the other ranks of torchrun; without torchrun, be the only one. Returns this rank's device.
+
+    Args:
+        timeout: minutes after which a rank that waits for another gives up, and the run ends.
+    """
+    options = dict(timeout=datetime.timedelta(minutes=timeout))
+    if "WORLD_SIZE" not in os.environ:
+        options |= dict(store=dist.HashStore(), rank=0, world_size=1)
     if not torch.cuda.is_available():
-        dist.init_process_group("gloo", **alone)
+        dist.init_process_group("gloo", **options)
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **alone)
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
     return device
 
 

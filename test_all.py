@@ -18,13 +18,17 @@ import itertools
 import json
 import math
 import os
+import pkgutil
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -44,6 +48,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 import torch
 import transformers as hf
 from PIL import Image
@@ -2289,6 +2294,196 @@ def test_pass_at_k_and_standard_error_by_hand():
     assert got["accuracy_se"] == pytest.approx(0.375)  # std of (1/4, 1) with n - 1 is 0.5303, over sqrt(2)
     assert got["pass@2"] == pytest.approx(1 - (3 * 2 / (4 * 3) + 0) / 2)  # C(3,2)/C(4,2) = 1/2
     assert got["pass@4"] == 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs that survive
+
+
+def strike(faults):
+    """Send this process a signal when a function is entered or left for the nth time: "9 call train.update 3; ..."."""
+    for fault in faults.split(";"):
+        number, event, name, count = fault.split()
+        owner, _, function = name.rpartition(".")
+        owner = pkgutil.resolve_name(owner)
+        setattr(owner, function, struck(getattr(owner, function), int(number), event, int(count)))
+
+
+def struck(function, number, event, count):
+    calls = itertools.count(1)
+
+    def wrapper(*args, **kwargs):
+        due = next(calls) == count
+        if due and event == "call":
+            os.kill(os.getpid(), number)
+        result = function(*args, **kwargs)
+        if due and event == "return":
+            os.kill(os.getpid(), number)
+        return result
+
+    return wrapper
+
+
+def faulty_run(job):
+    """train.py with a reward that is never flat, and with a fault. Run by the nursery and by torchrun."""
+    job = json.loads(job)
+    reward.REWARDS["varied"] = lambda response, problem: random.random()  # from a global random state
+    if job["watch"]:
+        watch(Path(job["watch"]))
+    if job["fault"].isdigit():  # no file can become longer, as if the disk were full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(job["fault"]), resource.RLIM_INFINITY))
+    elif job["fault"] and os.environ.get("RANK", "0") == job["rank"]:
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            strike(job["fault"])
+    train.main(job["argv"])
+
+
+def watch(file):
+    """Write megabytes in use, open files, threads and children of this process at every checkpoint."""
+    def look(response, problem):
+        if random.random() < 0.01:
+            with file.open("a") as out:
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+                seen = (pages * 4096 / 2**20, len(os.listdir("/proc/self/fd")), threading.active_count(), len(children))
+                print(*seen, file=out)
+        return random.random()
+
+    reward.REWARDS["varied"] = look
+
+
+def nursery():
+    """Import everything once; then, for every job on stdin, fork a child that runs it, and print how it ended."""
+    import matplotlib.backends.backend_agg  # noqa: F401  what a run would import later
+
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                log = os.open(json.loads(line)["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(log, 1)
+                os.dup2(log, 2)
+                faulty_run(line)
+                code = 0
+            except SystemExit as stop:
+                code = stop.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+STEPS = ("--preset", "tiny", "--engine", "hf", "--prompts_per_step", "2", "--minibatch_prompts", "1", "--steps", "6",
+         "--responses_per_prompt", "2", "--max_response_tokens", "4", "--eval_every", "3", "--eval_rows", "2",
+         "--kl_coefficient", "0", "--rewards", "accuracy=0.5,varied=1", "--save_every", "2")  # fmt: skip
+
+
+def job(folder, *flags, fault="", rank="0", watch=""):
+    argv = [*STEPS, "--out", str(folder), "--resume", "auto", *flags]
+    return json.dumps(dict(argv=argv, fault=fault, rank=rank, watch=str(watch), log=str(folder / "log.txt")))
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """A function that runs train.py in a folder, on one process, and returns its exit code and what it printed."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    server = subprocess.Popen([sys.executable, __file__, "nursery"], env=env, text=True, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)  # fmt: skip
+
+    def run(folder, *flags, **options):
+        print(job(folder, *flags, **options), file=server.stdin, flush=True)
+        return int(server.stdout.readline()), (folder / "log.txt").read_text()
+
+    yield run
+    server.stdin.close()
+    server.wait()
+
+
+@pytest.fixture(scope="session")
+def seedling(tmp_path_factory):
+    """Figures and a random model of one layer: a run on them takes 3 seconds."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("seedling")
+    data.make_figures(folder / "figures", train=20, test=5)
+    model.build_tiny(folder / "tiny-model", ["How many sides? <think>I look.</think>\\boxed{4}<|im_end|>"] * 2)
+    config = Qwen2_5_VLConfig.from_pretrained(folder / "tiny-model")
+    config.text_config.num_hidden_layers, config.text_config.layer_types = 1, ["full_attention"]
+    config.vision_config.depth, config.vision_config.fullatt_block_indexes = 1, [0]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder / "tiny-model")
+    return folder
+
+
+def outcome(folder):
+    """What two equal runs have in common: all metrics but the times, the exported weights, the last checkpoint."""
+    assert not list((folder / "tiny" / "checkpoints").glob("*.partial"))
+    times = ("seconds/", "sync/")
+    rows = [{k: v for k, v in row.items() if not k.startswith(times)} for row in metrics(folder / "tiny")]
+    shards = sorted((folder / "tiny" / "checkpoints" / "step-000006").glob("*.safetensors"))
+    state = [{k: v.numpy().tobytes() for k, v in safetensors.torch.load_file(shard).items()} for shard in shards]
+    return rows, (folder / "tiny" / "model" / "model.safetensors").read_bytes(), state
+
+
+def assert_same(got, expected):
+    assert got[0] == expected[0]
+    assert [part for part, a, b in zip(("rows", "weights", "state"), got, expected, strict=True) if a != b] == []
+
+
+@pytest.fixture(scope="session")
+def unbroken(launch, seedling, tmp_path_factory):
+    """The outcome of a run that nothing happened to."""
+    folder = copy_start(seedling, tmp_path_factory.mktemp("unbroken"))
+    code, log = launch(folder)
+    assert code == 0, log
+    rows, weights, state = outcome(folder)
+    assert weights != (folder / "tiny-model" / "model.safetensors").read_bytes()
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 3, 4, 5, 6, 6, 6]
+    assert all(row["train/learnt_tokens"] for row in rows if "train/reward" in row)
+    return rows, weights, state
+
+
+KILLS = (  # wherever a run can be; the first ones are met one after another by a run that goes on after each
+    "call train.evaluate 1", "return train.update 3", "call safetensors.torch.save 1",
+    "call train.CheckpointWriter.finish 1", "return train.CheckpointWriter.finish 1", "call train.Log.curves 1",
+    "call train.Log.write 4", "return train.Log.write 2", "call shutil.rmtree 1", "call model.Actor.save 1",
+    "call train.build 1", "return train.build 1", "call train.Log.evaluation 1", "call rollout.HFEngine.generate 3",
+    "return rollout.HFEngine.generate 4", "call train.score 3", "call train.plan_minibatches 3", "call train.freeze 2",
+    "call train.update 6", "return train.update 8", "call train.Log.step 3", "call train.save_checkpoint 2",
+    "return train.save_checkpoint 2", "return safetensors.torch.save 2", "call train.fingerprints 2",
+    "call train.finish_checkpoint 3", "return shutil.rmtree 1", "return train.Log.curves 3",
+    "call train.Log.evaluation 3", "return model.Actor.save 1",
+)  # fmt: skip
+CHAIN = KILLS[:10]
+
+
+def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(launch, seedling, unbroken, tmp_path):
+    copy_start(seedling, tmp_path)
+    for i, kill in enumerate(CHAIN):
+        code, log = launch(tmp_path, "--save_in_background", str(i % 2 == 0), fault=f"9 {kill}")
+        assert code == -9, f"{kill}\n{log}"
+        if "Log.write" in kill:  # a kill in the middle of a line
+            with (tmp_path / "tiny" / "metrics.jsonl").open("a") as file:
+                file.write('{"step": 5, "train/rew')
+    code, log = launch(tmp_path)
+    assert code == 0 and "resumed from" in log, log
+    assert_same(outcome(tmp_path), unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", ["true", "false"])
+@pytest.mark.parametrize("kill", KILLS)
+def test_a_run_killed_anywhere_ends_as_if_nothing_had_happened(launch, seedling, unbroken, tmp_path, kill, background):
+    copy_start(seedling, tmp_path)
+    code, log = launch(tmp_path, "--save_in_background", background, fault=f"9 {kill}")
+    assert code == -9, log
+    code, log = launch(tmp_path)
+    assert code == 0, log
+    assert_same(outcome(tmp_path), unbroken)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

