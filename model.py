@@ -1181,7 +1181,7 @@ def export(checkpoint: str | Path, out: str | Path, merge: bool = True) -> None:
     record = checkpoint.parents[1] / "run.json"
     if not record.is_file() or not (checkpoint / "manifest.json").is_file():
         raise ValueError(f"{checkpoint} is no checkpoint of a run; give RUN/checkpoints/step-N, beside RUN/run.json")
-    s = json.loads(record.read_text())["settings"]
+    s = json.loads(record.read_text())
     actor = Actor.from_pretrained(s["model"], torch.float32, (s["min_pixels"], s["max_pixels"]))
     actor.dtype = AutoConfig.from_pretrained(s["model"]).dtype or torch.float32
     if s["lora_rank"]:

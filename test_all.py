@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import functools
 import gc
+import importlib.util
 import io
 import itertools
 import json
@@ -52,6 +53,7 @@ import safetensors.torch
 import torch
 import transformers as hf
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 HERE = Path(__file__).parent
@@ -2231,6 +2233,59 @@ def test_a_run_writes_metrics_curves_responses_checkpoint_and_export(start, tmp_
     exported = model.Actor.from_pretrained(str(tmp_path / "tiny" / "model"))
     assert exported.model.config.architectures == ["Qwen2_5_VLForConditionalGeneration"]
     assert (tmp_path / "tiny" / "checkpoints" / "step-000003").is_dir()
+
+
+PLAIN = """
+import sys, model, torch, transformers
+folder, ids = sys.argv[1], torch.tensor([eval(sys.argv[2])])
+network, processor = (getattr(transformers, f"Auto{x}").from_pretrained(folder)
+                      for x in ("ModelForImageTextToText", "Processor"))
+assert processor.chat_template and network.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+print(network(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist())
+"""
+
+
+@pytest.mark.parametrize("flags, ranks", [((), 2), (("--lora_rank", "4", "--learning_rate", "1e-2"), 1)])
+def test_an_exported_checkpoint_scores_as_the_trainer_in_a_fresh_process_and_in_vllm(
+    start, tmp_path, processes, flags, ranks
+):
+    copy_start(start, tmp_path)
+    torchrun(*SHORT, "--out", str(tmp_path), *flags, script=HERE / "train.py", ranks=ranks)
+    out, checkpoint = tmp_path / "exported", tmp_path / "tiny" / "checkpoints" / "step-000003"
+    run_python([str(HERE / "model.py"), "export", str(checkpoint), str(out)])
+    weights = load_file(out / "model.safetensors")
+    assert all(torch.equal(w, weights[n]) for n, w in load_file(tmp_path / "tiny/model/model.safetensors").items())
+
+    trainer = model.Actor.from_pretrained(str(tmp_path / "tiny-model"), packing="padded")
+    base = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    if flags:
+        trainer.add_lora(4, 32.0)
+    state = {}  # every rank's rows of every weight, as they lie in the files
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        for name, rows in load_file(file).items():
+            state[name] = torch.cat([state[name], rows]) if name in state else rows
+    missing, unknown = trainer.model.load_state_dict(state, strict=False)
+    assert not [n for n in unknown if " " not in n] and bool(flags) == any("base_layer" in n for n in missing)
+    ids = torch.tensor(trainer.processor.tokenizer.encode("How many sides?<think>look</think>\\boxed{4}"))
+    logits = trainer.model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=False)
+    expected = logits.logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+    assert any(not torch.equal(w, base[n]) for n, w in weights.items() if n in base)
+    got = run_python(["-c", PLAIN, str(out), str(ids.tolist())], cwd=HERE).splitlines()[-1]
+    close(torch.tensor(json.loads(got)), expected, atol=1e-4)
+
+    if not flags:
+        return
+    run_python([str(HERE / "model.py"), "export", str(checkpoint), str(tmp_path / "apart"), "--keep_adapter"])
+    from peft import PeftModel
+
+    apart = PeftModel.from_pretrained(
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny-model"), tmp_path / "apart")  # fmt: skip
+    logits = apart(input_ids=ids[None]).logits[0, :-1]
+    close(logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0], expected, atol=1e-4)
+    if importlib.util.find_spec("vllm"):
+        exported = model.Actor.from_pretrained(str(out), pixels=(56 * 56, 56 * 56))
+        with contextlib.closing(vllm_engine(exported, out)) as engine:
+            assert largest_gap(exported, engine, prompts_with(exported, 0, 1)) < 1e-4
 
 
 def test_a_run_of_two_ranks_resumes_on_one(start, tmp_path):

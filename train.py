@@ -167,7 +167,7 @@ class Settings:
             raise ValueError(f"--min_pixels {self.min_pixels} is above --max_pixels {self.max_pixels}")
         if self.reference_on_cpu and (self.lora_rank or not self.kl_coefficient):
             why = "LoRA's is the policy without its adapters" if self.lora_rank else "--kl_coefficient 0 needs none"
-            raise ValueError(f"--reference_on_cpu moves the reference's weights, but there are none: {why}; leave it out")
+            raise ValueError(f"--reference_on_cpu moves the reference's weights, and there are none: {why}")
         if self.rollout_tp > 1 and self.engine == "hf":
             raise ValueError(f"--rollout_tp {self.rollout_tp} is vLLM's; leave it out or take --engine vllm")
         if self.name and not re.fullmatch(r"\w[\w.-]*", self.name):
