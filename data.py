@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 INSTRUCTION = "Reason step by step inside <think> </think>, then give only the final answer in \\boxed{}."
 PLACEHOLDER = "<image>"
-COLUMNS = ("image", "problem", "answer", "type")  # our names for a data set's
+COLUMNS = ("image", "problem", "answer", "type", "source")  # our names for a data set's
 MAX_ASPECT = 200  # Qwen's processor refuses a longer side of more than 200 times the shorter one
 # what a data set from elsewhere may bring; a real one stays far below
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow reads more, and some with the help of other programs
@@ -56,7 +56,13 @@ class Problem:
     images: tuple[bytes, ...] = field(repr=False)  # compressed, as stored
     answer: str
     type: str  # kind of question, "" if the column is absent
-    source: str  # file name
+    source: str  # data source, the file name if the column is absent
+    answers: tuple[str, ...] = ()  # the texts of an answer that is a list: all are right, or there is one per image
+
+    @property
+    def gold(self) -> str | tuple[str, ...]:
+        """The answer as the row holds it, a text or the texts of a list."""
+        return self.answers or self.answer
 
 
 class Problems(Sequence):
@@ -75,18 +81,22 @@ class Problems(Sequence):
         file, table, row = self.rows[index]
         where = f"{file.name} row {row}"
         try:
-            cells = map(table.slice(row, 1).to_pylist()[0].get, COLUMNS)
+            values = table.slice(row, 1).to_pylist()[0]
+            listed = isinstance(values["answer"], list)
             # a cell holds one value, a list of them, or nothing
+            cells = [values.get(name) for name in COLUMNS]
             cells = [cell if isinstance(cell, list) else [] if cell is None else [cell] for cell in cells]
             images = tuple(image_bytes(value, file.parent) for value in cells[0])
-            question, answer, kind = (",".join(map(str, texts)) for texts in cells[1:])
+            question, answer, kind, source = (",".join(map(str, texts)) for texts in cells[1:])
             if len(question) + len(answer) > MAX_CHARACTERS:
                 raise ValueError(f"{len(question) + len(answer)} characters, {MAX_CHARACTERS} is the most; shorten it")
-            if len(kind) > 80 or not kind.isprintable():
-                raise ValueError(f"the type {kind[:80]!r} names a metric; make it printable and at most 80 characters")
+            for name in (kind, source):
+                if len(name) > 80 or not name.isprintable():
+                    raise ValueError(f"{name[:80]!r} names a metric; make it printable and at most 80 characters")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        return Problem(where, question, images, answer, kind, source=file.name)
+        answers = tuple("" if text is None else str(text) for text in cells[2]) if listed else ()
+        return Problem(where, question, images, answer, kind, source or file.name, answers)
 
     def select(self, indices: Sequence[int]) -> "Problems":
         """The rows at `indices`, in that order; no bytes are copied."""
@@ -95,16 +105,16 @@ class Problems(Sequence):
 
 def load_problems(
     path: str | Path, split: str = "train", image_key: str = "images", problem_key: str = "problem",
-    answer_key: str = "answer", type_key: str = "type",
+    answer_key: str = "answer", type_key: str = "type", source_key: str = "data_source",
 ) -> Problems:  # fmt: skip
     """Open a data set; its images stay compressed until a prompt is made.
 
     `path` is a parquet file, a folder or a glob of them, or a data set of the hub such as "hiyouga/geometry3k". Of a
     folder or a hub data set the files named after the split are taken ("train-00000-of-00001.parquet"); all, if none is
-    named after any. The keys name the columns; images (one or a list, see image_bytes) and type may be absent. Raises
-    ValueError for no such file or split, a missing column, or no rows.
+    named after any. The keys name the columns; images (one or a list, see image_bytes), type and source may be absent.
+    Raises ValueError for no such file or split, a missing column, or no rows.
     """
-    keys = dict(zip(COLUMNS, (image_key, problem_key, answer_key, type_key), strict=True))
+    keys = dict(zip(COLUMNS, (image_key, problem_key, answer_key, type_key, source_key), strict=True))
     tables = [(file, _read_table(file, keys)) for file in _find_files(str(path), split)]
     if not any(table.num_rows for _, table in tables):
         raise ValueError(f"{path}: no rows; choose another file")
@@ -149,8 +159,10 @@ def _read_table(file: Path, keys: dict[str, str]) -> pa.Table:
         if ours not in present:
             raise ValueError(f"{file}: no column {keys[ours]!r} among {schema.names}; name it with {ours}_key")
         kind = schema.field(keys[ours]).type
-        if ours != "image" and (pa.types.is_nested(kind) or "binary" in str(kind)):
-            raise ValueError(f"{file}: column {keys[ours]!r} is {kind}, but a {ours} is one text; store it as a string")
+        inner = getattr(kind, "value_type", kind) if ours == "answer" else kind
+        if ours != "image" and (pa.types.is_nested(inner) or "binary" in str(inner)):
+            wanted = "text, or a list of texts for an answer" if ours == "answer" else "text"
+            raise ValueError(f"{file}: column {keys[ours]!r} is {kind}, but a {ours} is {wanted}; store it so")
     return pa.table({ours: table[theirs] for ours, theirs in present.items()})
 
 
@@ -396,7 +408,7 @@ def usable_problems(
     for index in tqdm(range(len(problems)), "checking problems", disable=None):
         try:
             problem = problems[index]
-            if not problem.answer.strip() or not problem.question.strip():
+            if not all(text.strip() for text in (problem.question, *(problem.answers or [problem.answer]))):
                 raise ValueError(f"{problem.where}: the answer or the question is empty; fill it in or remove the row")
             lengths[index] = len(make_prompt(problem, processor, min_pixels, max_pixels, instruction).ids)
         except ValueError as error:

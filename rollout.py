@@ -510,20 +510,19 @@ def build_engine(wanted: str, actor: Actor, model: str, **settings) -> tuple[HFE
 # Evaluation
 
 
-def score(rollouts, problems, n: int, tokenizer, weights: dict[str, float], grader) -> dict[str, Tensor]:
+def score(rollouts, problems, n: int, tokenizer, weights: dict, grader) -> dict[str, Tensor]:
     """(P, n) scores of n responses to each of P problems: every named reward, and "reward", their weighted sum.
 
     P may be 0: a rank has no problem where there are more ranks than problems.
     """
     flat = [r for group in rollouts for r in group]
     owners = [problem for problem, group in zip(problems, rollouts, strict=True) for _ in group]
-    scores = reward.compute_rewards(
-        [r.text(tokenizer) for r in flat], owners, weights, grader, truncated=[r.truncated for r in flat]
-    )
+    responses = [reward.Response(r.text(tokenizer), len(r.response), r.truncated) for r in flat]
+    scores = reward.compute_rewards(responses, owners, weights, grader)
     return {name: torch.tensor(values).view(len(problems), n) for name, values in scores.items()}
 
 
-def evaluate(engine, problems, make_prompt, n: int, seed: int, weights: dict[str, float], grader, bar=None):
+def evaluate(engine, problems, make_prompt, n: int, seed: int, weights: dict, grader, bar=None):
     """Answer problems with the whole pipeline: images, template, engine, grader. All ranks call this together.
 
     Args:
@@ -543,8 +542,9 @@ def evaluate(engine, problems, make_prompt, n: int, seed: int, weights: dict[str
         rollouts = engine.generate([make_prompt(p) for p in chosen], n, seed + start, greedy=n == 1)
         scores = score(rollouts, chosen, n, tokenizer, weights, grader)
         mine = [
-            dict(row=i, type=problem.type, question=problem.question, answer=problem.answer, response=r.text(tokenizer),
-                 tokens=len(r.response), truncated=r.truncated, **{k: float(v[p, j]) for k, v in scores.items()})
+            dict(row=i, type=problem.type, source=problem.source, question=problem.question, answer=problem.gold,
+                 response=r.text(tokenizer), tokens=len(r.response), truncated=r.truncated,
+                 **{k: float(v[p, j]) for k, v in scores.items()})
             for p, (i, problem) in enumerate(zip(rows, chosen, strict=True)) for j, r in enumerate(rollouts[p])
         ]  # fmt: skip
         shares = gather_objects(mine)

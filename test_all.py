@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import functools
 import gc
+import http.server
 import importlib.util
 import io
 import itertools
@@ -43,7 +44,7 @@ import model
 import reward
 import rollout
 import train
-from reward import Grader, compute_rewards, format_reward, last_boxed, parse_weights
+from reward import Grader, Judge, Response, compute_rewards, format_reward, last_boxed, parse_weights
 
 import numpy as np
 import pyarrow as pa
@@ -304,14 +305,27 @@ def test_a_row_keeps_its_texts_types_and_place(tmp_path):
     ]
     assert [p.question for p in rows[::-2]] == ["c", "a"] and rows[-1].source == "train-1.parquet"
     assert [p.question for p in rows.select([2, 0])] == ["c", "a"]
+    assert [p.gold for p in rows] == ["1", "2", "3"]
     with pytest.raises(IndexError):
         rows[3]
 
 
 def test_columns_may_have_other_names(tmp_path):
-    file = write(tmp_path, problem=None, answer=None, q=["a<image>"], a=["7"], image=[red()], kind=["k"])
-    row = data.load_problems(file, image_key="image", problem_key="q", answer_key="a", type_key="kind")[0]
-    assert (row.question, row.answer, row.images, row.type) == ("a<image>", "7", (red(),), "k")
+    file = write(tmp_path, problem=None, answer=None, q=["a<image>"], a=["7"], image=[red()], kind=["k"], from_=["s"])
+    names = dict(image_key="image", problem_key="q", answer_key="a", type_key="kind", source_key="from_")
+    row = data.load_problems(file, **names)[0]
+    assert (row.question, row.answer, row.images, row.type, row.source) == ("a<image>", "7", (red(),), "k", "s")
+
+
+def test_an_answer_may_be_a_list_and_a_row_names_its_source(tmp_path, processor):
+    rows = data.load_problems(write(tmp_path, answer=[["4", "four"], ["5"], None], data_source=["vqa", None, "x"]))
+    assert [(p.answer, p.gold, p.source) for p in rows] == [
+        ("4,four", ("4", "four"), "vqa"), ("5", ("5",), "train.parquet"), ("", "", "x")
+    ]  # fmt: skip
+    for cell in ([], [None], ["4", " "]):
+        rows = data.load_problems(write(tmp_path, problem=["?"], answer=pa.array([cell], pa.list_(pa.string()))))
+        with pytest.raises(ValueError, match=r"train\.parquet row 0: the answer or the question is empty"):
+            data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, 999)
 
 
 def test_a_folder_gives_the_files_of_the_split(tmp_path):
@@ -342,8 +356,9 @@ def test_what_cannot_be_loaded_says_what_is_there(tmp_path):
         data.load_problems(write(tmp_path, problem=["a"], answer=None))
     with pytest.raises(ValueError, match=r"'images'.*image_key"):  # not taken for text-only data
         data.load_problems(write(tmp_path, image=[red()]))
-    with pytest.raises(ValueError, match=r"'answer' is list.*one text"):
-        data.load_problems(write(tmp_path, answer=[["4", "5"]]))
+    for column, value in (("problem", ["4"]), ("answer", [["4"]]), ("answer", {"a": "4"})):
+        with pytest.raises(ValueError, match=rf"'{column}' is (list|struct).*but .* {column} is text"):
+            data.load_problems(write(tmp_path, **{column: [value]}))
     with pytest.raises(ValueError, match="no rows"):
         data.load_problems(write(tmp_path, problem=pa.array([], pa.string()), answer=pa.array([], pa.string())))
     (tmp_path / "broken.parquet").write_bytes(b"not parquet at all")
@@ -694,20 +709,24 @@ ANSWERS = [
     (r"\frac { 25 } { 14 }", [r"\dfrac{25}{14}", "25/14", r"\frac{50}{28}", r"1\frac{11}{14}"], ["1.79"]),
     ("0.5", [r"\frac12", "50%", ".5"], []),
     (r"4 \frac { 4 } { 11 }", [r"\frac{48}{11}", "48/11", "4 4/11"], [r"\frac{16}{11}", r"-4\frac{4}{11}"]),
-    ("3 : 4", ["3:4", "6:8"], ["4:3"]),
+    ("3 : 4", ["3:4", "6:8", r"3\colon4"], ["4:3"]),
     ("3:4", [r"\frac{3}{4}", "3 to 4", r"3 \text{ to } 4"], ["3"]),
     (r"\frac { \sqrt 3 } { 4 } : 1", [r"\sqrt{3}:4"], []),
     ("x < 60",
      ["x < 60", "60 > x", r"x \lt 60", "x<60.", r"(-\infty, 60)"],
      ["60", "x > 60", r"x \le 60", "x <= 60", "x = 60", "x < 140"]),
-    ("x <= 60", [r"x \leq 60"], []),
+    ("x <= 60", [r"x \leq 60", r"x\leqslant 60"], ["x < 60"]),
     (r"x \le 60", ["x ≤ 60"], []),
-    ("109", ["109°", r"109^\circ", r"109^{\circ}", "109 degrees", r"109 \text{ degrees}", r"109\degree"], ["108°"]),
+    ("109",
+     ["109°", r"109^\circ", r"109^{\circ}", "109 degrees", r"109 \text{ degrees}", r"109\degree",
+      "109º", "109˚", "109^o", "109 deg."],
+     ["108°"]),
     (r"109^\circ", ["109"], []),
     ("10",
      [r"10 \text{ units}", "10 cm", r"10\,\text{cm}", "10cm", r"10 \text{ cm}^2", "10 cm^2", "10 cm²",
-      r"10\text{ cm}^{2}", "10 m", r"10 \text{ square units}", r"10\ \mathrm{mm}", "10 in.", "10 inches"],
-     []),
+      r"10\text{ cm}^{2}", "10 m", r"10 \text{ square units}", r"10\ \mathrm{mm}", "10 in.", "10 inches",
+      "10 kg", "10 seconds", "10 m/s", "10 dollars", "10 hrs", r"10 \text{ radians}"],
+     ["10 kangaroos", "10 k"]),
     (r"48 \pi", [r"48\pi \text{ cm}^2", r"48\pi", r"48 \pi \text{ units}^2"], ["150.8"]),
     ("3x", [], ["3x+2m"]),
     ("2", [], ["2m"]),
@@ -838,7 +857,7 @@ def test_last_boxed_is_what_the_response_commits_to_outside_the_thinking(respons
     ("", 0.0),
 ])  # fmt: skip
 def test_format_is_thinking_then_exactly_one_box(response, score):
-    assert format_reward(response) == score
+    assert format_reward(None, Response(response), "15") == score
 
 
 # ---- verdicts
@@ -868,28 +887,31 @@ def test_without_rounding_a_decimal_gold_takes_only_its_value():
 
 
 @pytest.mark.skipif(not GEO3K.exists(), reason="needs shared/geo3k")
-def test_every_geo3k_gold_is_itself_and_none_of_its_wrong_choices(grader):
+def test_every_geo3k_gold_is_itself_and_none_of_its_wrong_choices():
     rows = [json.loads(line) for line in (GEO3K / "answers.jsonl").read_text().splitlines()]
     assert len(rows) == 2401
-    # shortcut off: parsed and compared for real, not found equal as strings
-    own = grader.grade([(row["answer"], row["answer"]) for row in rows], shortcut=False)
-    assert [row["answer"] for row, ok in zip(rows, own, strict=True) if not ok] == []
+    own = [(row["answer"], row["answer"]) for row in rows]
     pairs = [(choice, row["answer"]) for row in rows for choice in row["choices"] if choice != row["answer"]]
     assert len(pairs) == 7198  # 2401 * 3, less five choices that repeat the gold
-    assert [pair for pair, ok in zip(pairs, grader.grade(pairs), strict=True) if ok] == []
-    assert grader.timeouts == grader.crashes == 0
+    with Grader() as grader:
+        grader.shortcut = False  # parsed and compared for real, not found equal as strings
+        assert [pair for pair, ok in zip(own, grader.grade(own), strict=True) if not ok] == []
+        assert [pair for pair, ok in zip(pairs, grader.grade(pairs), strict=True) if ok] == []
+        assert grader.timeouts == grader.crashes == 0
 
 
 # ---- nothing a model writes can hang, crash or run
 
 
 def test_hostile_answers_are_wrong_in_seconds_and_change_no_other_verdict(tmp_path):
-    cases = random.Random(0).sample(CASES, 150) + [(hostile(i, str(tmp_path / "x")), "15", False) for i in range(150)]
+    cases = random.Random(0).choices(CASES, k=1000)
+    cases += [(hostile(i, str(tmp_path / "x")), "15", False) for i in range(1000)]
     random.Random(1).shuffle(cases)
     start = time.monotonic()
     with Grader() as fresh:
         got = fresh.grade([case[:2] for case in cases])
-    assert time.monotonic() - start < 20
+        pids = [worker.pid for worker in fresh.pool]
+    assert time.monotonic() - start < 60 and not any(map(running, pids))
     assert got == [case[2] for case in cases]
     assert list(tmp_path.iterdir()) == []  # no answer ran as code
 
@@ -933,15 +955,16 @@ def test_a_worker_that_cannot_start_is_an_error_not_a_wrong_answer(monkeypatch):
         one.grade([(r"\sqrt{4}", "2")])
 
 
-def test_equal_pairs_are_graded_once_and_verdicts_keep_their_order(grader):
-    got = grader.grade([(r"\sqrt{16}", "4"), ("x", "4"), (r"\sqrt{16}", "4"), (None, "4"), (r"\sqrt {16}", "5")] * 100)
-    assert got == [True, False, True, False, False] * 100
-    assert len(grader.seconds) == 2  # sqrt(16) against 4 and against 5
+def test_equal_pairs_are_graded_once_and_verdicts_keep_their_order():
+    pairs = [(r"\sqrt{16}", "4"), ("x", "4"), (r"\sqrt{16}", "4"), (None, "4"), (r"\sqrt {16}", "5")] * 100
+    with Grader() as fresh:
+        assert fresh.grade(pairs) == [True, False, True, False, False] * 100
+        assert len(fresh.seconds) == 2  # sqrt(16) against 4 and against 5
 
 
 def test_long_answers_are_wrong_unread():
-    with Grader(max_chars=5) as short:
-        assert short.grade([("15", "15"), ("  15  ", "15")]) == [True, False]
+    with Grader() as short:
+        assert short.grade([("15" + " " * 298, "15"), ("15" + " " * 299, "15")]) == [True, False]
         assert short.pool == []  # plain numbers start no process
 
 
@@ -985,27 +1008,36 @@ def test_workers_do_not_load_torch(grader):
 # ---- rewards by name
 
 
-def golds_as_problems(*golds):
-    return [SimpleNamespace(answer=gold) for gold in golds]
+def rewards(text, responses, problems, grader=None):
+    """compute_rewards of plain texts (or Responses) to problems, or to the golds of some."""
+    responses = [Response(r) if type(r) is str else r for r in responses]
+    problems = [p if isinstance(p, data.Problem) else problem(answer=p) for p in problems]
+    return compute_rewards(responses, problems, parse_weights(text), grader)
+
+
+def score(name, answer, gold):
+    """What a boxed answer earns by one reward."""
+    asked = problem(answer=gold) if isinstance(gold, str) else dataclasses.replace(problem(), answers=gold)
+    return rewards(f"{name}=1", [rf"\boxed{{{answer}}}"], [asked])["reward"][0]
 
 
 def test_reward_is_the_weighted_sum_of_its_named_parts(grader):
     responses = [r"<think>a</think> \boxed{15}", r"\boxed{15}", r"<think>a</think> \boxed{5}", "15"]
-    got = compute_rewards(responses, golds_as_problems(*["15"] * 4), reward.DEFAULT_WEIGHTS, grader)
+    got = rewards("accuracy=0.9,format=0.1", responses, ["15"] * 4, grader)
     assert got["accuracy"] == [1, 1, 0, 0] and got["format"] == [1, 0, 1, 0]
     assert got["reward"] == pytest.approx([1.0, 0.9, 0.1, 0.0])  # 0.9 accuracy + 0.1 format
 
 
 def test_a_response_cut_at_the_limit_has_no_format(grader):
-    text, weights = r"<think>look</think>\boxed{15}", reward.DEFAULT_WEIGHTS
-    got = compute_rewards([text, text + "}}}"], golds_as_problems("15", "15"), weights, grader, [False, True])
+    text = r"<think>look</think>\boxed{15}"
+    got = rewards("accuracy=0.9,format=0.1", [text, Response(text + "}}}", truncated=True)], ["15", "15"], grader)
     assert got == {"accuracy": [1.0, 1.0], "format": [1.0, 0.0], "reward": [1.0, 0.9]}
 
 
 def test_accuracy_and_format_are_reported_without_a_weight(grader):
-    got = compute_rewards([r"\boxed{15}"], golds_as_problems("15"), {"accuracy": 1.0, "format": 0.0}, grader)
-    assert got == {"accuracy": [1.0], "format": [0.0], "reward": [1.0]}
-    assert compute_rewards([r"\boxed{15}"], golds_as_problems("15"), {}, grader)["accuracy"] == [1.0]
+    for text in ("format=0", "overlong(9,1)=1"):
+        got = rewards(text, [Response(r"\boxed{15}", tokens=3)], ["15"], grader)
+        assert (got["accuracy"], got["format"], got["reward"]) == ([1.0], [0.0], [0.0])
 
 
 def test_cheats_get_no_accuracy(grader):
@@ -1013,54 +1045,346 @@ def test_cheats_get_no_accuracy(grader):
         r"\boxed{15} \boxed{5}", r"<think>\boxed{15}</think> \boxed{}", r"<think>\boxed{15}</think>",
         r"<think>\boxed{15}", r"\boxed{5, 14, 15, 35}", r"\boxed{5 or 15}", r"\boxed{5} or 15", "15",
     ]  # fmt: skip
-    got = compute_rewards(cheats, golds_as_problems(*["15"] * len(cheats)), reward.DEFAULT_WEIGHTS, grader)
-    assert got["accuracy"] == [0.0] * len(cheats)
+    for name in ("accuracy", "exact", "numeric", "choice", "per_image"):
+        gold = "C" if name == "choice" else "15"
+        got = rewards(f"{name}=1", [cheat.replace("15", gold) for cheat in cheats], [gold] * len(cheats), grader)
+        assert got["reward"] == [0.0] * len(cheats), name
 
 
-def test_a_new_reward_is_one_function(grader, monkeypatch):
-    monkeypatch.setattr(reward, "REWARDS", dict(reward.REWARDS))
+@pytest.mark.parametrize("name, gold, right, wrong", [
+    ("exact", "Red car", ["red car", "a red car.", "The  RED CAR!", r"\text{red car}", r"\textbf{Red} car"],
+     ["red", "car red", "red car, blue car", r"\frac{red}{car}", ""]),
+    ("exact", ("gray", "grey"), ["Grey", "gray"], ["green", "gray or grey", "gray, grey"]),
+    ("exact", "3.5", ["3.5", "3.5."], ["35", "3 5", "-3.5"]),
+    ("exact", "-5", ["-5"], ["5", "- 5"]),
+    ("exact", "1,200", ["1200", "$1,200"], ["12000"]),
+    ("exact", "a", ["a", "A"], ["", "the", "an"]),  # the article is all there is
+    ("exact", "a", [], ["b", r"\sqrt{a}"]),
+    ("exact", "2", [], [r"\sqrt{2}", r"\frac{2}{}"]),
+    ("exact", "it's a T-shirt", ["its t shirt"], []),
+    ("choice", "B",
+     ["B", "b", "(B)", "B.", "b)", "B. a red car", "(B) a red car", r"\text{B}", r"\textbf{(B)}", "B: 5"],
+     ["A", "AB", "A, B", "B, A", "B or C", "B. or C.", "A. B. C. D.", "(A) (B)", "a red car", "C. not B", "", "?"]),
+    ("choice", "(C) 12 cm", ["C", "C. 12 cm", "c"], ["12 cm", "B. 12 cm"]),
+    ("choice", ("B", "D"), ["B", "d"], ["B, D", "A"]),
+    ("choice", "red", [], ["red", "r"]),  # no letter to pick
+    # 5% of 40 is 2, and both bounds are in
+    ("numeric", "40", ["40", "38", "42", "41.99", "40 cm", "$40", "40%", "x = 41"],
+     ["37.99", "42.01", "-40", "red", ""]),
+    ("numeric", "-8", ["-8.4"], ["8", "-8.41"]),
+    ("numeric", "0", ["0", "0.0"], ["0.01"]),
+    ("numeric", "40%", ["40", "0.4", "41%"], ["0.4%", "4000%"]),
+    ("numeric", "0.4", ["40%"], ["40"]),
+    ("numeric", "1,000", ["1040"], ["1,100"]),
+    ("numeric", "Yes", ["yes", "Yes."], ["no", "1"]),
+    ("numeric", ("12", "30"), ["12.5", "30"], ["21"]),
+    ("numeric(0.01)", "40", ["40.4"], ["40.5"]),
+    ("numeric(0)", "40", ["40.0"], ["40.1"]),
+])  # fmt: skip
+def test_vqa_rewards_by_hand(name, gold, right, wrong):
+    assert [answer for answer in right if score(name, answer, gold) != 1] == []
+    assert [answer for answer in wrong if score(name, answer, gold) != 0] == []
 
-    @reward.register("brief")
-    def brief(response, problem):
-        return float(len(response) < 20 + len(problem.answer))
 
-    weights = {"accuracy": 1.0, "brief": 0.5}
-    got = compute_rewards([r"\boxed{15}", "x" * 99], golds_as_problems("15", "15"), weights, grader)
-    assert got["brief"] == [1.0, 0.0] and got["reward"] == [1.5, 0.0]
+def test_overlong_is_daposs_equation_13():
+    # limit 20, buffer 8: 0 up to 12 tokens, -1/8 for each token more, -1 from 20 on
+    cut = [Response("x", tokens=n) for n in (1, 12, 13, 16, 20, 25)]
+    assert rewards("exact=0,overlong(20,8)=1", cut, ["x"] * 6)["reward"] == [0, 0, -0.125, -0.5, -1, -1]
+    for text, response in (("overlong(20,8)=1", "x"), ("overlong(20,0)=1", cut[0]), ("overlong(8,20)=1", cut[0])):
+        with pytest.raises(ValueError, match="0 < buffer <= limit, and responses of known length"):
+            rewards("exact=0," + text, [response], ["x"])
 
 
-def test_unknown_rewards_and_bad_weights_are_refused(grader):
-    with pytest.raises(ValueError, match=r"acuracy.*known: accuracy, format"):
-        compute_rewards([], [], {"acuracy": 1.0}, grader)
-    for text in ("acuracy=1", "accuracy", "accuracy=", "accuracy=one", "accuracy=nan", "accuracy=1,accuracy=2", ""):
-        with pytest.raises(ValueError):
+def test_a_caption_earns_by_likeness_and_nothing_by_naming_everything():
+    references = ("A man riding a horse along the beach.", "Someone on a brown horse")
+    near, far, padded = (score("caption", text, references) for text in (
+        "a man rides a horse at the beach", "two cats on a sofa",
+        "man riding horse along beach, dog, cat, house, tree, car, boat, bird, city, road, sky, cloud, grass, sun",
+    ))  # fmt: skip
+    assert score("caption", "someone on a BROWN horse.", references) == 1
+    assert 0 <= far < padded < near < 1 and score("caption", "", references) == 0
+
+
+def test_several_images_earn_a_share_for_each(grader):
+    golds = ("2", r"\frac{1}{2}", "not enough information")
+    asked = dataclasses.replace(problem("<image><image><image>?"), answers=golds)
+    earned = {
+        r"2, 0.5, not enough information": 1, "2; 0.5; red": 2 / 3, "0.5, 2, red": 0, "3, 0.5, red": 1 / 3,
+        "2, 0.5": 0, "2, 0.5, red, not enough information": 0, "": 0, "2": 0,
+    }  # fmt: skip
+    responses = [rf"\boxed{{{answer}}}" for answer in earned] + ["2, 0.5, red"]
+    got = rewards("per_image=1", responses, [asked] * len(responses), grader)
+    assert got["reward"] == pytest.approx([*earned.values(), 0]) and got["accuracy"] == got["reward"]
+    large = dataclasses.replace(problem("<image><image>?"), answers=("4,000", "5"))  # semicolons keep the comma
+    assert rewards("per_image=1", [r"\boxed{4,000; 5}"], [large], grader)["reward"] == [1]
+    assert rewards("per_image=1", [r"\boxed{4,000}"], ["4,000"], grader)["reward"] == [1]
+
+
+def test_any_of_several_golds_is_accurate(grader):
+    asked = dataclasses.replace(problem(), answers=("15", r"2\sqrt{3}"))
+    responses = [r"\boxed{15}", r"\boxed{\sqrt{12}}", r"\boxed{3}", r"\boxed{15, 2\sqrt{3}}"]
+    assert rewards("accuracy=1", responses, [asked] * 4, grader)["accuracy"] == [1, 1, 0, 0]
+
+
+def test_every_source_has_its_own_rewards_and_its_own_accuracy(grader):
+    text = "accuracy=0.9,format=0.1; chartqa: format=0.2,numeric=0.8; vqa:format=0.5,exact=0.5,accuracy=2"
+    sources = ("geo3k", "chartqa", "vqa", "")
+    asked = [dataclasses.replace(problem(answer="40"), source=source) for source in sources]
+    got = rewards(text, [r"<think>a</think>\boxed{41}"] * 4, asked, grader)
+    assert got["numeric"] == [0, 1, 0, 0] and got["format"] == [1] * 4
+    assert got["accuracy"] == [0, 1, 0, 0]  # of chartqa numeric is, of vqa accuracy: it is named
+    assert got["reward"] == pytest.approx([0.1, 1.0, 0.5, 0.1])
+    assert rewards(text, [r"\boxed{40.0}"] * 4, asked, grader)["exact"] == [0] * 4
+
+
+def test_a_reward_of_the_users_gets_problem_response_and_gold(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("""
+SIDE = 56
+def both(problem, response, gold, most=30):
+    seen = len(problem.images) == 2 and problem.images[0][:4] == b"\\x89PNG" and SIDE in (56, 57)
+    return seen and gold == ("red", "blue") and response.tokens < most
+def one(problem, response, gold):
+    return len(gold)
+def bad(problem, response, gold):
+    return float("nan")
+def short(response):
+    return 1
+""")
+    asked = dataclasses.replace(problem("<image><image>?"), answers=("red", "blue"))
+    weights = f"{file}:both=0.5,{file}:both(9)=3,{file}:one=-1"
+    got = rewards(f"exact=0;x:{weights}", [Response("a", tokens=20)], [dataclasses.replace(asked, source="x")])
+    assert got["reward"] == [0.5 - 2] and got["accuracy"] == [1]  # named first
+    assert rewards(f"{file}:one=1", ["a"], [problem(answer="abc")])["reward"] == [3]  # a text stays one
+    with pytest.raises(ValueError, match=r"bad' is nan for train.parquet row 17"):
+        rewards(f"{file}:bad=1", ["a"], ["4"])
+    for name in (f"{file}:none", f"{file}:short", f"{tmp_path}/none.py:one"):
+        with pytest.raises(ValueError, match=r"unknown reward.*of \(problem, response, gold\)"):
+            parse_weights(f"{name}=1")
+
+
+def test_unknown_rewards_and_bad_weights_are_refused():
+    for text, message in (
+        ("acuracy=1", "acuracy.*known: accuracy.*format"), ("accuracy", "'accuracy' is not a new name=number"),
+        ("accuracy=", "name=number"), ("accuracy=one", "name=number"), ("accuracy=nan", "name=number"),
+        ("accuracy=1,accuracy=2", "'accuracy=2' is not a new"), ("", "name=number"), ("numeric(x)=1", "numeric"),
+        ("format(3)=1", "format"), ("a:exact=1", "a part without a source"),
+        ("exact=1;a:exact=1;a:exact=1", "not a new"), ("accuracy=1;", "name=number"), ("overlong=1", "overlong"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
             parse_weights(text)
-    assert parse_weights("accuracy=0.9, format=.1") == reward.DEFAULT_WEIGHTS
+    assert parse_weights("accuracy=0.9, format=.1") == {"": {"accuracy": 0.9, "format": 0.1}}
+    assert parse_weights("exact=1;a/b: overlong(20,8)=-1,exact=2") == {
+        "": {"exact": 1}, "a/b": {"overlong(20,8)": -1, "exact": 2}
+    }  # fmt: skip
 
 
-def test_responses_and_problems_must_pair_up(grader):
+def test_length_and_truncation_of_a_rollout_reach_its_rewards(actor, grader):
+    tokenizer = actor.processor.tokenizer
+    ids = tokenizer(r"<think>I look.</think>\boxed{4}").input_ids
+    ended = rollout.Rollout(torch.tensor([*ids, tokenizer.eos_token_id]), torch.zeros(len(ids) + 1), False)
+    cut = rollout.Rollout(torch.tensor(ids), torch.zeros(len(ids)), True)
+    weights = parse_weights("accuracy=1,format=1,overlong(1000,1000)=1000")  # minus one for each token
+    got = rollout.score([[ended, cut]], [problem()], 2, tokenizer, weights, grader)
+    close(got["reward"], torch.tensor([[2.0 - len(ids) - 1, 1.0 - len(ids)]]))
+
+
+def test_weights_for_a_source_that_no_problem_has_stop_the_start(tmp_path, tiny, processes):
+    file = str(write(tmp_path, problem=["?"] * 2, data_source=["vqa", "chartqa"]))
+    for rewards, unknown in (("exact=1;charts:numeric=1", "charts"), ("exact=1;chartqa:numeric=1;x:exact=1", "x")):
+        settings = train.Settings(model=str(tiny[False]), data=file, instruction="", rewards=rewards)
+        with pytest.raises(ValueError, match=rf"no problem has: \['{unknown}'\]; see --source_key"):
+            train.build(settings, torch.device("cpu"))
+
+
+def test_responses_and_problems_must_pair_up():
     with pytest.raises(ValueError):
-        compute_rewards(["a", "b"], golds_as_problems("15"), {}, grader)
+        rewards("exact=1", ["a", "b"], ["15"])
+
+
+# ---- a model as judge
+
+
+class Endpoint(http.server.BaseHTTPRequestHandler):
+    """Chat completions as the test's `answer(number, request)` gives them: a text, or the HTTP status of garbage."""
+
+    def do_POST(self):
+        server = self.server
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.requests.append((self.path, self.headers["Authorization"], request))
+            number = len(server.requests)
+            server.busy += 1
+            server.busiest = max(server.busiest, server.busy)
+        answer = server.answer(number, request)
+        with server.lock:
+            server.busy -= 1
+        body = json.dumps({"choices": [{"message": {"role": "assistant", "content": answer}}]}).encode()
+        with contextlib.suppress(ConnectionError):  # who asked may have given up
+            self.send_response(answer if isinstance(answer, int) else 200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(body if isinstance(answer, str) else b"<html>")
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
+        server.lock, server.requests, server.busy, server.busiest = threading.Lock(), [], 0, 0
+        server.answer = lambda number, request: r"\boxed{1}"
+        server.url = f"http://127.0.0.1:{server.server_port}/v1"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def judged(judge, responses, asked=None):
+    with Grader(judge=judge) as grader:
+        return rewards("judge=1", responses, [asked or problem("<image>Why {so}?")] * len(responses), grader)["reward"]
+
+
+def test_the_judge_sees_question_gold_response_and_images_once(endpoint):
+    endpoint.answer = lambda number, request: r"fine: \boxed{0.25}"
+    judge = Judge(endpoint.url, "wise", concurrency=1)
+    asked = dataclasses.replace(problem("<image>Why {so}?"), images=(red(), encode(Image.new("RGB", (8, 8)), "JPEG")))
+    told = "<think>secret plan</think> because {it} is"
+    assert judged(judge, [told, told, "<think>endless", "  "], asked) == [0.25, 0.25, 0, 0]
+    assert judged(judge, [told], asked) == [0.25]
+    [(path, key, request)] = endpoint.requests  # the others were known, or had nothing to judge
+    assert (path, key, request["model"]) == ("/v1/chat/completions", "Bearer secret", "wise")
+    text, *images = request["messages"][0]["content"]
+    assert all(part in text["text"] for part in ("Why {so}?", "Reference answer: 4", "because {it} is"))
+    assert "secret plan" not in text["text"]
+    urls = [image["image_url"]["url"].split(",") for image in images]
+    assert [url[0] for url in urls] == ["data:image/png;base64", "data:image/jpeg;base64"]
+    assert tuple(base64.b64decode(url[1]) for url in urls) == asked.images
+    assert judged(judge, [told], problem("Another?")) == [0.25] and len(endpoint.requests) == 2
+
+
+def test_the_judge_never_has_more_requests_under_way_than_allowed(endpoint):
+    def answer(number, request):
+        time.sleep(0.05)
+        return "0" if "number 3 " in request["messages"][0]["content"][0]["text"] else "1"
+
+    endpoint.answer = answer
+    got = judged(Judge(endpoint.url, "wise", concurrency=3), [f"number {i} " for i in range(12)])
+    assert got == [1, 1, 1, 0] + [1] * 8  # in order
+    assert endpoint.busiest == 3 and len(endpoint.requests) == 12
+
+
+def test_a_judge_that_fails_at_first_is_asked_again(endpoint):
+    endpoint.answer = lambda number, request: [500, 429, "1"][number - 1]
+    assert judged(Judge(endpoint.url, "wise", retries=2), ["a"]) == [1]
+    assert len(endpoint.requests) == 3
+
+
+@pytest.mark.parametrize("answer", ["no idea", r"\boxed{7}", "nan", "", 200, 500, "late"])
+def test_a_judge_without_a_score_stops_the_run_or_earns_nothing(endpoint, answer):
+    def reply(number, request):
+        if "good" in request["messages"][0]["content"][0]["text"]:
+            return "1"
+        if answer == "late":
+            time.sleep(0.8)
+        return "1" if answer == "late" else answer
+
+    endpoint.answer = reply
+    options = dict(retries=0, timeout=0.4 if answer == "late" else 5)
+    with pytest.raises(RuntimeError, match=r"judge wise at http://127.*gave no score.*--judge_strict"):
+        judged(Judge(endpoint.url, "wise", **options), ["bad", "good"])
+    lenient = Judge(endpoint.url, "wise", strict=False, **options)
+    assert judged(lenient, ["bad", "good", "bad"]) == [0, 1, 0] and lenient.failures == 1
+    assert judged(lenient, ["bad"]) == [0] and lenient.failures == 2  # a failure is not remembered as a verdict
+
+
+def test_a_judge_must_be_named_before_it_is_asked():
+    with pytest.raises(ValueError, match="--judge_model"):
+        judged(None, ["a"])
+    with pytest.raises(ValueError, match="--judge_model"):
+        train.parse_settings(["--preset", "tiny", "--rewards", "accuracy=1;vqa:judge=1"])
+
+
+# ---- limits
 
 
 def test_a_grader_of_nothing_is_refused():
-    for bad in ({"workers": 0}, {"time_limit": 0}, {"max_chars": 0}):
+    for bad in ({"workers": 0}, {"time_limit": 0}):
         with pytest.raises(ValueError, match="positive"):
             Grader(**bad)
 
 
-def test_python_reward_file_reports_disagreements_and_what_cannot_be_graded(tmp_path):
+# ---- the audit: python reward.py FILE
+
+
+def audit(file, *flags, **options):
+    command = [sys.executable, HERE / "reward.py", file, *flags]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_the_audit_lists_what_disagrees_and_what_cannot_be_graded(tmp_path):
     rows = [
         {"answer": "15", "response": r"\boxed{15}"},
         {"answer": "15", "response": r"\boxed{14}"},
-        {"answer": r"2 \sqrt { 221 }"},
+        {"answer": ["2 \\sqrt { 221 }", "7"], "response": r"\boxed{\sqrt{884}}"},
         {"answer": r"\frac{1}{"},
+        # as rollout.py writes them; the second was graded otherwise
+        {"answer": "5", "response": r"\boxed{4}", "accuracy": 0.0, "source": "geo3k"},
+        {"answer": "5", "response": "\ud800 \\boxed{5}", "accuracy": 0.0, "source": "geo3k"},
+        {"answer": "40", "response": r"\boxed{41}", "accuracy": 1.0, "source": "chartqa"},
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows))
-    out = subprocess.run([sys.executable, HERE / "reward.py", file], capture_output=True, text=True, check=True).stdout
-    assert "row 2: answer '14' is not gold '15'" in out and "row 4: gold" in out and "slow: " in out
-    assert "gradable golds: 3 of 4; right responses: 1 of 2" in out
+    out = audit(file, "--rewards", "accuracy=1,format=1;chartqa:numeric=1", check=True).stdout
+    assert [line for line in out.splitlines() if line.startswith("rows.jsonl")] == [
+        r"rows.jsonl row 3: gold '\\frac{1}{' is not equal to itself",
+        "rows.jsonl row 1: answer '14' to ('15',) earns 0.00",
+        "rows.jsonl row 5: answer '5' to ('5',) earns 1.00, recorded was 0.00",
+    ]
+    assert "gradable golds: 7 of 8; accuracy of 6 responses: 0.667" in out and "slow: " in out
+
+
+def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, processes):
+    golds = [["3", "three"], ["4"], ["red"]]
+    file = write(tmp_path, problem=["?"] * 3, answer=None, gold=golds, data_source=["a", "b", "b"])
+    assert "gradable golds: 4 of 4;" in audit(file, "--answer_key", "gold", check=True).stdout
+    engine, weights = rollout.HFEngine(actor, max_response_tokens=4), parse_weights("accuracy=1;b:exact=1")
+    problems = data.load_problems(file, answer_key="gold")
+    with Grader() as grader:
+        _, records = rollout.evaluate(engine, problems, functools.partial(
+            data.make_prompt, processor=actor.processor, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS
+        ), 2, 0, weights, grader)  # fmt: skip
+    records = json.loads(json.dumps(records))
+    assert [(r["source"], r["answer"]) for r in records[::2]] == list(zip("abb", golds, strict=True))
+    records[1]["response"] = records[5]["response"] = r"\boxed{The red.}"  # what was recorded is wrong of the last
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    out = audit(tmp_path / "r.jsonl", "--rewards", "accuracy=1;b:exact=1", check=True).stdout
+    assert [line for line in out.splitlines() if "row" in line] == [
+        "r.jsonl row 5: answer 'The red.' to ('red',) earns 1.00, recorded was 0.00"
+    ]
+
+
+@pytest.mark.parametrize("line, message", [
+    (b'{"answer": "1"', "JSONDecodeError"), (b"[" * 100_000, "RecursionError"), (b'["answer"]', "TypeError"),
+    (b"7", "TypeError"), (b'"answer"', "TypeError"), (b'{"question": "?"}', "KeyError.*text or a list"),
+    (b'{"answer": null}', "None"), (b'{"answer": []}', "None"), (b'{"answer": ["a", {}]}', "{}"),
+    (b'{"answer": "1", "accuracy": "high"}', "high"), (b'{"answer": "1", "response": 5}', "5"),
+    (b'{"answer": "\xff"}', "UnicodeDecodeError"), (b"", "JSONDecodeError"),
+])  # fmt: skip
+def test_the_audit_names_file_and_row_of_what_is_broken(tmp_path, line, message):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"answer": "1"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=rf"rows\.jsonl row 1 is broken .*{message}"):
+        reward.read_rows(str(tmp_path / "rows.jsonl"), "answer", "data_source")
+
+
+def test_the_audit_refuses_files_that_it_cannot_read(tmp_path):
+    (tmp_path / "broken.parquet").write_bytes(b"not parquet at all")
+    for name in ("broken.parquet", "none.parquet", "none.jsonl"):
+        done = audit(tmp_path / name)
+        assert done.returncode == 2 and name in done.stderr and "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -94,6 +94,7 @@ class Settings:
     image_key: str = setting("images", "column of images")
     problem_key: str = setting("problem", "column of questions, with <image> where an image stands")
     answer_key: str = setting("answer", "column of gold answers")
+    source_key: str = setting("data_source", "column of data sources, for --rewards; may be absent: the file's name")
     type_key: str = setting("type", "column of question types, for accuracy by type; may be absent")
     min_pixels: int = setting(56 * 56, "images with fewer pixels are enlarged")
     max_pixels: int = setting(1280 * 28 * 28, "images with more pixels are reduced")
@@ -111,7 +112,11 @@ class Settings:
     max_response_tokens: int = setting(2048, "a response that reaches this is cut and marked truncated")
     temperature: float = setting(1.0, "of the distribution that is sampled, scored and trained")
     # reward and loss
-    rewards: str = setting("accuracy=0.9,format=0.1", "named rewards with their weights")
+    rewards: str = setting("accuracy=0.9,format=0.1", "named rewards with their weights, by source (see the README)")
+    rounding: bool = setting(True, "accuracy: a decimal gold accepts what rounds to it")
+    judge_url: str = setting("", "OpenAI-compatible endpoint of the reward judge; its key is OPENAI_API_KEY's")
+    judge_model: str = setting("", "the model that judges")
+    judge_strict: bool = setting(True, "stop when the judge fails, retries included; false: a failure earns 0")
     advantage: str = setting("std", "std: GRPO; none: Dr. GRPO; loo: RLOO")
     ratio: str = setting("token", "token: GRPO; sequence: GSPO")
     clip_low: float = setting(0.2, "how far the probability ratio may fall below 1")
@@ -156,8 +161,11 @@ class Settings:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"--{name} {getattr(self, name)} is none of {', '.join(choices)}")
-        if not any(reward.parse_weights(self.rewards).values()):
+        if not any(weight for named in self.reward_weights.values() for weight in named.values()):
             raise ValueError(f"--rewards {self.rewards} weighs everything 0, so nothing can be learnt; raise a weight")
+        judged = any("judge" in named for named in self.reward_weights.values())
+        if judged and not (self.judge_url and self.judge_model):
+            raise ValueError("--rewards names judge; say whom to ask with --judge_url and --judge_model")
         if self.prompts_per_step % self.minibatch_prompts:
             raise ValueError(
                 f"--prompts_per_step {self.prompts_per_step} is not a multiple of --minibatch_prompts "
@@ -179,7 +187,7 @@ class Settings:
         return min(1.0, (done + 1) / (self.warmup_updates + 1)) * (1 - (1 - self.final_learning_rate) * done / total)
 
     @property
-    def reward_weights(self) -> dict[str, float]:
+    def reward_weights(self) -> dict[str, dict[str, float]]:
         return reward.parse_weights(self.rewards)
 
     @property
@@ -932,7 +940,8 @@ def build(s: Settings, device: torch.device) -> Run:
     """Load, check and shard everything that the loop needs."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     options = dict(pixels=(s.min_pixels, s.max_pixels), temperature=s.temperature, packing=s.packing)
-    keys = dict(image_key=s.image_key, problem_key=s.problem_key, answer_key=s.answer_key, type_key=s.type_key)
+    keys = dict(image_key=s.image_key, problem_key=s.problem_key, answer_key=s.answer_key, type_key=s.type_key,
+                source_key=s.source_key)  # fmt: skip
     places = ((s.data, s.split), (s.test_data or s.data, s.test_split))
     sets = [data.load_problems(path, split, **keys) for path, split in places]
     if both := {row[0] for row in sets[0].rows} & {row[0] for row in sets[1].rows}:
@@ -944,6 +953,9 @@ def build(s: Settings, device: torch.device) -> Run:
         )
         say(f"{path}, {split}: {kept}")
     say(f"a question's commonest answer in training would score {chance(*sets):.3f} on the held-out problems")
+    if sources := set(s.reward_weights) - {""}:
+        if unknown := sources - {p.source for problems in sets for p in problems}:
+            raise ValueError(f"--rewards names sources that no problem has: {sorted(unknown)}; see --source_key")
     # vLLM measures the free memory of the GPU when it starts, so it comes before the trainer's weights
     engine, why = build_engine(
         s.engine, actor, s.model, tp=s.rollout_tp, memory_fraction=s.memory_fraction, eager=s.eager,
@@ -968,7 +980,9 @@ def build(s: Settings, device: torch.device) -> Run:
     trained = [p for p in actor.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=s.learning_rate, weight_decay=s.weight_decay, betas=(0.9, s.beta2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, s.rate)
-    run = Run(s, device, actor, reference, engine, optimizer, schedule, *sets, reward.Grader())
+    judge = reward.Judge(s.judge_url, s.judge_model, s.judge_strict) if s.judge_model else None
+    grader = reward.Grader(rounding=s.rounding, judge=judge)
+    run = Run(s, device, actor, reference, engine, optimizer, schedule, *sets, grader)
     size = local_bytes(trained)  # trained weights, gradients and both moments of AdamW are float32
     per_token = actor.activation_bytes(samples, s.responses_per_prompt, min(64, s.max_response_tokens))
     estimate = memory_report(run, size, 2 * size, s.max_tokens_per_pack * per_token)
