@@ -1878,17 +1878,17 @@ def test_grpo_learns(start, tmp_path):
 
 
 def test_the_readme_defines_every_metric_that_a_run_logs_and_no_other(finished):
-    table = (HERE / "README.md").read_text().split("## The metrics")[1].split("\n## ")[0]
+    table = (HERE / "README.md").read_text().split("| metric |")[1].split("\n## ")[0]
     cells = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
-    assert all(len(cell) == 6 + 1 and all(text.strip() for text in cell[1:-1]) for cell in cells)
+    assert all(len(cell) == 7 and cell[2].strip() for cell in cells)  # metric, formula, unit, healthy, broken
     names = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell[1])]
     patterns = {name: re.sub("[A-Z]+", ".+", re.escape(name)) for name in names}
     logged = {name for row in metrics(finished) for name in row} - {"step"}
     for name in logged:
         assert any(re.fullmatch(pattern, name) for pattern in patterns.values()), f"{name} is not in the README"
     for name, pattern in patterns.items():
-        known = name.startswith("sync/") or any(re.fullmatch(pattern, metric) for metric in logged)  # sync/: of vLLM
-        assert known, f"no run logs {name}"
+        elsewhere = name.startswith(("sync/", "eval/accuracy/source/"))  # with vLLM, and with several test files
+        assert elsewhere or any(re.fullmatch(pattern, metric) for metric in logged), f"no run logs {name}"
 
 
 HOSTILE = ["</script><img src=x onerror=\"document.title='run'\">", "<!--<script>", "NUL \0 bell \7 escape \x1b[31m",
@@ -2034,7 +2034,7 @@ def test_the_majority_of_the_boxed_answers_decides_and_the_first_given_wins_a_ti
     def majority(*answers):
         return rollout.majority([record(right, f"so \\boxed{{{a}}}" if a else "?") for a, right in answers])
 
-    assert majority(("5", 1), ("7", 0), ("x = 5", 1)) == 1  # x = 5 and 5 are the same vote
+    assert majority(("7", 0), ("5", 1), ("x = 5", 1)) == 1  # x = 5 and 5 are the same vote
     assert majority(("5", 1), ("7", 0), ("7", 0)) == 0
     assert majority(("5", 1), ("7", 0)) == 1 and majority(("7", 0), ("5", 1)) == 0
     assert majority(("", 0), ("", 0), ("5", 1)) == 1  # no box, no vote
@@ -2057,7 +2057,7 @@ def test_token_texts_join_to_the_text_whatever_the_tokens(tiny):
     texts = rollout.token_texts(tokenizer, ids)
     assert "".join(texts) == text and len(texts) == len(ids) > len(text) and "∠" in texts
     half = torch.tensor(tokenizer.encode("🙂")[:2] * 3)  # bytes that are no text come as the replacement character
-    assert set("".join(rollout.token_texts(tokenizer, half))) <= {"\ufffd"}
+    assert set("".join(rollout.token_texts(tokenizer, half))) == {"\ufffd"}
 
 
 def test_python_rollout_repeats_the_runs_last_evaluation_of_the_exported_model(finished, tmp_path):
