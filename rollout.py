@@ -2,7 +2,7 @@
 
     prompts [Prompt] --engine.generate--> groups [[Rollout] * n], with token ids and sampler_logprobs
     engine.sync(actor) --> the engine samples from the actor's weights
-    problems --evaluate--> accuracy with its standard error, pass@k, format and truncation rate, and every response
+    problems --evaluate--> accuracy with its standard error, pass@k, maj@n, format, by kind; and every response
 
 Two engines with one interface. `VLLMEngine` runs vLLM in the trainer's own processes, the way real runs sample;
 `HFEngine` runs `model.generate` on the trainer's weights, where there is no vLLM. Both sample from the trained
@@ -613,9 +613,9 @@ def summarize(records: list[dict], n: int) -> dict[str, float]:
 
 
 def majority(records: list[dict]) -> float:
-    """Accuracy of the answer that most responses to one problem box, alike being what `reward.normalise` makes alike.
+    """Accuracy of the answer boxed most often in the responses to one problem, as `reward.normalise` spells it.
 
-    Among equally frequent ones the first given wins. A response without a box has no vote; without any vote it is 0.
+    Of equally frequent ones the first given wins. A response without a box has no vote; without any vote it is 0.
     """
     votes = collections.defaultdict(list)  # answers over 300 characters are wrong in any case, and slow to normalise
     for r in records:
@@ -636,12 +636,8 @@ def token_texts(tokenizer, ids: Tensor) -> list[str]:
 
 def describe(metrics: dict[str, float]) -> str:
     """An evaluation in one line."""
-    kinds = ", ".join(f"{k.split('/', 1)[1]} {v:.2f}" for k, v in metrics.items() if "/" in k)
-    several = "".join(f", {k} {v:.3f}" for k, v in metrics.items() if "@" in k)
-    return (
-        f"accuracy {metrics['accuracy']:.3f} +- {metrics['accuracy_se']:.3f}{several}, format {metrics['format']:.2f}, "
-        f"truncated {metrics['truncated']:.2f}, {metrics['tokens']:.0f} tokens" + (f" ({kinds})" if kinds else "")
-    )
+    rest = ", ".join(f"{k} {v:.3g}" for k, v in metrics.items() if k not in ("accuracy", "accuracy_se"))
+    return f"accuracy {metrics['accuracy']:.3f} +- {metrics['accuracy_se']:.3f}, {rest}"
 
 
 def main() -> None:
@@ -651,21 +647,18 @@ def main() -> None:
     parser.add_argument("--images", default="own", choices=data.VIEWS, help="blank and shuffled: how much it looks")
     parser.add_argument("--skip_bad_rows", action="store_true", help="leave broken rows out instead of stopping")
     for name, default, meaning in (
-        ("split", "test", "split of --data, where it has splits"),
-        ("image_key", "images", "column of images"), ("problem_key", "problem", "column of questions"),
-        ("answer_key", "answer", "column of gold answers"), ("type_key", "type", "column of types; may be absent"),
-        ("out", "responses.jsonl", "file for the responses, one JSON object per line"),
-        ("rows", 0, "problems used; 0: all"),
-        ("samples", 1, "responses per problem; 1 takes the likeliest tokens"),
-        ("temperature", 1.0, "of the distribution, for more than one sample"),
-        ("max_prompt_tokens", 2048, "problems with longer prompts are left out"),
-        ("max_response_tokens", 2048, "longer responses are cut"),
-        ("min_pixels", 56 * 56, "smaller images are enlarged"),
-        ("max_pixels", 1280 * 28 * 28, "larger images are reduced"),
+        ("split", "test", "split of --data, where it has splits"), ("image_key", "images", "column of images"),
+        ("problem_key", "problem", "column of questions"), ("answer_key", "answer", "column of gold answers"),
+        ("type_key", "type", "column of types; may be absent"), ("rows", 0, "problems used; 0: all"),
         ("instruction", data.INSTRUCTION, "appended to every question"),
+        ("min_pixels", 56 * 56, "smaller images are enlarged"), ("max_pixels", 1280 * 28 * 28, "larger ones reduced"),
+        ("max_prompt_tokens", 2048, "problems with longer prompts are left out"),
+        ("max_response_tokens", 2048, "longer responses are cut"), ("engine", "auto", "vllm, hf or auto"),
+        ("samples", 1, "responses per problem; 1 takes the likeliest tokens"), ("seed", 0, "fixes what is drawn"),
+        ("temperature", 1.0, "of the distribution, for more than one sample"),
+        ("rollout_tp", 1, "ranks that share one vLLM engine"),
         ("rewards", "accuracy=0.9,format=0.1", "named rewards with their weights"),
-        ("seed", 0, "fixes the responses drawn"),
-        ("engine", "auto", "vllm, hf or auto"), ("rollout_tp", 1, "ranks that share one vLLM engine"),
+        ("out", "responses.jsonl", "file for the responses, one JSON object per line"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=type(default), default=default, help=meaning)
     args = parser.parse_args()
