@@ -17,6 +17,7 @@ import base64
 import functools
 import glob
 import io
+import itertools
 import math
 import random
 import re
@@ -259,25 +260,37 @@ def resized_size(width: int, height: int, min_pixels: int, max_pixels: int, fact
     return min(sizes)[1:]
 
 
-def blank_images(problem: Problem) -> Problem:
-    """The problem with white images of the same sizes: what a model still answers, it answers without looking."""
-    blanks = (Image.new("RGB", decode_image(raw).size, "white") for raw in problem.images)
-    return replace(problem, images=tuple(map(_png, blanks)))
+VIEWS = ("own", "blank", "shuffled")
 
 
-def shuffle_images(problems: Sequence[Problem]) -> list[Problem]:
-    """Give each problem with images those of another one that has as many; raises ValueError if there is none."""
-    problems = list(problems)
-    shuffled = list(problems)
-    for count in {len(problem.images) for problem in problems} - {0}:
-        members = [i for i, problem in enumerate(problems) if len(problem.images) == count]
-        if len(members) == 1:
-            where = problems[members[0]].where
-            raise ValueError(f"{where}: no other problem has {count} images to swap with; leave this one out")
-        half = len(members) // 2  # far apart, as neighbours in a data set often share a figure
-        for i, other in zip(members, members[half:] + members[:half], strict=True):
-            shuffled[i] = replace(problems[i], images=problems[other].images)
-    return shuffled
+def with_images(problems: Sequence[Problem], index: int, view: str) -> Problem:
+    """problems[index] with its "own" images, "blank" (white) ones, or "shuffled": those of another problem.
+
+    What a model still answers with these, it answers without looking. Images keep their sizes, so prompts their
+    lengths; other problems' images are stretched to them, and repeated where there are fewer. Raises ValueError, naming
+    the row, for "shuffled" where no other problem has another image.
+    """
+    problem, total = problems[index], len(problems)
+    if view == "own" or not problem.images:
+        return problem
+    sizes = [decode_image(raw).size for raw in problem.images]
+    if view == "blank":
+        return replace(problem, images=tuple(_png(Image.new("RGB", size, "white")) for size in sizes))
+    # from half the set away on, as neighbours in a data set often share a figure
+    others = (problems[(index + total // 2 + i) % total].images for i in range(total))
+    donor = next((images for images in others if images and images != problem.images), None)
+    if donor is None:
+        raise ValueError(f"{problem.where}: no other problem has an image to swap with; evaluate more problems")
+    images = (_png(decode_image(raw).resize(size)) for raw, size in zip(itertools.cycle(donor), sizes, strict=False))
+    return replace(problem, images=tuple(images))
+
+
+def thumbnail(image: Image.Image, side: int = 320) -> str:
+    """A small copy of an RGB image, at most side x side pixels, as a data URL for a web page."""
+    small, buffer = image.copy(), io.BytesIO()
+    small.thumbnail((side, side))
+    small.save(buffer, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _png(image: Image.Image) -> bytes:

@@ -2,7 +2,7 @@
 
     prompts [Prompt] --engine.generate--> groups [[Rollout] * n], with token ids and sampler_logprobs
     engine.sync(actor) --> the engine samples from the actor's weights
-    problems --evaluate--> accuracy with its standard error, pass@k, format and truncation rate, and every response
+    problems --evaluate--> accuracy with its standard error, pass@k, maj@n, format, by kind; and every response
 
 Two engines with one interface. `VLLMEngine` runs vLLM in the trainer's own processes, the way real runs sample;
 `HFEngine` runs `model.generate` on the trainer's weights, where there is no vLLM. Both sample from the trained
@@ -522,43 +522,45 @@ def score(rollouts, problems, n: int, tokenizer, weights: dict, grader) -> dict[
     return {name: torch.tensor(values).view(len(problems), n) for name, values in scores.items()}
 
 
-def evaluate(engine, problems, make_prompt, n: int, seed: int, weights: dict, grader, bar=None):
+def evaluate(
+    engine, problems, make_prompt, n: int, seed: int, weights: dict, grader, rows: int = 0, view: str = "own",
+):  # fmt: skip
     """Answer problems with the whole pipeline: images, template, engine, grader. All ranks call this together.
 
     Args:
         problems: sequence of Problems, the same on all ranks; each rank answers its share.
         make_prompt: Problem -> Prompt.
         n: responses drawn per problem; 1 takes the likeliest tokens instead (greedy).
-        bar: a tqdm bar to advance by the problems answered.
+        rows: problems answered, the first ones; 0: all.
+        view: own, blank or shuffled images, see `data.with_images`.
 
     Returns:
         Metrics (see `summarize`) and a record of every response, on every rank, problem after problem.
     """
     rank, world, tokenizer, records = dist.get_rank(), dist.get_world_size(), engine.actor.processor.tokenizer, []
-    per_call = 256 * world  # every rank makes the same number of calls
-    for start in range(0, len(problems), per_call):
-        rows = range(start + rank, min(start + per_call, len(problems)), world)
-        chosen = [problems[i] for i in rows]
+    per_call, total = 256 * world, min(rows or len(problems), len(problems))  # equally many calls on every rank
+    for start in tqdm(range(0, total, per_call), f"{view} images", leave=False, disable=rank > 0 or None):
+        indices = range(start + rank, min(start + per_call, total), world)
+        chosen = [data.with_images(problems, i, view) for i in indices]
         rollouts = engine.generate([make_prompt(p) for p in chosen], n, seed + start, greedy=n == 1)
         scores = score(rollouts, chosen, n, tokenizer, weights, grader)
         mine = [
-            dict(row=i, type=problem.type, source=problem.source, question=problem.question, answer=problem.gold,
-                 response=r.text(tokenizer), tokens=len(r.response), truncated=r.truncated,
-                 **{k: float(v[p, j]) for k, v in scores.items()})
-            for p, (i, problem) in enumerate(zip(rows, chosen, strict=True)) for j, r in enumerate(rollouts[p])
+            dict(row=i, type=problem.type or "none", images=len(problem.images), source=problem.source,
+                 question=problem.question, answer=problem.gold, response=r.text(tokenizer), tokens=len(r.response),
+                 truncated=r.truncated, **{k: float(v[p, j]) for k, v in scores.items()})
+            for p, (i, problem) in enumerate(zip(indices, chosen, strict=True)) for j, r in enumerate(rollouts[p])
         ]  # fmt: skip
         shares = gather_objects(mine)
         records += sorted((r for share in shares for r in share), key=lambda r: r["row"])
-        if bar is not None:
-            bar.update(len(range(start, min(start + per_call, len(problems)))))
     return summarize(records, n), records
 
 
 def summarize(records: list[dict], n: int) -> dict[str, float]:
-    """Accuracy with its standard error, pass@k, reward, format and truncation rate, tokens, accuracy by type.
+    """Metrics of an evaluation: accuracy with its standard error, pass@k and maj@n, means, and accuracy by kind.
 
     The standard error is over problems, each the mean of its n responses. pass@k is the unbiased estimate of the
-    chance that one of k responses is right (arXiv:2107.03374, equation 1).
+    chance that one of k responses is right (arXiv:2107.03374, equation 1); maj@n the accuracy of the majority.
+    Accuracy by type, number of images and source is there where these differ, but in no more than 20 ways.
 
     Args:
         records: n for each problem, problem after problem.
@@ -567,55 +569,80 @@ def summarize(records: list[dict], n: int) -> dict[str, float]:
     accuracy = right.mean(1)
     error = accuracy.std(correction=min(1, len(accuracy) - 1)) / len(accuracy) ** 0.5
     metrics = {"accuracy": accuracy.mean().item(), "accuracy_se": error.item()}
-    for k in (2**i for i in range(1, n.bit_length())):
-        missed = [math.comb(n - int(c), k) / math.comb(n, k) for c in right.sum(1)]
-        metrics[f"pass@{k}"] = 1 - sum(missed) / len(missed)
+    if n > 1:
+        for k in (2**i for i in range(1, n.bit_length())):
+            missed = [math.comb(n - int(c), k) / math.comb(n, k) for c in (right >= 0.5).sum(1)]  # some are in between
+            metrics[f"pass@{k}"] = 1 - sum(missed) / len(missed)
+        metrics[f"maj@{n}"] = sum(majority(records[i : i + n]) for i in range(0, len(records), n)) / len(accuracy)
     for name in ("reward", "format", "truncated", "tokens"):
         metrics[name] = sum(r[name] for r in records) / len(records)
-    by_type = collections.defaultdict(list)
+    for key in ("type", "images", "source"):
+        kinds = collections.defaultdict(list)
+        for r in records:
+            kinds[r[key]].append(r["accuracy"])
+        if 1 < len(kinds) <= 20:
+            metrics |= {f"accuracy/{key}/{kind}": sum(v) / len(v) for kind, v in sorted(kinds.items())}
+    return metrics
+
+
+def majority(records: list[dict]) -> float:
+    """Accuracy of the answer boxed most often in the responses to one problem, as `reward.normalise` spells it.
+
+    Of equally frequent ones the first given wins. A response without a box has no vote; without any vote it is 0.
+    """
+    votes = collections.defaultdict(list)  # answers over 300 characters are wrong in any case, and slow to normalise
     for r in records:
-        by_type[r["type"]].append(r["accuracy"])
-    return metrics | {f"accuracy/{kind}": sum(v) / len(v) for kind, v in sorted(by_type.items()) if kind}
+        if (answer := reward.last_boxed(r["response"])) is not None:
+            votes[reward.normalise(answer[:300])].append(r["accuracy"])
+    return max(votes.values(), key=len, default=[0.0])[0]
+
+
+def token_texts(tokenizer, ids: Tensor) -> list[str]:
+    """What each token adds to the text; a character spread over several tokens comes with the last of them."""
+    texts, held = [], []
+    for token in ids.tolist():
+        text = tokenizer.decode(held := [*held, token])
+        held = held if text.endswith("\ufffd") and len(held) < 4 else []  # UTF-8 has no longer characters
+        texts.append("" if held else text)
+    return texts
 
 
 def describe(metrics: dict[str, float]) -> str:
     """An evaluation in one line."""
-    kinds = ", ".join(f"{k.split('/')[1]} {v:.2f}" for k, v in metrics.items() if k.startswith("accuracy/"))
-    passes = "".join(f", {k} {v:.3f}" for k, v in metrics.items() if k.startswith("pass@"))
-    return (
-        f"accuracy {metrics['accuracy']:.3f} +- {metrics['accuracy_se']:.3f}{passes}, format {metrics['format']:.2f}, "
-        f"truncated {metrics['truncated']:.2f}, {metrics['tokens']:.0f} tokens" + (f" ({kinds})" if kinds else "")
-    )
+    rest = ", ".join(f"{k} {v:.3g}" for k, v in metrics.items() if k not in ("accuracy", "accuracy_se"))
+    return f"accuracy {metrics['accuracy']:.3f} +- {metrics['accuracy_se']:.3f}, {rest}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Evaluate a model on a data set, and keep every response.")
     parser.add_argument("--model", required=True, help="Hugging Face directory or hub name")
     parser.add_argument("--data", required=True, help="parquet file, folder, glob or hub data set")
-    parser.add_argument("--split", default="test", help="split of --data, where it has splits")
-    parser.add_argument("--out", default="responses.jsonl", help="file for the responses, one JSON object per line")
-    parser.add_argument("--rows", type=int, default=0, help="problems used; 0: all")
-    parser.add_argument("--samples", type=int, default=1, help="responses per problem; 1 takes the likeliest tokens")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the distribution, for more than one sample")
-    parser.add_argument("--max_prompt_tokens", type=int, default=2048, help="problems with longer prompts are left out")
-    parser.add_argument("--max_response_tokens", type=int, default=2048, help="longer responses are cut")
-    parser.add_argument("--min_pixels", type=int, default=56 * 56, help="smaller images are enlarged")
-    parser.add_argument("--max_pixels", type=int, default=1280 * 28 * 28, help="larger images are reduced")
-    parser.add_argument("--instruction", default=data.INSTRUCTION, help="appended to every question")
-    parser.add_argument("--rewards", default="accuracy=0.9,format=0.1", help="named rewards with their weights")
-    parser.add_argument("--blank_images", action="store_true", help="white images: shows how much the model looks")
-    parser.add_argument("--seed", type=int, default=0, help="fixes the responses drawn")
-    parser.add_argument("--engine", default="auto", help="vllm, hf or auto")
-    parser.add_argument("--rollout_tp", type=int, default=1, help="ranks that share one vLLM engine")
+    parser.add_argument("--images", default="own", choices=data.VIEWS, help="blank and shuffled: how much it looks")
+    parser.add_argument("--skip_bad_rows", action="store_true", help="leave broken rows out instead of stopping")
+    for name, default, meaning in (
+        ("split", "test", "split of --data, where it has splits"), ("image_key", "images", "column of images"),
+        ("problem_key", "problem", "column of questions"), ("answer_key", "answer", "column of gold answers"),
+        ("type_key", "type", "column of types; may be absent"), ("rows", 0, "problems used; 0: all"),
+        ("instruction", data.INSTRUCTION, "appended to every question"),
+        ("min_pixels", 56 * 56, "smaller images are enlarged"), ("max_pixels", 1280 * 28 * 28, "larger ones reduced"),
+        ("max_prompt_tokens", 2048, "problems with longer prompts are left out"),
+        ("max_response_tokens", 2048, "longer responses are cut"), ("engine", "auto", "vllm, hf or auto"),
+        ("samples", 1, "responses per problem; 1 takes the likeliest tokens"), ("seed", 0, "fixes what is drawn"),
+        ("temperature", 1.0, "of the distribution, for more than one sample"),
+        ("rollout_tp", 1, "ranks that share one vLLM engine"),
+        ("rewards", "accuracy=0.9,format=0.1", "named rewards with their weights"),
+        ("out", "responses.jsonl", "file for the responses, one JSON object per line"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=meaning)
     args = parser.parse_args()
     device = start_processes()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pixels = (args.min_pixels, args.max_pixels)
+    dtype, pixels = torch.bfloat16 if device.type == "cuda" else torch.float32, (args.min_pixels, args.max_pixels)
     actor = Actor.from_pretrained(args.model, dtype, pixels, temperature=args.temperature)
+    keys = {key: value for key, value in vars(args).items() if key.endswith("_key")}
     problems, kept = data.usable_problems(
-        data.load_problems(args.data, args.split), actor.processor, *pixels, args.max_prompt_tokens, args.instruction
-    )
-    problems = problems[: args.rows or len(problems)]
+        data.load_problems(args.data, args.split, **keys), actor.processor, *pixels, args.max_prompt_tokens,
+        args.instruction, args.skip_bad_rows,
+    )  # fmt: skip
     engine, why = build_engine(
         args.engine, actor, args.model, tp=args.rollout_tp, memory_fraction=0.9, eager=False,
         max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens,
@@ -623,18 +650,15 @@ def main() -> None:
     )  # fmt: skip
     if isinstance(engine, HFEngine):
         actor.model.to(device)
-    if args.blank_images:
-        problems = [data.blank_images(p) for p in problems]
-    first = dist.get_rank() == 0
-    with reward.Grader() as grader, tqdm(total=len(problems), desc="problems", disable=not first) as bar:
+    with reward.Grader() as grader:
         metrics, records = evaluate(
             engine, problems, lambda p: data.make_prompt(p, actor.processor, *pixels, args.instruction), args.samples,
-            args.seed, reward.parse_weights(args.rewards), grader, bar,
+            args.seed, reward.parse_weights(args.rewards), grader, args.rows, args.images,
         )  # fmt: skip
-    if first:
+    if dist.get_rank() == 0:
         with open(args.out, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        print(f"{args.data}: {kept}\n{why}\n{describe(metrics)}\nresponses in {args.out}")
+        print(f"{args.data}: {kept}\n{why}\n{args.images} images: {describe(metrics)}\nresponses in {args.out}")
     engine.close()
     dist.destroy_process_group()
 

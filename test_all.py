@@ -476,23 +476,26 @@ def test_resize_refuses_extreme_aspect_and_impossible_bounds():
         data.resized_size(100, 100, 1000, 1100, 28)
 
 
-def test_blank_images_keep_sizes_and_lose_content():
-    blank = data.blank_images(problem("<image><image>", (red(30, 40), red(20, 10))))
-    images = [data.decode_image(raw) for raw in blank.images]
-    assert [image.size for image in images] == [(30, 40), (20, 10)]
-    assert all(image.getextrema() == ((255, 255),) * 3 for image in images)
+def test_blank_and_shuffled_images_keep_sizes_and_lose_content():
+    def grey(shade, *sizes):
+        return tuple(encode(Image.new("L", size, shade)) for size in sizes)
 
-
-def test_shuffled_images_come_from_another_problem_with_as_many():
-    counts = [1, 2, 1, 0, 2, 1, 1, 1, 0]
-    rows = [problem("<image>" * n, tuple(red(10 + i, 10 + k) for k in range(n))) for i, n in enumerate(counts)]
-    shuffled = data.shuffle_images(rows)
-    for old, new in zip(rows, shuffled, strict=True):
-        assert len(new.images) == len(old.images) and new.question == old.question
-        assert not old.images or new.images != old.images
-    assert Counter(p.images for p in shuffled) == Counter(p.images for p in rows)  # each used once
-    with pytest.raises(ValueError, match="row 17: no other problem has 3"):
-        data.shuffle_images([*rows, problem("<image>" * 3)])
+    rows = [problem("<image><image>", grey(10, (60, 40), (40, 90))), problem("What?", ()),
+            problem(images=grey(50, (28, 28))), problem("<image><image><image>", grey(90, *[(56, 56)] * 3)),
+            problem(images=grey(50, (28, 28)))]  # fmt: skip
+    # shuffled: the first from two rows on, round the end, that has images and others: rows 2, none, 0 (4 has the same),
+    # 0 (two for three), and 3 (1 has none, 2 the same)
+    seen = {"own": [[10, 10], [], [50], [90] * 3, [50]], "blank": [[255, 255], [], [255], [255] * 3, [255]],
+            "shuffled": [[50, 50], [], [10], [10] * 3, [90]]}  # fmt: skip
+    for view in data.VIEWS:
+        for i, row in enumerate(rows):
+            changed = data.with_images(rows, i, view)
+            images = [data.decode_image(raw) for raw in changed.images]
+            assert [image.getpixel((0, 0))[0] for image in images] == seen[view][i], (view, i)
+            assert [image.size for image in images] == [data.decode_image(raw).size for raw in row.images]
+            assert dataclasses.replace(changed, images=()) == dataclasses.replace(row, images=())
+    with pytest.raises(ValueError, match="row 17: no other problem has an image"):
+        data.with_images([rows[1], rows[2], rows[4]], 1, "shuffled")
 
 
 # --- prompts
@@ -2541,22 +2544,31 @@ def copy_start(start, folder):
     return folder
 
 
-def test_a_run_writes_metrics_curves_responses_checkpoint_and_export(start, tmp_path):
-    copy_start(start, tmp_path)
-    run_python([str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--kl_coefficient", "0.1",
+@pytest.fixture(scope="session")
+def finished(start, tmp_path_factory):
+    """The folder of a short run that has ended."""
+    folder = copy_start(start, tmp_path_factory.mktemp("finished"))
+    run_python([str(HERE / "train.py"), *SHORT, "--out", str(folder), "--kl_coefficient", "0.1", "--eval_samples", "4",
                 "--minibatch_prompts", "8"])  # fmt: skip
-    rows = metrics(tmp_path / "tiny")
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 3, 3]
+    return folder / "tiny"
+
+
+def test_a_run_writes_metrics_report_responses_checkpoint_and_export(finished):
+    rows = metrics(finished)
+    assert [row["step"] for row in rows] == [0, 0, 0, 1, 2, 3, 3, 3, 3]  # three kinds of images at both ends
     steps = [row for row in rows if "train/reward" in row]
     assert all(math.isfinite(v) for row in rows for v in row.values())
     assert steps[0]["train/kl"] == 0 < steps[-1]["train/kl"]  # the reference is the policy before its first update
     assert all(row["train/gap"] < 1e-5 for row in steps)
-    assert (tmp_path / "tiny" / "curves.png").stat().st_size > 5000
-    records = [json.loads(line) for line in (tmp_path / "tiny/responses/eval-000003.jsonl").read_text().splitlines()]
-    assert len(records) == 12 and {"question", "answer", "response", "accuracy", "truncated"} <= records[0].keys()
-    exported = model.Actor.from_pretrained(str(tmp_path / "tiny" / "model"))
+    records = [json.loads(line) for line in (finished / "responses" / "eval-000003.jsonl").read_text().splitlines()]
+    assert len(records) == 48 and {"question", "answer", "response", "accuracy", "truncated"} <= records[0].keys()
+    exported = model.Actor.from_pretrained(str(finished / "model"))
     assert exported.model.config.architectures == ["Qwen2_5_VLForConditionalGeneration"]
-    assert (tmp_path / "tiny" / "checkpoints" / "step-000003").is_dir()
+    assert (finished / "checkpoints" / "step-000003").is_dir()
+    report = embedded(finished)
+    assert [s["step"] for s in report["steps"]] == [1, 3] and report["settings"]["steps"] == 3
+    assert report["curves"].keys() == {name for row in rows for name in row} - {"step"}
+    assert report["curves"]["train/kl"][2] == [3, pytest.approx(steps[2]["train/kl"], rel=1e-4)]
 
 
 PLAIN = """
@@ -2630,12 +2642,13 @@ def test_a_resumed_run_ends_with_the_same_bytes_as_one_that_was_never_stopped(st
     flags = [str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--save_every", "1"]
     run_python(flags)
     weights = tmp_path / "tiny" / "model" / "model.safetensors"
-    whole = weights.read_bytes()
+    whole, shown = weights.read_bytes(), (tmp_path / "tiny" / "rollouts.jsonl").read_text()
     weights.unlink()
     for step in (2, 3):
         shutil.rmtree(tmp_path / "tiny" / "checkpoints" / f"step-00000{step}")
     run_python([*flags, "--resume"])
     assert weights.read_bytes() == whole
+    assert (tmp_path / "tiny" / "rollouts.jsonl").read_text() == shown  # of steps 1 and 3, each once
 
 
 def test_resume_without_a_checkpoint_says_so(start, tmp_path):
@@ -2665,14 +2678,209 @@ def test_grpo_learns(start, tmp_path):
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py: metrics, report, loggers
+
+
+def test_the_readme_defines_every_metric_that_a_run_logs_and_no_other(finished):
+    table = (HERE / "README.md").read_text().split("| metric |")[1].split("\n## ")[0]
+    cells = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+    assert all(len(cell) == 7 and cell[2].strip() for cell in cells)  # metric, formula, unit, healthy, broken
+    names = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell[1])]
+    patterns = {name: re.sub("[A-Z]+", ".+", re.escape(name)) for name in names}
+    logged = {name for row in metrics(finished) for name in row} - {"step"}
+    for name in logged:
+        assert any(re.fullmatch(pattern, name) for pattern in patterns.values()), f"{name} is not in the README"
+    for name, pattern in patterns.items():
+        elsewhere = name.startswith(("sync/", "eval/accuracy/source/"))  # with vLLM, and with several test files
+        assert elsewhere or any(re.fullmatch(pattern, metric) for metric in logged), f"no run logs {name}"
+
+
+HOSTILE = ["</script><img src=x onerror=\"document.title='run'\">", "<!--<script>", "NUL \0 bell \7 escape \x1b[31m",
+           "lone \ud800 surrogate", "\u202eright to left", "${1}`'\"\\", "\u2028", "REPORT_DATA"]  # fmt: skip
+
+
+def fabricate(folder, steps=60, texts=("fine",), groups=1, responses=2, tokens=4):
+    """The files of a run whose responses hold `texts`, over and over."""
+    words = [[text, -0.1, 0.05] for text in itertools.islice(itertools.cycle(texts), tokens)]
+    answer = dict(scores=dict(advantage=1.0, reward=1.0, accuracy=1.0, brief=0.5), truncated=True, tokens=words)
+    png = data.thumbnail(Image.new("RGB", (40, 30), "red"))
+    group = dict(where=texts[0], question=texts[0], answer=texts[-1], images=[png], responses=[answer] * responses)
+    rows = [{"step": i, "train/reward": i / steps, "train/kl": 9.0 if i == 7 else 0.1 * (i % 2), "train/loss": math.nan,
+             "seconds/learn": 2.0, "seconds/sample": 1.0, "train/gap": 1e-6} for i in range(1, steps + 1)]  # fmt: skip
+    rows += [{"step": i, "eval/accuracy": 0.5, "eval/accuracy_se": 0.1, "eval/pass@2": 0.7} for i in (0, steps)]
+    shown = [{"step": i, "drawn": 64, "groups": [group] * groups} for i in range(1, 21)]
+    for name, lines in (("metrics", rows), ("rollouts", shown)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+    (folder / "run.json").write_text(json.dumps({"steps": steps, "model": texts[0], "data": "figures"}))
+    train.write_report(folder)
+    return folder
+
+
+def embedded(folder):
+    """The data in a report."""
+    page = (folder / "report.html").read_text()
+    return json.loads(page.split('id="data">')[1].split("</script>")[0])
+
+
+def test_the_report_is_one_page_that_loads_nothing_and_holds_text_as_data(tmp_path):
+    page = (fabricate(tmp_path, texts=HOSTILE, tokens=len(HOSTILE)) / "report.html").read_text()
+    assert page.count("<script") == page.count("</script>") == 2 and "<img" not in page
+    template = (HERE / "assets" / "report.html").read_text()
+    assert not re.search(r"https?:|@import|url\(|<link|src=|innerHTML|outerHTML|insertAdjacent|eval\(|fetch", template)
+    assert "default-src 'none'" in page
+    report = embedded(tmp_path)
+    texts = [token[0] for token in report["steps"][0]["groups"][0]["responses"][0]["tokens"]]
+    assert texts == [text.replace("\ud800", "?") for text in HOSTILE]
+    assert "train/loss" not in report["curves"]  # JSON has no nan
+    assert len(list(tmp_path.iterdir())) == 4  # what it is made from, and itself
+
+
+def test_the_report_of_a_long_run_stays_under_20_megabytes_with_its_first_and_last_step(tmp_path):
+    fabricate(tmp_path, steps=20_000, texts=("<" * 32,), groups=4, responses=8, tokens=300)
+    assert 9e6 < (tmp_path / "report.html").stat().st_size < 20e6
+    report = embedded(tmp_path)
+    shown = [s["step"] for s in report["steps"]]
+    assert shown[0] == 1 and shown[-1] == 20 and 2 < len(shown) < 20
+    # 20,000 points in 500 means of 40: the first of steps 1 to 40, 9 at step 7 and 0.1 at 19 others
+    assert len(report["curves"]["train/kl"]) == 500
+    assert report["curves"]["train/kl"][0] == [20.5, pytest.approx((9 + 19 * 0.1) / 40)]
+
+
+def test_rollouts_show_what_the_update_did_to_each_token_of_groups_that_teach(tiny, processes, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SHOWN_TOKENS", 4)
+    monkeypatch.setattr(train, "SHOWN_RESPONSES", 3)
+    run, groups = small_run(tiny[False], minibatch_prompts=8, out=str(tmp_path), name="run")
+    (tmp_path / "run").mkdir()
+    groups[0].advantages = torch.zeros(4)
+    for g in groups:
+        g.scores = {"reward": [0.25, 0.5, 0.75, 1.0]}
+    log = train.Log(run)
+    log.rollouts(2, groups, {})  # a step that is neither the first nor the last nor evaluated
+    log.rollouts(1, groups, {})
+    [line] = train.read_jsonl(tmp_path / "run" / "rollouts.jsonl")
+    assert line["step"] == 1 and line["drawn"] == 8 and len(line["groups"]) == 4
+    assert line["groups"][0]["question"] == run.train_set[1].question  # group 0 is flat, so it comes last
+    assert [image[:23] for image in line["groups"][0]["images"]] == ["data:image/webp;base64,"]
+    shown, prompt = line["groups"][0]["responses"], run.prompt(run.train_set[1])
+    logprobs, _ = run.actor.logprobs([(prompt, [r.response]) for r in groups[1].rollouts[:3]], entropy=False)
+    expected = logprobs.split([len(r.response) for r in groups[1].rollouts[:3]])
+    assert [r["scores"]["reward"] for r in shown] == [0.25, 0.5, 0.75]
+    for got, rollout_, now in zip(shown, groups[1].rollouts, expected, strict=False):
+        numbers = list(zip(rollout_.sampler_logprobs.tolist(), (now - rollout_.sampler_logprobs).tolist(), strict=True))
+        cut = len(numbers) - 4
+        if cut > 0:  # the first two and the last two are left
+            assert got["tokens"].pop(2) == [f" [{cut} tokens left out] ", 0, 0]
+            numbers = numbers[:2] + numbers[-2:]
+        assert [tuple(token[1:]) for token in got["tokens"]] == [pytest.approx(pair, abs=1e-4) for pair in numbers]
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+def browse(page):
+    """The document of a page after its scripts have run."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    return subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=60).stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+def test_the_report_renders_in_a_browser_and_hostile_text_is_inert(finished, tmp_path):
+    dom = browse(finished / "report.html")
+    assert 'class="error"' not in dom and dom.count("<polyline") >= 10 and dom.count("<polygon") >= 5
+    for expected in ("Accuracy by kind", "KL to the start", "step 3 of 3", "gold: ", "&lt;think&gt;", "data:image/w"):
+        assert expected in dom, expected
+    assert dom.count("<article>") == 4 and dom.count('class="tokens"') == 16 and "background-color: rgba(" in dom
+    dom = browse(fabricate(tmp_path, texts=HOSTILE, tokens=len(HOSTILE)) / "report.html")
+    assert f"<title>{tmp_path.name}</title>" in dom and 'class="error"' not in dom  # no image of it was ever an element
+    assert "&lt;/script&gt;&lt;img src=x onerror=" in dom and dom.count("<img") == 1
+    assert "cut off: 9 at step 7" in dom and "brief 0.5 · truncated" in dom and "lone ? surrogate" in dom
+    page = tmp_path / "report.html"
+    page.write_text(page.read_text().replace('"steps":', '"steps"', 1))  # a page that fails says so
+    assert 'class="error"' in browse(page)
+
+
+def test_weights_and_biases_is_refused_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="--wandb grpo needs the package wandb; pip install"):
+        train.parse_settings(["--preset", "tiny", "--wandb", "grpo"])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_weights_and_biases_gets_every_metric_of_every_step(start, tmp_path, monkeypatch):
+    copy_start(start, tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_python([str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--steps", "2", "--wandb", "grpo"])
+    [log] = (tmp_path / "tiny" / "wandb").glob("offline-run-*/run-*.wandb")
+    seen = log.read_bytes()
+    assert all(name.encode() in seen for row in metrics(tmp_path / "tiny") for name in row if name != "step")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rollout.py: evaluation
+
+
+def record(accuracy=0, response="", **facts):
+    return dict(reward=0, format=0, truncated=0, tokens=1, type="", images=1, source="a") | dict(
+        accuracy=accuracy, response=response, **facts
+    )
+
+
 def test_pass_at_k_and_standard_error_by_hand():
     # 4 responses to each of 2 problems, 1 and 4 right: accuracy 1/4 and 1
-    records = [dict(accuracy=a, reward=0, format=0, truncated=0, tokens=1, type="") for a in (1, 0, 0, 0, 1, 1, 1, 1)]
-    got = rollout.summarize(records, 4)
+    got = rollout.summarize([record(a) for a in (1, 0, 0, 0, 1, 1, 1, 1)], 4)
     assert got["accuracy"] == 0.625
     assert got["accuracy_se"] == pytest.approx(0.375)  # std of (1/4, 1) with n - 1 is 0.5303, over sqrt(2)
     assert got["pass@2"] == pytest.approx(1 - (3 * 2 / (4 * 3) + 0) / 2)  # C(3,2)/C(4,2) = 1/2
     assert got["pass@4"] == 1.0
+
+
+def test_the_majority_of_the_boxed_answers_decides_and_the_first_given_wins_a_tie():
+    def majority(*answers):
+        return rollout.majority([record(right, f"so \\boxed{{{a}}}" if a else "?") for a, right in answers])
+
+    assert majority(("7", 0), ("5", 1), ("x = 5", 1)) == 1  # x = 5 and 5 are the same vote
+    assert majority(("5", 1), ("7", 0), ("7", 0)) == 0
+    assert majority(("5", 1), ("7", 0)) == 1 and majority(("7", 0), ("5", 1)) == 0
+    assert majority(("", 0), ("", 0), ("5", 1)) == 1  # no box, no vote
+    assert majority(("", 0)) == 0
+    got = rollout.summarize([record(1, r"\boxed{1}"), record(0, r"\boxed{2}"), *[record(0, r"\boxed{3}")] * 2], 2)
+    assert got["maj@2"] == 0.5 and got["accuracy"] == 0.25
+
+
+def test_accuracy_is_told_by_type_number_of_images_and_source_where_they_differ():
+    records = [record(1, type="angle", images=1), record(0, type="angle", images=2), record(0, type="sides", images=2)]
+    got = {k: v for k, v in rollout.summarize(records, 1).items() if k.startswith("accuracy/")}
+    assert got == {"accuracy/type/angle": 0.5, "accuracy/type/sides": 0, "accuracy/images/1": 1, "accuracy/images/2": 0}
+    assert not any("/" in k for k in rollout.summarize([record(type=str(i)) for i in range(21)], 1))
+
+
+def test_token_texts_join_to_the_text_whatever_the_tokens(tiny):
+    tokenizer = AutoProcessor.from_pretrained(tiny[False]).tokenizer
+    text = "∠ABC ≅ 🙂\n<think>"
+    ids = torch.tensor(tokenizer.encode(text))
+    texts = rollout.token_texts(tokenizer, ids)
+    assert "".join(texts) == text and len(texts) == len(ids) > len(text) and "∠" in texts
+    half = torch.tensor(tokenizer.encode("🙂")[:2] * 3)  # bytes that are no text come as the replacement character
+    assert set("".join(rollout.token_texts(tokenizer, half))) == {"\ufffd"}
+
+
+def test_python_rollout_repeats_the_runs_last_evaluation_of_the_exported_model(finished, tmp_path):
+    table = pq.read_table(finished.parent / "figures" / "test.parquet")
+    table = table.rename_columns(["pictures", "ask", "gold", "kind"])
+    broken = table.slice(0, 1).set_column(1, "ask", pa.array(["no place for the image"]))
+    pq.write_table(pa.concat_tables([table, broken]), tmp_path / "other.parquet")
+    flags = ["--model", finished / "model", "--data", tmp_path / "other.parquet", "--rows", "12", "--samples", "4",
+             "--instruction", train.PRESETS["tiny"]["instruction"], "--max_response_tokens", "24", "--engine", "hf",
+             "--max_pixels", "3136", "--image_key", "pictures", "--problem_key", "ask", "--answer_key", "gold",
+             "--type_key", "kind", "--images", "shuffled", "--skip_bad_rows", "--out", tmp_path / "out"]  # fmt: skip
+    printed = run_python([str(HERE / "rollout.py"), *map(str, flags)])
+    assert "left out 0 overlong and 1 broken ones" in printed and "shuffled images: accuracy" in printed
+    got, expected = (
+        [{**json.loads(line), "source": ""} for line in path.read_text().splitlines()]
+        for path in (tmp_path / "out", finished / "responses" / "shuffled-000003.jsonl")
+    )
+    assert len(got) == 48 and got == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2706,7 +2914,7 @@ def struck(function, number, event, count):
 def faulty_run(job):
     """train.py with a reward that is never flat, and with a fault. Run by the nursery and by torchrun."""
     job = json.loads(job)
-    reward.REWARDS["varied"] = lambda response, problem: random.random()  # from a global random state
+    reward.REWARDS["varied"] = lambda problem, response, gold: random.random()  # from a global random state
     if job["watch"]:
         watch(Path(job["watch"]))
     if job["fault"].isdigit():  # no file can become longer, as if the disk were full
@@ -2719,7 +2927,7 @@ def faulty_run(job):
 
 def watch(file):
     """Write megabytes in use, open files, threads and children of this process at every checkpoint."""
-    def look(response, problem):
+    def look(problem, response, gold):
         if random.random() < 0.01:
             with file.open("a") as out:
                 pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -2733,8 +2941,6 @@ def watch(file):
 
 def nursery():
     """Import everything once; then, for every job on stdin, fork a child that runs it, and print how it ended."""
-    import matplotlib.backends.backend_agg  # noqa: F401  what a run would import later
-
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
@@ -2828,13 +3034,13 @@ def unbroken(launch, seedling, tmp_path_factory):
 
 KILLS = (  # wherever a run can be; the first ones are met one after another by a run that goes on after each
     "call train.evaluate 1", "return train.update 3", "call safetensors.torch.save 1",
-    "call train.CheckpointWriter.finish 1", "return train.CheckpointWriter.finish 1", "call train.Log.curves 1",
+    "call train.CheckpointWriter.finish 1", "return train.CheckpointWriter.finish 1", "call train.write_report 1",
     "call train.Log.write 4", "return train.Log.write 2", "call shutil.rmtree 1", "call model.Actor.save 1",
     "call train.build 1", "return train.build 1", "call train.Log.evaluation 1", "call rollout.HFEngine.generate 3",
     "return rollout.HFEngine.generate 4", "call train.score 3", "call train.plan_minibatches 3", "call train.freeze 2",
     "call train.update 6", "return train.update 8", "call train.Log.step 3", "call train.save_checkpoint 2",
     "return train.save_checkpoint 2", "return safetensors.torch.save 2", "call train.fingerprints 2",
-    "call train.finish_checkpoint 3", "return shutil.rmtree 1", "return train.Log.curves 3",
+    "call train.finish_checkpoint 3", "return shutil.rmtree 1", "return train.write_report 3",
     "call train.Log.evaluation 3", "return model.Actor.save 1",
 )  # fmt: skip
 CHAIN = KILLS[:10]

@@ -21,6 +21,7 @@ import dataclasses
 import hashlib
 import heapq
 import importlib.metadata
+import importlib.util
 import json
 import math
 import platform
@@ -49,7 +50,7 @@ from model import (
     local_bytes,
     start_processes,
 )
-from rollout import HFEngine, Rollout, VLLMEngine, build_engine, describe, evaluate, score
+from rollout import HFEngine, Rollout, VLLMEngine, build_engine, describe, evaluate, score, token_texts
 
 import torch
 import torch.distributed as dist
@@ -146,6 +147,7 @@ class Settings:
     resume: str = setting("no", "no: start anew; must: go on from the newest checkpoint; auto: go on if there is one")
     max_not_finite: int = setting(0, "updates left out because a loss or gradient is not finite, before the run stops")
     timeout: float = setting(30.0, "minutes that a process waits for the others before the run ends")
+    wandb: str = setting("", "project of Weights & Biases to log to; empty: none")
 
     def __post_init__(self):
         if self.responses_per_prompt < 2:
@@ -173,6 +175,8 @@ class Settings:
             )
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"--min_pixels {self.min_pixels} is above --max_pixels {self.max_pixels}")
+        if self.wandb and importlib.util.find_spec("wandb") is None:
+            raise ValueError(f"--wandb {self.wandb} needs the package wandb; pip install wandb, or leave the flag out")
         if self.reference_on_cpu and (self.lora_rank or not self.kl_coefficient):
             why = "LoRA's is the policy without its adapters" if self.lora_rank else "--kl_coefficient 0 needs none"
             raise ValueError(f"--reference_on_cpu moves the reference's weights, and there are none: {why}")
@@ -431,19 +435,12 @@ class Run:
     def prompt(self, problem: data.Problem) -> data.Prompt:
         return make_prompt(self.settings, self.actor, problem)
 
-    def evaluate(self, change=None) -> tuple[dict[str, float], list[dict]]:
-        """Metrics and responses on the held-out problems, each passed through `change` first, if given."""
-        s = self.settings
-        problems = self.test_set[: s.eval_rows or len(self.test_set)]
-        problems = problems if change is None else [change(problem) for problem in problems]
-        return evaluate(self.engine, problems, self.prompt, s.eval_samples, s.seed, s.reward_weights, self.grader)
-
 
 def train(run: Run) -> None:
     """The algorithm."""
     s, log, meter = run.settings, Log(run), SavedTensors()
     if run.step == 0:
-        log.evaluation(0, run.evaluate())
+        log.evaluation()
     for step in log.progress(range(run.step, s.steps)):
         clock = Clock()
         # nothing of ours draws from the global random states, but a reward or a model's dropout may
@@ -472,18 +469,15 @@ def train(run: Run) -> None:
             updates = [update(run, minibatch, step, meter) for _ in range(s.epochs) for minibatch in minibatches]
         meter = measure_memory(run, meter, updates[-1])
 
-        # REPORT: the engine gets the new weights; metrics, evaluation and checkpoint
+        # REPORT: the engine gets the new weights; rollouts to look at, metrics, evaluation and checkpoint
+        with clock("report"):
+            log.rollouts(step + 1, groups, prompts)
         with clock("sync"), memory_advice(s, step):
             synced = run.engine.sync(run.actor)
         run.step = step + 1
         log.step(run.step, drawn, minibatches, updates, clock.seconds, synced)
-        accuracy, last = None, run.step == s.steps
-        if run.step % s.eval_every == 0 or last:
-            result = run.evaluate()
-            accuracy = result[0]["accuracy"]
-            log.evaluation(run.step, result)
-        if last:  # what is left without the pictures tells how much the model looks
-            log.evaluation(run.step, run.evaluate(data.blank_images), "blank")
+        last = run.step == s.steps
+        accuracy = log.evaluation() if last or run.step % s.eval_every == 0 else None
         stop = int(all_max(max(run.signals, default=0)))  # a signal to one rank stops all of them after the same step
         if stop or last or (s.save_every and run.step % s.save_every == 0):
             save_checkpoint(run, accuracy)
@@ -704,36 +698,41 @@ class Clock:
 
 
 class Log:
-    """Writes what the run did, on rank 0: metrics.jsonl, curves.png, responses of evaluations, TensorBoard, the bar."""
+    """Writes what the run did, on rank 0: files in the run's folder (see the README), loggers, the progress bar."""
 
     def __init__(self, run: Run):
-        self.folder, self.main, self.steps = run.settings.folder, dist.get_rank() == 0, run.settings.steps
-        self.run, self.rows, self.bar, self.board = run, [], None, None
+        s = run.settings
+        self.run, self.folder, self.main = run, s.folder, dist.get_rank() == 0
+        self.show_every = s.eval_every * max(1, round(s.steps / s.eval_every / SHOWN_STEPS))  # steps
+        self.bar, self.loggers, self.due = None, [], 0.0
         if not self.main:
             return
-        path = self.folder / "metrics.jsonl"
-        if run.step and path.exists():  # what the steps after the checkpoint wrote is written again
-            lines = path.read_text().splitlines(keepends=True)
-            rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill can cut the last one
-            self.rows = [row for row in rows if row["step"] <= run.step]
-        write_aside(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        for name in ("metrics.jsonl", "rollouts.jsonl"):  # what came after the checkpoint comes again
+            rows = read_jsonl(self.folder / name) if run.step else []
+            lines = (json.dumps(row) + "\n" for row in rows if row["step"] <= run.step)
+            write_aside(self.folder / name, "".join(lines))
         with contextlib.suppress(ImportError):  # TensorBoard is optional
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(self.folder)
+            board = SummaryWriter(self.folder)
+            self.loggers.append(lambda row, step: [board.add_scalar(name, value, step) for name, value in row.items()])
+        if s.wandb:
+            import wandb
+
+            session = wandb.init(project=s.wandb, name=s.folder.name, dir=s.folder, config=dataclasses.asdict(s))
+            self.loggers.append(session.log)
 
     def progress(self, steps):
-        self.bar = tqdm(steps, "step", disable=not self.main, initial=steps.start, total=self.steps, dynamic_ncols=True)
+        self.bar = tqdm(steps, "step", disable=not self.main, initial=steps.start, total=steps.stop, dynamic_ncols=True)
         return self.bar
 
     def step(self, step, groups, minibatches, updates, seconds, synced) -> None:
         """Metrics of one step, each a sum over a global count."""
-        rollouts = [r for g in groups for r in g.rollouts]
-        row = {f"train/{k}": sum(sum(g.scores[k]) for g in groups) / len(rollouts) for k in groups[0].scores}
-        row["train/response_tokens"] = sum(len(r.response) for r in rollouts) / len(rollouts)
-        row["train/truncated"] = sum(r.truncated for r in rollouts) / len(rollouts)
-        row["train/flat_groups"] = sum(g.is_flat() for g in groups) / len(groups)
-        updates = [u for u in updates if u]
+        rollouts, updates = [r for g in groups for r in g.rollouts], [u for u in updates if u]
+        means = {name: [x for g in groups for x in g.scores[name]] for name in groups[0].scores}
+        means |= {"response_tokens": [len(r.response) for r in rollouts], "truncated": [r.truncated for r in rollouts]}
+        means |= {"flat_groups": [g.is_flat() for g in groups], "imbalance": [m.imbalance for m in minibatches]}
+        row = {f"train/{name}": sum(values) / len(values) for name, values in means.items()}
         tokens = sum(u["tokens"] for u in updates)
         for name in ("kl", "entropy", "clipped", "gap", "sampler_kl"):
             row[f"train/{name}"] = sum(u[name] for u in updates) / max(tokens, 1)
@@ -742,7 +741,6 @@ class Log:
         row["train/learnt_tokens"] = tokens
         row["train/gap_max"] = max((u["gap_max"] for u in updates), default=0.0)
         row["train/learning_rate"] = self.run.schedule.get_last_lr()[0]
-        row["train/imbalance"] = sum(m.imbalance for m in minibatches) / len(minibatches)
         row |= {f"seconds/{k}": v for k, v in seconds.items()} | {f"sync/{k}": v for k, v in synced.items()}
         row["seconds/step"] = sum(seconds.values())
         self.write(step, row)
@@ -753,44 +751,110 @@ class Log:
                 f"len {row['train/response_tokens']:.0f} gap {row['train/gap']:.1e} | s: {phases}"
             )
 
-    def evaluation(self, step: int, result: tuple[dict, list], name: str = "eval") -> None:
-        """Metrics and responses of an evaluation, and the curves so far."""
-        metrics, records = result
-        self.write(step, {f"{name}/{k}": v for k, v in metrics.items()})
-        if not self.main:
+    def evaluation(self) -> float:
+        """Evaluate; before and after training with other images too, which tells how much the model looks.
+
+        Returns:
+            Accuracy with the problems' own images.
+        """
+        run, s, views = self.run, self.run.settings, data.VIEWS
+        if 0 < run.step < s.steps or len({hash(p.images) for p in run.test_set if p.images}) < 2:
+            views = ("own",)
+        accuracy = {}
+        for view in views:
+            metrics, records = evaluate(
+                run.engine, run.test_set, run.prompt, s.eval_samples, s.seed, s.reward_weights, run.grader,
+                rows=s.eval_rows, view=view,
+            )  # fmt: skip
+            accuracy[view] = metrics["accuracy"]
+            name = "eval" if view == "own" else view
+            self.write(run.step, {f"{name}/{k}": v for k, v in metrics.items()})
+            say(f"step {run.step}: {name}, {len(records)} responses: {describe(metrics)}")
+            if self.main:
+                path = self.folder / "responses" / f"{name}-{run.step:06d}.jsonl"
+                path.parent.mkdir(exist_ok=True)
+                path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        if self.main:
+            write_report(self.folder)
+        return accuracy["own"]
+
+    @torch.no_grad()
+    def rollouts(self, step: int, groups: list[Group], prompts: dict) -> None:
+        """Keep some groups for report.html, those that teach first, with what the step's updates did to each token.
+
+        That takes one more forward of these groups, on all ranks, in the first step and in some that are evaluated.
+        """
+        if step not in (1, self.run.settings.steps) and step % self.show_every:
             return
-        say(f"step {step}: {name}, {len(records)} responses: {describe(metrics)}")
-        (self.folder / "responses").mkdir(exist_ok=True)
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        (self.folder / "responses" / f"{name}-{step:06d}.jsonl").write_text("".join(lines))
-        self.curves()
+        shown, tokenizer = [], self.run.actor.processor.tokenizer
+        for group in sorted(groups, key=Group.is_flat)[:SHOWN_GROUPS]:
+            pack = build_pack(self.run, [(group, list(range(len(group.rollouts)))[:SHOWN_RESPONSES])], prompts)
+            logprobs, _ = self.run.actor.logprobs(pack.groups, pack.features, entropy=False)
+            moved, responses = (logprobs - pack.sampler_logprobs).split(pack.lengths.tolist()), []
+            for i, (r, nats) in enumerate(zip(group.rollouts[: len(moved)], moved, strict=True)):
+                columns = token_texts(tokenizer, r.response), r.sampler_logprobs.tolist(), nats.tolist()
+                tokens = [[text[:32], round(x, 4), round(y, 4)] for text, x, y in zip(*columns, strict=True)]
+                if (cut := len(tokens) - SHOWN_TOKENS) > 0:
+                    tokens[SHOWN_TOKENS // 2 : -SHOWN_TOKENS // 2] = [[f" [{cut} tokens left out] ", 0, 0]]
+                scores = {"advantage": group.advantages[i].item()} | {name: v[i] for name, v in group.scores.items()}
+                responses.append(dict(scores=scores, truncated=r.truncated, tokens=tokens))
+            prompt = prompts[group.index]
+            shown.append(dict(
+                where=prompt.problem.where, question=prompt.problem.question[:4000], answer=prompt.problem.answer[:400],
+                images=[data.thumbnail(image) for image in prompt.images[:SHOWN_IMAGES]], responses=responses,
+            ))  # fmt: skip
+        if self.main:
+            with (self.folder / "rollouts.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "drawn": len(groups), "groups": shown}) + "\n")
 
     def write(self, step: int, row: dict[str, float]) -> None:
         if not self.main:
             return
-        self.rows.append({"step": step} | row)
         with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
-        for name, value in row.items() if self.board else ():
-            self.board.add_scalar(name, value, step)
+            file.write(json.dumps({"step": step} | row) + "\n")
+        for log in self.loggers:
+            log(row, step=step)
+        if time.monotonic() > self.due:
+            write_report(self.folder)
+            self.due = time.monotonic() + 30  # seconds
 
-    def curves(self) -> None:
-        """Draw curves.png."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(12, 6), layout="constrained")
-        panels = [("eval/accuracy", "train/accuracy"), ("train/reward", "train/format"), ("train/response_tokens",),
-                  ("train/entropy", "train/kl"), ("train/grad_norm",), ("seconds/sample", "seconds/learn")]  # fmt: skip
-        for axes, names in zip(figure.subplots(2, 3).flat, panels, strict=True):
-            for name in names:
-                points = [(row["step"], row[name], row.get(name + "_se", 0.0)) for row in self.rows if name in row]
-                if points:
-                    x, y, error = zip(*points, strict=True)
-                    axes.errorbar(x, y, error if any(error) else None, label=name, marker="." if any(error) else None)
-                    axes.legend(fontsize=8)
-            axes.set_xlabel("step")
-        FigureCanvasAgg(figure).print_png(self.folder / "curves.png")
+# what report.html shows: of a run, of a step, of a group, of a prompt, of a response, of a metric; then it is small
+SHOWN_STEPS, SHOWN_GROUPS, SHOWN_RESPONSES, SHOWN_IMAGES, SHOWN_TOKENS, SHOWN_POINTS = 20, 4, 8, 6, 1000, 500
+REPORT_BYTES = 19_000_000  # beyond it the rollouts of every second step are left out
+
+
+def write_report(folder: str | Path) -> None:
+    """Build FOLDER/report.html, a page that needs no network, from what a run has written into FOLDER so far.
+
+    Text stays data whatever a model writes: JSON without any "<", in a script element that no browser runs.
+    """
+    folder, curves = Path(folder), collections.defaultdict(list)
+    for row in read_jsonl(folder / "metrics.jsonl"):
+        for name, value in row.items():
+            if name != "step" and math.isfinite(value):
+                curves[name].append((row["step"], value))
+    for name, points in curves.items():  # neighbours are averaged where there are too many
+        size = math.ceil(len(points) / SHOWN_POINTS)
+        parts = (points[i : i + size] for i in range(0, len(points), size))
+        curves[name] = [[float(f"{sum(x) / len(x):.6g}") for x in zip(*part, strict=True)] for part in parts]
+    steps = read_jsonl(folder / "rollouts.jsonl")
+    settings = json.loads((folder / "run.json").read_text())
+    report = dict(name=folder.name, settings=settings, curves=curves, steps=steps)
+
+    def encoded() -> bytes:  # a lone surrogate, which UTF-8 has no bytes for, becomes a question mark
+        return json.dumps(report, ensure_ascii=False).replace("<", r"\u003c").encode(errors="replace")
+
+    while len(text := encoded()) > REPORT_BYTES and len(steps) > 2:
+        del steps[1:-1:2]
+    template = (Path(__file__).parent / "assets" / "report.html").read_bytes()
+    write_aside(folder / "report.html", template.replace(b"REPORT_DATA", text))
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Rows of a file of JSON lines, without a last one that a kill has cut; none where there is no file."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1007,10 +1071,10 @@ def set_aside(folder: Path) -> Path:
     return free
 
 
-def write_aside(path: Path, text: str) -> None:
+def write_aside(path: Path, content: str | bytes) -> None:
     """Write a file so that a kill leaves the old one or the new one, never half."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
 
 
