@@ -535,9 +535,13 @@ def start_processes(timeout: float = 30.0) -> torch.device:
     Args:
         timeout: minutes after which a rank that waits for another gives up, and the run ends.
     """
-    options = dict(timeout=datetime.timedelta(minutes=timeout))
-    if "WORLD_SIZE" not in os.environ:
-        options |= dict(store=dist.HashStore(), rank=0, world_size=1)
+    store, rank, world, limit = dist.HashStore(), 0, 1, datetime.timedelta(minutes=timeout)
+    if "WORLD_SIZE" in os.environ:
+        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun keeps its store when it restarts the ranks, and with it the addresses of the dead ones
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    options = dict(store=store, rank=rank, world_size=world, timeout=limit)
     if not torch.cuda.is_available():
         dist.init_process_group("gloo", **options)
         return torch.device("cpu")

@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import pkgutil
 import random
 import re
@@ -50,11 +51,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import safetensors.torch
 import torch
 import transformers as hf
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 HERE = Path(__file__).parent
@@ -362,7 +362,7 @@ def test_what_cannot_be_loaded_says_what_is_there(tmp_path):
     with pytest.raises(ValueError, match="no rows"):
         data.load_problems(write(tmp_path, problem=pa.array([], pa.string()), answer=pa.array([], pa.string())))
     (tmp_path / "broken.parquet").write_bytes(b"not parquet at all")
-    with pytest.raises(ValueError, match=r"broken\.parquet is not a parquet file"):
+    with pytest.raises(ValueError, match=r"broken\.parquet is not a whole parquet file"):
         data.load_problems(tmp_path / "broken.parquet")
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "none.parquet", "data/none.parquet", f"{tmp_path}/*.jsonl", "a/b/c"):
@@ -2308,20 +2308,47 @@ def test_every_setting_is_read_somewhere_and_has_help():
         assert read or f.name == "preset", f"--{f.name} is dead"
 
 
-def test_unknown_flags_and_impossible_settings_are_refused():
+def test_unknown_flags_are_refused():
     for unknown in ("--learning_rat", "--nothing"):
         with pytest.raises(ValueError, match=unknown):
             train.parse_settings(["--preset", "tiny", unknown, "1"])
-    for flags, message in (
-        (["--responses_per_prompt", "1"], "--responses_per_prompt is 1"),
-        (["--minibatch_prompts", "48"], "64 is not a multiple of --minibatch_prompts 48"),
-        (["--temperature", "0"], "--temperature is 0"),
-        (["--min_pixels", "99999"], "--min_pixels 99999 is above"),
-        (["--rewards", "acuracy=1"], "acuracy"),
-        (["--kl_estimator", "k4"], "--kl_estimator k4 is none of k1, k2, k3"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            train.parse_settings(["--preset", "tiny", *flags])
+
+
+def test_every_number_among_the_settings_has_bounds_but_the_seed():
+    bounded = [*" ".join(train.LIMITS.values()).split(), "responses_per_prompt"]
+    assert sorted(bounded) == sorted(
+        f.name for f in dataclasses.fields(train.Settings) if f.type in (int, float) and f.name != "seed"
+    )
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--responses_per_prompt 1", "--responses_per_prompt is 1; .*compared with the others"),
+    ("--minibatch_prompts 48", "64 is not a multiple of --minibatch_prompts 48"),
+    ("--temperature 0", "--temperature is 0.0, not from 0.01 to 100"),
+    ("--temperature nan", "--temperature is nan"),
+    ("--learning_rate inf", "--learning_rate is inf"),
+    ("--learning_rate=-0.1", "--learning_rate is -0.1, not from 0"),
+    ("--steps 0", "--steps is 0, not from 1 to .*batches of rollouts"),
+    ("--keep 0", "--keep is 0, not from 1 .*newest checkpoints"),
+    ("--memory_fraction 60", "--memory_fraction is 60.0, not from 0.01 to 1 "),
+    ("--clip_low 1.5", "--clip_low is 1.5"),
+    ("--beta2 1", "--beta2 is 1.0"),
+    ("--importance_cap 0.5", "--importance_cap is 0.5"),
+    ("--final_learning_rate 10", "--final_learning_rate is 10.0"),
+    ("--max_grad_norm 0", "--max_grad_norm is 0.0"),
+    ("--max_sampler_gap nan", "--max_sampler_gap is nan"),
+    ("--timeout 0", "--timeout is 0.0, .*minutes"),
+    ("--min_pixels 99999", "--min_pixels 99999 is above"),
+    ("--rewards acuracy=1", "acuracy"),
+    ("--rewards accuracy=0,format=0", "weighs everything 0"),
+    ("--kl_estimator k4", "--kl_estimator k4 is none of k1, k2, k3"),
+    ("--resume true", "--resume true is none of no, auto, must"),
+    ("--rollout_tp 2 --engine hf", "--rollout_tp 2 is vLLM's"),
+    ("--name ../elsewhere", "--name '../elsewhere' is not a plain folder name"),
+])  # fmt: skip
+def test_impossible_settings_are_refused_with_what_to_change(flags, message):
+    with pytest.raises(ValueError, match=message):
+        train.parse_settings(["--preset", "tiny", *flags.split()])
 
 
 def test_a_flag_wins_over_the_preset():
@@ -2622,39 +2649,6 @@ def test_an_exported_checkpoint_scores_as_the_trainer_in_a_fresh_process_and_in_
         exported = model.Actor.from_pretrained(str(out), pixels=(56 * 56, 56 * 56))
         with contextlib.closing(vllm_engine(exported, out)) as engine:
             assert largest_gap(exported, engine, prompts_with(exported, 0, 1)) < 1e-4
-
-
-def test_a_run_of_two_ranks_resumes_on_one(start, tmp_path):
-    copy_start(start, tmp_path)
-    flags = (*SHORT, "--out", str(tmp_path), "--save_every", "1")
-    torchrun(*flags, "--eval_rows", "1", script=HERE / "train.py")  # one of the ranks has nothing to evaluate
-    rows = metrics(tmp_path / "tiny")
-    assert [row["step"] for row in rows if "train/reward" in row] == [1, 2, 3]
-    shutil.rmtree(tmp_path / "tiny" / "checkpoints" / "step-000003")
-    run_python([str(HERE / "train.py"), *flags, "--resume"])
-    again = [row for row in metrics(tmp_path / "tiny") if "train/reward" in row]
-    assert [row["step"] for row in again] == [1, 2, 3]
-    assert again[:2] == [row for row in rows if "train/reward" in row][:2]
-
-
-def test_a_resumed_run_ends_with_the_same_bytes_as_one_that_was_never_stopped(start, tmp_path):
-    copy_start(start, tmp_path)
-    flags = [str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--save_every", "1"]
-    run_python(flags)
-    weights = tmp_path / "tiny" / "model" / "model.safetensors"
-    whole, shown = weights.read_bytes(), (tmp_path / "tiny" / "rollouts.jsonl").read_text()
-    weights.unlink()
-    for step in (2, 3):
-        shutil.rmtree(tmp_path / "tiny" / "checkpoints" / f"step-00000{step}")
-    run_python([*flags, "--resume"])
-    assert weights.read_bytes() == whole
-    assert (tmp_path / "tiny" / "rollouts.jsonl").read_text() == shown  # of steps 1 and 3, each once
-
-
-def test_resume_without_a_checkpoint_says_so(start, tmp_path):
-    copy_start(start, tmp_path)
-    with pytest.raises(AssertionError, match="--resume found no checkpoint"):
-        run_python([str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--resume"])
 
 
 @pytest.mark.skipif(not GEO3K.exists(), reason="the Geometry3K sample is not there")
@@ -3009,8 +3003,9 @@ def outcome(folder):
     assert not list((folder / "tiny" / "checkpoints").glob("*.partial"))
     times = ("seconds/", "sync/")
     rows = [{k: v for k, v in row.items() if not k.startswith(times)} for row in metrics(folder / "tiny")]
+    rows += train.read_jsonl(folder / "tiny" / "rollouts.jsonl")
     shards = sorted((folder / "tiny" / "checkpoints" / "step-000006").glob("*.safetensors"))
-    state = [{k: v.numpy().tobytes() for k, v in safetensors.torch.load_file(shard).items()} for shard in shards]
+    state = [{k: v.numpy().tobytes() for k, v in load_file(shard).items()} for shard in shards]
     return rows, (folder / "tiny" / "model" / "model.safetensors").read_bytes(), state
 
 
@@ -3027,7 +3022,7 @@ def unbroken(launch, seedling, tmp_path_factory):
     assert code == 0, log
     rows, weights, state = outcome(folder)
     assert weights != (folder / "tiny-model" / "model.safetensors").read_bytes()
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 3, 4, 5, 6, 6, 6]
+    assert [row["step"] for row in rows] == [0, 0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 6, 6, 1, 3, 6]
     assert all(row["train/learnt_tokens"] for row in rows if "train/reward" in row)
     return rows, weights, state
 
@@ -3069,6 +3064,438 @@ def test_a_run_killed_anywhere_ends_as_if_nothing_had_happened(launch, seedling,
     code, log = launch(tmp_path)
     assert code == 0, log
     assert_same(outcome(tmp_path), unbroken)
+
+
+def test_a_signal_ends_the_run_after_the_step_and_a_second_one_at_once(launch, seedling, unbroken, tmp_path):
+    copy_start(seedling, tmp_path)
+    code, log = launch(tmp_path, fault="15 call train.update 5")
+    assert code == 143 and "step 3: SIGTERM; the checkpoint is written, go on with --resume auto" in log, log
+    assert (tmp_path / "tiny" / "checkpoints" / "step-000003").is_dir() and "model exported" not in log
+    code, log = launch(tmp_path, fault="2 call train.score 1")
+    assert code == 130 and "step 4: SIGINT" in log, log
+    code, log = launch(tmp_path, fault="2 call train.update 1; 2 call train.update 2")
+    assert code == -2 and "SIGINT" not in log, log
+    code, log = launch(tmp_path)
+    assert code == 0, log
+    assert_same(outcome(tmp_path), unbroken)
+
+
+def test_a_full_disk_stops_the_run_and_loses_no_earlier_checkpoint(launch, seedling, unbroken, tmp_path):
+    copy_start(seedling, tmp_path)
+    code, log = launch(tmp_path, fault="15 call train.update 4")  # leaves with a checkpoint of step 2
+    assert code == 143, log
+    code, log = launch(tmp_path, fault="1000000")  # bytes, and a checkpoint has 7 million
+    assert code == 1 and re.search(r"step 4: a checkpoint could not be written \(rank 0: .*File too large", log), log
+    assert "go on with --resume auto" in log
+    code, log = launch(tmp_path)
+    assert code == 0 and "step-000002" in log, log
+    assert_same(outcome(tmp_path), unbroken)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(launch, seedling, unbroken, tmp_path):
+    copy_start(seedling, tmp_path)
+    launch(tmp_path, fault="15 call train.update 7")
+    [shard] = (tmp_path / "tiny" / "checkpoints" / "step-000004").glob("*.safetensors")
+    raw = bytearray(shard.read_bytes())
+    raw[-1000] ^= 1  # one bit of one number
+    shard.write_bytes(raw)
+    code, log = launch(tmp_path, "--learning_rate", "6.5e-4", "--steps", "5")
+    assert code == 0 and re.search("step-000004 is damaged .*step-000004.1, and the one before is taken", log), log
+    assert "step-000002" in log and "learning_rate was 0.0006 when this run was started, and is 0.00065" in log
+
+
+def test_resume_must_have_a_checkpoint(launch, seedling, tmp_path):
+    code, log = launch(copy_start(seedling, tmp_path), "--resume", "must")
+    assert code == 1 and "--resume must: no whole checkpoint in" in log
+
+
+def test_the_folder_of_a_run_says_what_it_is_made_of(launch, seedling, tmp_path):
+    launch(copy_start(seedling, tmp_path), fault="15 call train.build 1")
+    made = json.loads((tmp_path / "tiny" / "run.json").read_text())
+    assert {"command", "commit", "processes", "python", "torch", "transformers", "seed", "model"} <= made.keys()
+    assert made["torch"] == torch.__version__ and made["steps"] == 6 and made["data"] == str(tmp_path / "figures")
+
+
+# --- checkpoints
+
+
+def adam_run(folder, out, **changes):
+    """small_run with the optimizer that a real run has; writes under `out`."""
+    changes = dict(minibatch_prompts=8, max_sampler_gap=100.0, keep=2) | changes
+    run, groups = small_run(folder, out=str(out), **changes)
+    run.optimizer = torch.optim.AdamW([p for p in run.actor.model.parameters() if p.requires_grad], lr=1e-3)
+    run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, run.settings.rate)
+    return run, groups
+
+
+def learn(run, groups):
+    [minibatch] = train.plan_minibatches(run, groups, {})
+    totals = train.update(run, minibatch, run.step)
+    run.step += 1
+    return totals
+
+
+def whole_state(run):
+    return {name: model.full(value).clone() for name, value in train.checkpoint_state(run).items()}
+
+
+def go_on_with_two_ranks(folder, out):
+    """Run by torchrun: go on from the checkpoint of one rank, and leave one of two."""
+    model.start_processes()
+    run, groups = adam_run(folder, out)
+    train.load_checkpoint(run, train.newest_checkpoint(Path(out) / "tiny" / "checkpoints"))
+    states = [whole_state(run)]
+    loss = learn(run, groups)["loss"]
+    states.append(whole_state(run))
+    train.save_checkpoint(run, None)
+    if torch.distributed.get_rank() == 0:
+        torch.save({"loss": loss, "states": states}, Path(out) / "two.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_checkpoint_of_one_rank_goes_on_with_two_and_the_reverse(tiny, processes, tmp_path):
+    run, groups = adam_run(tiny[False], tmp_path)
+    learn(run, groups)
+    train.save_checkpoint(run, None)
+    saved = whole_state(run)
+    torchrun("go_on_with_two_ranks", str(tiny[False]), str(tmp_path))
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert two["states"][0].keys() == saved.keys()
+    assert all(torch.equal(two["states"][0][name], value) for name, value in saved.items())
+    assert learn(run, groups)["loss"] == pytest.approx(two["loss"], rel=1e-5)  # one rank goes on as two did
+    again, _ = adam_run(tiny[False], tmp_path)
+    train.load_checkpoint(again, train.newest_checkpoint(tmp_path / "tiny" / "checkpoints"))
+    assert again.step == 2 and again.schedule.get_last_lr() == run.schedule.get_last_lr()
+    assert all(torch.equal(whole_state(again)[name], value) for name, value in two["states"][1].items())
+    learn(again, groups)
+    learn(run, groups)
+    for name, p in run.actor.model.named_parameters():
+        close(model.full(p), model.full(dict(again.actor.model.named_parameters())[name]), atol=2e-4)
+
+
+def test_the_newest_checkpoints_are_kept_and_the_best(tiny, processes, tmp_path):
+    run, _ = adam_run(tiny[False], tmp_path)
+    for run.step, accuracy in enumerate((0.5, 0.9, None, 0.9, 0.1, None, 0.2), 1):
+        train.save_checkpoint(run, accuracy)
+    # the two newest, and the newer one of the two best
+    names = sorted(path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir())
+    assert names == ["step-000004", "step-000006", "step-000007"]
+
+
+def test_only_what_is_trained_is_saved_and_other_tensors_are_refused(tiny, processes, tmp_path):
+    run, _ = adam_run(tiny[False], tmp_path)
+    train.save_checkpoint(run, None)
+    path = train.newest_checkpoint(tmp_path / "tiny" / "checkpoints")
+    for p in list(run.actor.model.parameters())[2:]:
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"step-000000 holds other tensors than this run trains, such as .*run\.json"):
+        train.load_checkpoint(run, path)
+    train.save_checkpoint(dataclasses.replace(run, step=1), None)
+    [shard] = (tmp_path / "tiny" / "checkpoints" / "step-000001").glob("*.safetensors")
+    assert len(load_file(shard)) == 1 + 2 * 4  # counts; weight, AdamW's step and two moments
+
+
+@pytest.mark.parametrize("damage", "cut, bit, missing, another, no manifest, empty manifest, null, bytes".split(", "))
+def test_every_damage_to_a_checkpoint_is_seen(tmp_path, processes, capsys, damage):
+    for step in (4, 8):
+        folder = tmp_path / f"step-00000{step}"
+        folder.mkdir()
+        for rank in range(2):
+            save_file({"a": torch.randn(100)}, folder / f"shard-0000{rank}.safetensors")
+        (folder / "manifest.json").write_text(json.dumps({"accuracy": None, "files": train.fingerprints(folder)}))
+    assert train.newest_checkpoint(tmp_path).name == "step-000008"
+    shard, manifest = folder / "shard-00001.safetensors", folder / "manifest.json"
+    raw = shard.read_bytes()
+    if damage == "cut":
+        shard.write_bytes(raw[:-1])
+    elif damage == "bit":
+        shard.write_bytes(raw[:-5] + bytes([raw[-5] ^ 1]) + raw[-4:])
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "another":  # left there by a run of more ranks
+        (folder / "shard-00002.safetensors").write_bytes(raw)
+    elif damage == "no manifest":
+        manifest.unlink()
+    else:
+        manifest.write_bytes({"empty manifest": b"", "null": b"null", "bytes": b"\xff\xfe"}[damage])
+    assert train.newest_checkpoint(tmp_path).name == "step-000004"
+    assert "step-000008 is damaged" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000004", "step-000008.1"]
+
+
+def test_loading_a_checkpoint_runs_no_code_of_whoever_wrote_it(tiny, processes, tmp_path):
+    run, _ = adam_run(tiny[False], tmp_path)
+    train.save_checkpoint(run, None)
+    path = train.newest_checkpoint(tmp_path / "tiny" / "checkpoints")
+    bomb = b"cos\nsystem\n(S'touch " + str(tmp_path / "boom").encode() + b"'\ntR."
+    assert pickle.loads(bomb) == 0 and (tmp_path / "boom").exists()  # it would work
+    (tmp_path / "boom").unlink()
+    for name in (".metadata", "__0_0.distcp", "shard-00009.pt", "optimizer.bin"):
+        (path / name).write_bytes(bomb)
+    train.load_checkpoint(run, train.newest_checkpoint(tmp_path / "tiny" / "checkpoints"))
+    assert not (tmp_path / "boom").exists()
+
+
+# --- what is not finite, what does not fit
+
+
+def test_an_update_that_is_not_finite_is_kept_for_study_and_stops_the_run(tiny, processes, tmp_path):
+    run, groups = adam_run(tiny[False], tmp_path, max_not_finite=1)
+    groups[3].advantages[2] = math.inf
+    before = whole_state(run)
+    assert learn(run, groups) == {}  # the first is left out
+    with pytest.raises(RuntimeError, match=r"step 1: loss .*-000001-2-rank-0\.pt.*number 2, and --max_not_finite is 1"):
+        learn(run, groups)
+    after = whole_state(run)
+    assert all(torch.equal(after[name], value) for name, value in before.items() if "not finite" not in name)
+    assert after["step, updates, not finite"].tolist() == [1, 0, 2]
+    kept = torch.load(tmp_path / "tiny" / "not-finite" / "step-000001-2-rank-0.pt", weights_only=True)
+    assert "lm_head.weight" in kept["broken_gradients"] and "gradient norm nan" in kept["why"]
+    [pack] = kept["packs"]
+    assert pack["advantages"].isinf().sum() == 1 and len(pack["sampler_logprobs"]) == pack["lengths"].sum()
+    where, prompt, responses = pack["groups"][3]
+    assert where == "train.parquet row 17" and prompt.dtype == torch.long and len(responses) == 4
+
+
+def test_a_full_gpu_names_the_setting_and_how_far_to_lower_it(tiny, processes, tmp_path):
+    run, groups = adam_run(tiny[False], tmp_path)
+    minibatches = train.plan_minibatches(run, groups, {})
+    [pack] = minibatches[0].packs
+    tokens = sum(len(prompt.ids) + sum(map(len, responses)) for prompt, responses in pack.groups)
+    for arguments, message in (
+        ((minibatches,), f"step 3: .*{tokens} tokens: set --max_tokens_per_pack to {tokens // 2} or --gradient_check"),
+        ((), r"set --memory_fraction to 0\.48 or halve --prompts_per_step"),
+    ):
+        with pytest.raises(RuntimeError, match=message), train.memory_advice(run.settings, 3, *arguments):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+# --- input from elsewhere
+
+
+def png_of(width, height):
+    """A PNG of a hundred bytes whose header promises any size."""
+    def chunk(name, body):
+        return len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n%%EndComments\nshowpage\n"
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
+PHOTO = encode(Image.effect_noise((64, 64), 50).convert("RGB"), "JPEG")
+BAD_IMAGES = {  # what the cell holds, and what the message says of it
+    "empty": (b"", "0 bytes are not a readable image"),
+    "text": (b"hello", "5 bytes are not a readable image"),
+    "bomb": (png_of(60_000, 60_000), "could be decompression bomb"),
+    "large": (png_of(10_000, 5_001), "10000 x 5001 pixels, 50000000 is the most"),
+    "cut PNG": (picture(0)[:-1000], "not a readable image"),
+    "cut JPEG": (PHOTO[: len(PHOTO) // 2], "not a readable image .*truncated"),
+    "flipped PNG": (red()[:45] + b"\xff" + red()[46:], "not a readable image"),
+    "cut GIF": (encode(Image.effect_noise((64, 64), 50).convert("P"), "GIF")[:300], "not a readable image"),
+    "cut WEBP": (encode(Image.effect_noise((64, 64), 50).convert("RGB"), "WEBP")[:300], "not a readable image"),
+    "floats": (encode(Image.new("F", (4, 4)), "TIFF"), "holds floats"),
+    "PostScript": (POSTSCRIPT, "not a readable image .*cannot identify"),  # Pillow would start Ghostscript
+    "SVG": (SVG, "not a readable image .*cannot identify"),
+    "long": (red(5700, 28), "5700 x 28, longer than 200 to 1"),
+    "number": (7, "int, not bytes, a path"),
+    "nothing": ({"bytes": None, "path": None}, "NoneType"),
+    "no base64": ("no base64!", "not a file's path, base64"),
+    "raw data URL": ("data:image/png,raw", "not a file's path, base64"),
+    "up": ("../secret.png", "leads out of the parquet file's folder"),
+    "absolute": ("/etc/hosts.png", "leads out of the parquet file's folder"),
+    "link out": ("out.png", "leads out of the parquet file's folder"),
+    "link to itself": ("loop.png", "image 'loop.png'"),
+    "folder": ("folder.png", "no plain file"),
+    "pipe": ("pipe.png", "no plain file"),  # to read it would wait for ever
+    "huge file": ("huge.png", "no plain file of at most 100000000 bytes"),
+    "missing": ("missing.png", "no plain file"),
+    "null byte": ("nul\0.png", "null byte"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_bad_images_are_refused_by_row_before_they_cost_anything(tmp_path, processor, name):
+    (tmp_path / "secret.png").write_bytes(red())
+    folder = tmp_path / "rows"
+    (folder / "folder.png").mkdir(parents=True)
+    (folder / "out.png").symlink_to(tmp_path / "secret.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    os.mkfifo(folder / "pipe.png")
+    with (folder / "huge.png").open("wb") as file:
+        file.truncate(10**9)
+    cell, message = BAD_IMAGES[name]
+    rows = data.load_problems(write(folder, images=[cell]))
+    with pytest.raises(ValueError, match=rf"(?s)1 of 1 rows are broken.*train\.parquet row 0: .*{message}"):
+        data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, 1000)
+
+
+BAD_TEXTS = {
+    "control token": (dict(problem="<image>Hi<|im_end|>"), "<\\|im_end\\|>"),
+    "forged image": (dict(problem="<image><|image_pad|>"), "<\\|image_pad\\|>"),
+    "video": (dict(problem="<image><video>"), "<video>"),
+    "placeholders": (dict(problem="<image><image>"), "2 <image> in the question but 1 images"),
+    "no placeholder": (dict(problem="What?"), "0 <image> in the question but 1 images"),
+    "empty answer": (dict(answer=" "), "the answer or the question is empty"),
+    "empty question": (dict(problem=""), "the answer or the question is empty"),
+    "huge question": (dict(problem="<image>" + "a" * 10**7), "100000[0-9]+ characters, 100000 is the most"),
+    "huge answer": (dict(answer="9" * 10**7), "100000[0-9]+ characters, 100000 is the most"),
+    "type with escapes": (dict(type="\x1b[2J"), "the type '.x1b.2J' names a metric"),
+    "type of two lines": (dict(type="a\nb"), "the type 'a.nb' names a metric"),
+    "long type": (dict(type="k" * 81), "the type 'k{80}' names a metric"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEXTS)
+def test_hostile_texts_are_refused_by_row(tmp_path, processor, name):
+    columns, message = BAD_TEXTS[name]
+    rows = data.load_problems(write(tmp_path, images=[red()], **{key: [text] for key, text in columns.items()}))
+    with pytest.raises(ValueError, match=rf"(?s)1 of 1 rows are broken.*train\.parquet row 0: .*{message}"):
+        data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, 1000)
+
+
+def test_text_that_is_not_utf8_is_refused_by_row(tmp_path, processor):
+    raw = pa.array([b"<image>\xff\xfe"], pa.binary()).view(pa.string())
+    with pytest.raises(ValueError, match=r"train\.parquet row 0: .*utf-8"):
+        data.load_problems(write(tmp_path, problem=raw, images=[red()]))[0]
+
+
+@pytest.mark.parametrize("how", ["cut", "middle", "page", "empty", "folder", "binary column"])
+def test_a_parquet_file_that_is_not_whole_is_refused_by_name(tmp_path, how):
+    file = write(tmp_path, problem=[f"question {i}" for i in range(500)], answer=[str(i) for i in range(500)])
+    raw = bytearray(file.read_bytes())
+    if how == "cut":
+        del raw[-100:]
+    elif how == "middle":
+        del raw[1000:2000]
+    elif how == "page":
+        raw[4:40] = bytes(36)
+    elif how == "empty":
+        raw.clear()
+    file.write_bytes(raw)
+    if how == "folder":
+        file.unlink()
+        file.mkdir()
+        file = tmp_path
+    elif how == "binary column":
+        write(tmp_path, answer=[b"4"])
+    with pytest.raises(ValueError, match=r"train\.parquet( is not a whole parquet file|.*'answer' is binary)"):
+        data.load_problems(file)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, about what it finds in the headers
+def test_broken_bytes_of_every_format_are_readable_or_a_value_error():
+    rng, noise = random.Random(0), Image.effect_noise((24, 31), 50).convert("RGB")
+    exif = Image.Exif()
+    exif[0x112] = 6
+    options = [dict(form="JPEG", exif=exif), dict(form="WEBP", lossless=True)]
+    options += [dict(form=form) for form in data.FORMATS]
+    files, refused = [encode(noise, **option) for option in options], 0
+    for i in range(4000):
+        raw = bytearray(files[i % len(files)])
+        for _ in range(rng.choice((1, 2, 5, 20))):
+            place = rng.randrange(rng.choice((len(raw), min(len(raw), 120))))
+            raw[place] = rng.randrange(256)
+        try:
+            data.decode_image(bytes(raw[: rng.choice((None, len(raw) // 2))]))
+        except ValueError:
+            refused += 1
+    assert 1000 < refused < 4000
+
+
+def test_the_same_file_is_not_trained_on_and_held_out(launch, seedling, tmp_path):
+    copy_start(seedling, tmp_path)
+    code, log = launch(tmp_path, "--data", str(tmp_path / "figures" / "train.parquet"))
+    assert code == 1 and re.search(r"train\.parquet would be trained on and held out; set --test_data", log), log
+
+
+def test_code_and_pickles_that_come_with_a_model_are_not_run(seedling, tmp_path):
+    hostile = tmp_path / "model"
+    shutil.copytree(seedling / "tiny-model", hostile)
+    (hostile / "evil.py").write_text(f"open({str(tmp_path / 'boom')!r}, 'w')")
+    config = json.loads((hostile / "config.json").read_text())
+    classes = dict.fromkeys(("AutoConfig", "AutoModelForImageTextToText"), "evil.Evil")
+    config |= {"model_type": "evil", "auto_map": classes}
+    (hostile / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        model.Actor.from_pretrained(str(hostile))
+    shutil.copy(seedling / "tiny-model" / "config.json", hostile / "config.json")
+    (hostile / "model.safetensors").unlink()
+    bomb = b"cos\nsystem\n(S'touch " + str(tmp_path / "boom").encode() + b"'\ntR."
+    (hostile / "pytorch_model.bin").write_bytes(bomb)
+    with pytest.raises(Exception, match=r"(?i)weights.only|corrupt|safetensors|unpickl"):
+        model.Actor.from_pretrained(str(hostile))
+    assert not (tmp_path / "boom").exists()
+
+
+# --- several processes, and many steps
+
+
+def torchrun_faulty(folder, *flags, fault="", restarts=0):
+    """Two ranks, of which rank 1 meets the fault. Returns the exit code and what was printed."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "RUN_MARK": str(folder)}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
+    command = [sys.executable, *launcher, __file__, "faulty_run", job(folder, *flags, fault=fault, rank="1")]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=170)
+    return done.returncode, done.stdout
+
+
+def marked_processes(folder):
+    """Processes alive anywhere on this machine that this run started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"RUN_MARK={folder}".encode() in (path / "environ").read_bytes():
+                found.append((path.name, (path / "cmdline").read_text()))
+    return found
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_by_themselves_and_after_a_signal_to_one_of_them(seedling, tmp_path):
+    quiet, killed, asked = (copy_start(seedling, tmp_path / name) for name in ("quiet", "killed", "asked"))
+    code, log = torchrun_faulty(quiet)
+    assert code == 0, log
+    code, log = torchrun_faulty(killed, fault="9 call train.update 7", restarts=1)
+    assert code == 0 and "resumed from" in log, log
+    assert_same(outcome(killed), outcome(quiet))
+    code, log = torchrun_faulty(asked, fault="15 call train.score 3")
+    assert code == 1 and log.count("step 3: SIGTERM; the checkpoint is written") == 1, log
+    assert re.search(r"exitcode\s*: 143", log), log
+    code, log = torchrun_faulty(asked)
+    assert code == 0 and "step-000003" in log, log
+    assert_same(outcome(asked), outcome(quiet))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_nothing_is_left_of_a_run_that_loses_a_rank(seedling, tmp_path, engine):
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+    copy_start(seedling, tmp_path)
+    env = dict(tp="2" if engine == "vllm" else "1")
+    code, log = torchrun_faulty(tmp_path, "--engine", engine, "--rollout_tp", env["tp"], fault="9 call train.update 3")
+    ended = time.monotonic()
+    assert code == 1 and "-9" in log, log
+    while marked_processes(tmp_path) and time.monotonic() < ended + 10:
+        time.sleep(0.1)
+    assert marked_processes(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_two_thousand_steps_need_no_more_memory_files_threads_or_processes_than_a_few(launch, seedling, tmp_path):
+    copy_start(seedling, tmp_path)
+    code, log = launch(
+        tmp_path, "--steps", "2000", "--prompts_per_step", "1", "--eval_every", "250", "--save_every", "50",
+        "--max_response_tokens", "2", watch=tmp_path / "seen",
+    )  # fmt: skip
+    assert code == 0, log[-3000:]
+    seen = np.loadtxt(tmp_path / "seen")  # megabytes, files, threads, children
+    half = len(seen) // 2
+    print(len(seen), seen[half // 2], seen[-1], seen.max(0))
+    growth = np.median(seen[-10:, 0]) - np.median(seen[half - 5 : half + 5, 0])
+    assert growth < 20 and np.ptp(seen[half:, 1:], axis=0).max() <= 2, seen[::5]
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -918,7 +918,7 @@ def fingerprints(folder: Path) -> dict[str, list]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is as it was written. Damaged ones are named and set aside."""
+    """The newest checkpoint that is as it was written; incomplete ones are removed, damaged ones set aside by name."""
     for left in folder.glob("*.partial"):
         shutil.rmtree(left)
     for path in reversed(complete_checkpoints(folder)):
