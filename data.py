@@ -93,7 +93,7 @@ class Problems(Sequence):
                 raise ValueError(f"{len(question) + len(answer)} characters, {MAX_CHARACTERS} is the most; shorten it")
             for name in (kind, source):
                 if len(name) > 80 or not name.isprintable():
-                    raise ValueError(f"{name[:80]!r} names a metric; make it printable and at most 80 characters")
+                    raise ValueError(f"the type or source {name[:80]!r} names a metric; shorten it, make it printable")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         answers = tuple("" if text is None else str(text) for text in cells[2]) if listed else ()
