@@ -2915,10 +2915,16 @@ def faulty_run(job):
         watch(Path(job["watch"]))
     if job["fault"].isdigit():  # no file can become longer, as if the disk were full
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(job["fault"]), resource.RLIM_INFINITY))
+    elif job["fault"] == "memory":
+        reward.REWARDS["varied"] = out_of_memory
     elif job["fault"] and os.environ.get("RANK", "0") == job["rank"]:
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             strike(job["fault"])
     train.main(job["argv"])
+
+
+def out_of_memory(response, problem):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def watch(file):
@@ -3102,7 +3108,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(launch, seedl
     raw[-1000] ^= 1  # one bit of one number
     shard.write_bytes(raw)
     code, log = launch(tmp_path, "--learning_rate", "6.5e-4", "--steps", "5")
-    assert code == 0 and re.search("step-000004 is damaged .*step-000004.1, and the one before is taken", log), log
+    assert code == 0 and re.search("step-000004 is damaged.*step-000004.1; trying the one before", log), log
     assert "step-000002" in log and "learning_rate was 0.0006 when this run was started, and is 0.00065" in log
 
 
@@ -3148,8 +3154,8 @@ def go_on_with_two_ranks(folder, out):
     train.load_checkpoint(run, train.newest_checkpoint(Path(out) / "tiny" / "checkpoints"))
     states = [whole_state(run)]
     loss = learn(run, groups)["loss"]
+    train.save_checkpoint(run)
     states.append(whole_state(run))
-    train.save_checkpoint(run, None)
     if torch.distributed.get_rank() == 0:
         torch.save({"loss": loss, "states": states}, Path(out) / "two.pt")
     torch.distributed.destroy_process_group()
@@ -3158,7 +3164,7 @@ def go_on_with_two_ranks(folder, out):
 def test_a_checkpoint_of_one_rank_goes_on_with_two_and_the_reverse(tiny, processes, tmp_path):
     run, groups = adam_run(tiny[False], tmp_path)
     learn(run, groups)
-    train.save_checkpoint(run, None)
+    train.save_checkpoint(run)
     saved = whole_state(run)
     torchrun("go_on_with_two_ranks", str(tiny[False]), str(tmp_path))
     two = torch.load(tmp_path / "two.pt", weights_only=True)
@@ -3177,7 +3183,7 @@ def test_a_checkpoint_of_one_rank_goes_on_with_two_and_the_reverse(tiny, process
 
 def test_the_newest_checkpoints_are_kept_and_the_best(tiny, processes, tmp_path):
     run, _ = adam_run(tiny[False], tmp_path)
-    for run.step, accuracy in enumerate((0.5, 0.9, None, 0.9, 0.1, None, 0.2), 1):
+    for run.step, accuracy in enumerate((0.5, 0.9, -1.0, 0.9, 0.1, -1.0, 0.2), 1):
         train.save_checkpoint(run, accuracy)
     # the two newest, and the newer one of the two best
     names = sorted(path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir())
@@ -3186,13 +3192,13 @@ def test_the_newest_checkpoints_are_kept_and_the_best(tiny, processes, tmp_path)
 
 def test_only_what_is_trained_is_saved_and_other_tensors_are_refused(tiny, processes, tmp_path):
     run, _ = adam_run(tiny[False], tmp_path)
-    train.save_checkpoint(run, None)
+    train.save_checkpoint(run)
     path = train.newest_checkpoint(tmp_path / "tiny" / "checkpoints")
     for p in list(run.actor.model.parameters())[2:]:
         p.requires_grad_(False)
     with pytest.raises(ValueError, match=r"step-000000 holds other tensors than this run trains, such as .*run\.json"):
         train.load_checkpoint(run, path)
-    train.save_checkpoint(dataclasses.replace(run, step=1), None)
+    train.save_checkpoint(dataclasses.replace(run, step=1))
     [shard] = (tmp_path / "tiny" / "checkpoints" / "step-000001").glob("*.safetensors")
     assert len(load_file(shard)) == 1 + 2 * 4  # counts; weight, AdamW's step and two moments
 
@@ -3204,7 +3210,7 @@ def test_every_damage_to_a_checkpoint_is_seen(tmp_path, processes, capsys, damag
         folder.mkdir()
         for rank in range(2):
             save_file({"a": torch.randn(100)}, folder / f"shard-0000{rank}.safetensors")
-        (folder / "manifest.json").write_text(json.dumps({"accuracy": None, "files": train.fingerprints(folder)}))
+        (folder / "manifest.json").write_text(json.dumps(train.fingerprints(folder)))
     assert train.newest_checkpoint(tmp_path).name == "step-000008"
     shard, manifest = folder / "shard-00001.safetensors", folder / "manifest.json"
     raw = shard.read_bytes()
@@ -3227,7 +3233,7 @@ def test_every_damage_to_a_checkpoint_is_seen(tmp_path, processes, capsys, damag
 
 def test_loading_a_checkpoint_runs_no_code_of_whoever_wrote_it(tiny, processes, tmp_path):
     run, _ = adam_run(tiny[False], tmp_path)
-    train.save_checkpoint(run, None)
+    train.save_checkpoint(run)
     path = train.newest_checkpoint(tmp_path / "tiny" / "checkpoints")
     bomb = b"cos\nsystem\n(S'touch " + str(tmp_path / "boom").encode() + b"'\ntR."
     assert pickle.loads(bomb) == 0 and (tmp_path / "boom").exists()  # it would work
@@ -3246,11 +3252,11 @@ def test_an_update_that_is_not_finite_is_kept_for_study_and_stops_the_run(tiny, 
     groups[3].advantages[2] = math.inf
     before = whole_state(run)
     assert learn(run, groups) == {}  # the first is left out
-    with pytest.raises(RuntimeError, match=r"step 1: loss .*-000001-2-rank-0\.pt.*number 2, and --max_not_finite is 1"):
+    with pytest.raises(RuntimeError, match=r"step 1: loss .*-000001-2-rank-0\.pt.*number 2, --max_not_finite is 1"):
         learn(run, groups)
     after = whole_state(run)
-    assert all(torch.equal(after[name], value) for name, value in before.items() if "not finite" not in name)
-    assert after["step, updates, not finite"].tolist() == [1, 0, 2]
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name != "counts")
+    assert after["counts"].tolist() == [1, 0, 2, -1, 0]
     kept = torch.load(tmp_path / "tiny" / "not-finite" / "step-000001-2-rank-0.pt", weights_only=True)
     assert "lm_head.weight" in kept["broken_gradients"] and "gradient norm nan" in kept["why"]
     [pack] = kept["packs"]
@@ -3259,17 +3265,10 @@ def test_an_update_that_is_not_finite_is_kept_for_study_and_stops_the_run(tiny, 
     assert where == "train.parquet row 17" and prompt.dtype == torch.long and len(responses) == 4
 
 
-def test_a_full_gpu_names_the_setting_and_how_far_to_lower_it(tiny, processes, tmp_path):
-    run, groups = adam_run(tiny[False], tmp_path)
-    minibatches = train.plan_minibatches(run, groups, {})
-    [pack] = minibatches[0].packs
-    tokens = sum(len(prompt.ids) + sum(map(len, responses)) for prompt, responses in pack.groups)
-    for arguments, message in (
-        ((minibatches,), f"step 3: .*{tokens} tokens: set --max_tokens_per_pack to {tokens // 2} or --gradient_check"),
-        ((), r"set --memory_fraction to 0\.48 or halve --prompts_per_step"),
-    ):
-        with pytest.raises(RuntimeError, match=message), train.memory_advice(run.settings, 3, *arguments):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+def test_a_full_gpu_names_the_setting_and_how_far_to_lower_it(launch, seedling, tmp_path):
+    code, log = launch(copy_start(seedling, tmp_path), fault="memory")
+    assert code == 1 and "set --max_tokens_per_pack to 4096 or --gradient_checkpointing true" in log, log
+    assert "allocate 2.00 GiB" in log
 
 
 # --- input from elsewhere

@@ -428,9 +428,10 @@ class Run:
     grader: reward.Grader
     step: int = 0  # steps done
     not_finite: int = 0  # updates left out
+    best: tuple[float, int] = (-1.0, 0)  # accuracy and step of the best checkpoint
     signals: list[int] = field(default_factory=list)  # that asked this process to stop
     saving: Future | None = None  # the checkpoint that is being written
-    save_group: dist.ProcessGroup | None = None  # for the collectives of the thread that writes it
+    saving_group: dist.ProcessGroup | None = None  # for the thread that writes it
 
     def prompt(self, problem: data.Problem) -> data.Prompt:
         return make_prompt(self.settings, self.actor, problem)
@@ -443,7 +444,7 @@ def train(run: Run) -> None:
         log.evaluation()
     for step in log.progress(range(run.step, s.steps)):
         clock = Clock()
-        # nothing of ours draws from the global random states, but a reward or a model's dropout may
+        # for what may draw from the global random states: a reward, dropout
         set_seed(random.Random(f"{s.seed} {step} {dist.get_rank()}").getrandbits(32))
 
         # SAMPLE and SCORE: n responses to every problem of the step, their rewards, advantages within every group
@@ -461,30 +462,29 @@ def train(run: Run) -> None:
         # FREEZE: log-probs under the policy as it is before it moves, and under the reference
         with clock("freeze"):
             minibatches = plan_minibatches(run, groups, prompts)
-        with clock("freeze"), memory_advice(s, step, minibatches):
             freeze(run, minibatches)
 
         # LEARN: one optimizer step for each minibatch
-        with clock("learn"), memory_advice(s, step, minibatches):
+        with clock("learn"):
             updates = [update(run, minibatch, step, meter) for _ in range(s.epochs) for minibatch in minibatches]
         meter = measure_memory(run, meter, updates[-1])
 
         # REPORT: the engine gets the new weights; rollouts to look at, metrics, evaluation and checkpoint
         with clock("report"):
             log.rollouts(step + 1, groups, prompts)
-        with clock("sync"), memory_advice(s, step):
+        with clock("sync"):
             synced = run.engine.sync(run.actor)
         run.step = step + 1
         log.step(run.step, drawn, minibatches, updates, clock.seconds, synced)
         last = run.step == s.steps
-        accuracy = log.evaluation() if last or run.step % s.eval_every == 0 else None
+        accuracy = log.evaluation() if last or run.step % s.eval_every == 0 else -1.0
         stop = int(all_max(max(run.signals, default=0)))  # a signal to one rank stops all of them after the same step
         if stop or last or (s.save_every and run.step % s.save_every == 0):
             save_checkpoint(run, accuracy)
         if stop:
             finish_checkpoint(run)
             say(f"step {run.step}: {signal.Signals(stop).name}; the checkpoint is written, go on with --resume auto")
-            raise SystemExit(128 + stop)
+            sys.exit(128 + stop)
 
 
 def sample_groups(run: Run, batch: int, prompts: dict, clock: "Clock") -> list[Group]:
@@ -500,8 +500,7 @@ def sample_groups(run: Run, batch: int, prompts: dict, clock: "Clock") -> list[G
         problems = [run.train_set[i] for i in indices]
         prompts.update({i: run.prompt(problem) for i, problem in zip(indices, problems, strict=True)})
         seed = random.Random(f"{s.seed} {batch}").getrandbits(63)
-        with memory_advice(s, run.step):
-            rollouts = run.engine.generate([prompts[i] for i in indices], s.responses_per_prompt, seed)
+        rollouts = run.engine.generate([prompts[i] for i in indices], s.responses_per_prompt, seed)
     with clock("score"):
         tokenizer = run.actor.processor.tokenizer
         scores = score(rollouts, problems, s.responses_per_prompt, tokenizer, s.reward_weights, run.grader)
@@ -540,8 +539,7 @@ def update(run: Run, minibatch: Minibatch, step: int, meter: SavedTensors | None
         because every group was flat.
 
     Raises:
-        RuntimeError: sampler and trainer disagree by more than --max_sampler_gap, or too many updates had a loss or
-            gradient that is not finite.
+        RuntimeError: sampler and trainer disagree by more than --max_sampler_gap, or as leave_out.
     """
     s, world, sums = run.settings, dist.get_world_size(), collections.defaultdict(float)
     if not minibatch.packs:
@@ -576,7 +574,7 @@ def update(run: Run, minibatch: Minibatch, step: int, meter: SavedTensors | None
     totals = all_sum(sums, run.device)
     trained = [p for p in run.actor.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
-    grad_norm = full(norm).item()
+    grad_norm = full(norm).item()  # looked at before clipping, which spreads a nan to all gradients
     if not math.isfinite(grad_norm) or not math.isfinite(totals["loss"]):
         leave_out(run, minibatch, step, f"loss {totals['loss']}, gradient norm {grad_norm}")
         return {}
@@ -608,44 +606,26 @@ def memory_report(run: Run, gradients: float, optimizer: float, activations: flo
 
 
 def leave_out(run: Run, minibatch: Minibatch, step: int, why: str) -> None:
-    """Forget an update that is not finite, and keep its minibatch: every rank its packs, as plain tensors and texts.
+    """Forget an update that is not finite; every rank keeps its packs for study, as plain tensors and texts.
 
-    Raises:
-        RuntimeError: this has happened more than --max_not_finite times.
+    RuntimeError if there are now more than --max_not_finite of them.
     """
-    s, rank = run.settings, dist.get_rank()
+    run.not_finite += 1
+    file = run.settings.folder / "not-finite" / f"step-{step:06d}-{run.not_finite}-rank-{dist.get_rank()}.pt"
     gradients = {name: p.grad for name, p in run.actor.model.named_parameters() if p.grad is not None}
+    broken = [name for name, gradient in gradients.items() if not full(gradient).isfinite().all()]
     packs = [
-        {name: value for name, value in vars(pack).items() if isinstance(value, Tensor)}
+        {key: value for key, value in vars(pack).items() if isinstance(value, Tensor)}
         | {"groups": [(prompt.problem.where, prompt.ids, responses) for prompt, responses in pack.groups]}
         for pack in minibatch.packs
     ]
-    broken = [name for name, gradient in gradients.items() if not full(gradient).isfinite().all()]
-    run.optimizer.zero_grad()
-    run.not_finite += 1
-    file = s.folder / "not-finite" / f"step-{step:06d}-{run.not_finite}-rank-{rank}.pt"
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"why": why, "broken_gradients": broken, "packs": packs}, file)
-    say(message := f"step {step}: {why}; the weights were left as they were, the minibatch is in {file}")
-    if run.not_finite > s.max_not_finite:
-        raise RuntimeError(
-            f"{message}. This was number {run.not_finite}, and --max_not_finite is {s.max_not_finite}. Usual causes: a "
-            "learning rate too high, or a reward that is not finite"
-        )
-
-
-@contextlib.contextmanager
-def memory_advice(s: Settings, step: int, minibatches: list[Minibatch] = ()):
-    """Where a GPU's memory runs out, say which setting to lower, and how far: RuntimeError."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        advice = f"set --memory_fraction to {0.8 * s.memory_fraction:.2f} or halve --prompts_per_step"  # sampling
-        if packs := [pack.groups for minibatch in minibatches for pack in minibatch.packs]:
-            longest = max(sum(len(prompt.ids) + sum(map(len, rs)) for prompt, rs in groups) for groups in packs)
-            advice = f"the longest pass had {longest} tokens: set --max_tokens_per_pack to {longest // 2}"
-            advice += "" if s.gradient_checkpointing else " or --gradient_checkpointing true"
-        raise RuntimeError(f"step {step}: the GPU's memory is full; {advice}. {error}") from error
+    run.optimizer.zero_grad()
+    say(message := f"step {step}: {why}; the weights were left as they were, and the minibatch is in {file}")
+    if run.not_finite > (limit := run.settings.max_not_finite):
+        causes = "Usual causes: a learning rate too high, or a reward that is not finite"
+        raise RuntimeError(f"{message}. It was number {run.not_finite}, --max_not_finite is {limit}. {causes}")
 
 
 def check_gap(gap: float, limit: float, step: int) -> None:
@@ -859,19 +839,18 @@ def read_jsonl(path: Path) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
-
-
 # FOLDER/checkpoints/step-000010 holds the safetensors of every rank, and manifest.json with their sizes and hashes. No
 # file is a pickle, so that loading one runs no code, whoever wrote it. Until all is written, the name ends in .partial.
 
 
 def checkpoint_state(run: Run) -> dict[str, Tensor]:
-    """What a run changes as it goes: trained weights, AdamW's moments and three counts, by name, sharded as they are.
+    """What a run changes as it goes: trained weights, AdamW's moments and some counts, by name, sharded as they are.
 
     All else follows: the problems of a step, the seeds of its draws and the global random states from (seed, step), the
     learning rate from the updates done, frozen weights and the reference from --model. A sync empties engine caches.
     """
-    state = {"step, updates, not finite": torch.tensor([run.step, run.schedule.last_epoch, run.not_finite])}
+    counts = (run.step, run.schedule.last_epoch, run.not_finite, *run.best)
+    state = {"counts": torch.tensor(counts, dtype=torch.float64)}
     for name, p in run.actor.model.named_parameters():
         if p.requires_grad:
             moments = run.optimizer.state[p]
@@ -882,23 +861,19 @@ def checkpoint_state(run: Run) -> dict[str, Tensor]:
 
 
 class CheckpointWriter(dcp.HuggingFaceStorageWriter):
-    """Writes each rank's shards; when all are there, rank 0 adds the manifest, takes .partial off and ends old ones."""
+    """Every rank writes its shards. When all have, rank 0 adds the manifest, renames, and removes what is not kept."""
 
-    def __init__(self, final: Path, keep: int, accuracy: float | None):
+    def __init__(self, final: Path, keep: int, best: int):
         super().__init__(f"{final}.partial", save_distributed=True)
-        self.final, self.keep, self.accuracy = final, keep, accuracy
+        self.final, self.keep, self.best = final, keep, f"step-{best:06d}"
 
     def finish(self, metadata, results) -> None:
         partial = Path(self.path)
-        manifest = {"accuracy": self.accuracy, "files": fingerprints(partial)}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        (partial / "manifest.json").write_text(json.dumps(fingerprints(partial), indent=2))
         partial.rename(self.final)
-        complete = complete_checkpoints(self.final.parent)
-        scores = [json.loads((folder / "manifest.json").read_text())["accuracy"] or 0.0 for folder in complete]
-        best = max(zip(scores, complete, strict=True))[1]
-        for folder in complete[: -self.keep]:
-            if folder != best:
-                shutil.rmtree(folder.rename(f"{folder}.partial"))  # a kill must not leave a half that looks whole
+        for old in complete_checkpoints(self.final.parent)[: -self.keep]:
+            if old.name != self.best:
+                shutil.rmtree(old.rename(f"{old}.partial"))  # a kill must not leave a half that looks whole
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -908,13 +883,12 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def fingerprints(folder: Path) -> dict[str, list]:
     """{file: [bytes, SHA-256]} of the safetensors in a folder."""
 
-    def fingerprint(file: Path) -> list:
+    def fingerprint(file: Path) -> tuple[str, list]:
         with file.open("rb") as stream:
-            return [file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
+            return file.name, [file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
 
-    files = sorted(folder.glob("*.safetensors"))
     with ThreadPoolExecutor() as threads:
-        return dict(zip((file.name for file in files), threads.map(fingerprint, files), strict=True))
+        return dict(threads.map(fingerprint, folder.glob("*.safetensors")))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -922,27 +896,24 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for left in folder.glob("*.partial"):
         shutil.rmtree(left)
     for path in reversed(complete_checkpoints(folder)):
-        found, why = fingerprints(path), "its manifest names other files, sizes or hashes"
-        try:
-            if found and json.loads((path / "manifest.json").read_text())["files"] == found:
+        manifest = path / "manifest.json"
+        with contextlib.suppress(ValueError):  # no JSON: damaged too
+            if manifest.exists() and json.loads(manifest.read_bytes()) == fingerprints(path):
                 return path
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            why = f"its manifest cannot be read, {error!r}"
-        say(f"{path} is damaged ({why}); it moves to {set_aside(path)}, and the one before is taken")
+        say(f"{path} is damaged: its manifest names other files. It moves to {set_aside(path)}; trying the one before")
     return None
 
 
-def save_checkpoint(run: Run, accuracy: float | None) -> None:
-    """Write where the run stands, from a copy in main memory. `accuracy` is this step's, if it was evaluated.
+def save_checkpoint(run: Run, accuracy: float = -1.0) -> None:
+    """Write where the run stands, from a copy in main memory; `accuracy` is this step's, -1 if it was not evaluated.
 
-    Raises:
-        RuntimeError: this one or the one before could not be written; all complete ones still are.
+    RuntimeError if this one or the one before could not be written; complete ones stay as they are.
     """
     finish_checkpoint(run)
-    s = run.settings
-    run.save_group = run.save_group or dist.new_group(backend="gloo")
-    writer = CheckpointWriter(s.folder / "checkpoints" / f"step-{run.step:06d}", s.keep, accuracy)
-    run.saving = dcp.async_save(checkpoint_state(run), storage_writer=writer, process_group=run.save_group)
+    s, run.best = run.settings, max(run.best, (accuracy, run.step))
+    run.saving_group = run.saving_group or dist.new_group(backend="gloo")
+    writer = CheckpointWriter(s.folder / "checkpoints" / f"step-{run.step:06d}", s.keep, run.best[1])
+    run.saving = dcp.async_save(checkpoint_state(run), storage_writer=writer, process_group=run.saving_group)
     if not s.save_in_background:
         finish_checkpoint(run)
 
@@ -951,14 +922,11 @@ def finish_checkpoint(run: Run) -> None:
     """Wait until the checkpoint that is being written, if any, is complete."""
     saving, run.saving = run.saving, None
     try:
-        if saving is not None:
-            saving.result()
+        saving and saving.result()
     except CheckpointException as error:
         causes = "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
-        raise RuntimeError(
-            f"step {run.step}: a checkpoint could not be written ({causes}). Earlier ones in {run.settings.folder} are "
-            "whole: make room, then go on with --resume auto"
-        ) from error
+        remedy = f"Earlier ones in {run.settings.folder} are whole: make room, then go on with --resume auto"
+        raise RuntimeError(f"step {run.step}: a checkpoint could not be written ({causes}). {remedy}") from error
 
 
 def load_checkpoint(run: Run, path: Path) -> None:
@@ -967,12 +935,11 @@ def load_checkpoint(run: Run, path: Path) -> None:
     ours = {name: tuple(tensor.shape) for name, tensor in state.items()}
     theirs = {name: tuple(tensor.size) for name, tensor in reader.read_metadata().state_dict_metadata.items()}
     if other := sorted(ours.items() ^ theirs.items()):
-        raise ValueError(
-            f"{path} holds other tensors than this run trains, such as {other[0]}; take the settings that it was made "
-            "with (run.json), or another --name"
-        )
+        remedy = "take the settings that it was made with (run.json), or another --name"
+        raise ValueError(f"{path} holds other tensors than this run trains, such as {other[0]}; {remedy}")
     dcp.load(state, storage_reader=reader)
-    run.step, updates, run.not_finite = state["step, updates, not finite"].tolist()
+    run.step, updates, run.not_finite, best = map(int, state["counts"][[0, 1, 2, 4]])
+    run.best = state["counts"][3].item(), best
     run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, run.settings.rate, last_epoch=updates - 1)
     say(f"resumed from {path}")
 
@@ -1079,11 +1046,7 @@ def write_aside(path: Path, content: str | bytes) -> None:
 
 
 def open_folder(s: Settings) -> Path | None:
-    """Make the folder of a run, rank 0's job. Returns the checkpoint to go on from, None to start anew.
-
-    Raises:
-        ValueError: --resume must, and there is none.
-    """
+    """Make the folder of a run, rank 0's job. Returns the checkpoint to go on from, or None to start anew."""
     checkpoint = None if s.resume == "no" else newest_checkpoint(s.folder / "checkpoints")
     if s.resume == "must" and checkpoint is None:
         raise ValueError(f"--resume must: no whole checkpoint in {s.folder}; start anew with --resume auto or no")
@@ -1099,23 +1062,18 @@ def record_launch(s: Settings) -> None:
     installed = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    launch = {"command": shlex.join([sys.executable, *sys.argv]), "commit": commit, "processes": dist.get_world_size(),
+    launch = {"command": shlex.join(sys.argv), "commit": commit, "processes": dist.get_world_size(),
               "python": platform.python_version(), **installed, **dataclasses.asdict(s)}  # fmt: skip
     path = s.folder / "run.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        for name in sorted(before.keys() | launch.keys() - {"command", "resume"}):
-            if before.get(name) != launch.get(name):
-                say(f"{name} was {before.get(name)!r} when this run was started, and is {launch.get(name)!r}")
+    before = json.loads(path.read_text()) if path.exists() else launch
+    for name in sorted(before.keys() | launch.keys() - {"command", "resume"}):
+        if before.get(name) != launch.get(name):
+            say(f"{name} was {before.get(name)!r} when this run was started, and is {launch.get(name)!r}")
     write_aside(path, json.dumps(launch, indent=2))
 
 
 def catch_signals() -> list[int]:
-    """Let SIGTERM and Ctrl-C end the run after the current step; a second one ends the process at once.
-
-    Returns:
-        A list that is empty until a signal arrives.
-    """
+    """Let SIGTERM and Ctrl-C only append to the list returned, and a second one end the process at once."""
     received = []
 
     def remember(number, _) -> None:
@@ -1151,6 +1109,12 @@ def main(argv: list[str] | None = None) -> None:
                 finish_checkpoint(run)
             run.actor.save(settings.folder / "model")
         say(f"model exported to {settings.folder / 'model'}")
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"a GPU's memory is full; set --max_tokens_per_pack to {settings.max_tokens_per_pack // 2} or "
+            f"--gradient_checkpointing true, and if it happened while sampling, --memory_fraction to "
+            f"{0.8 * settings.memory_fraction:.2f}. {error}"
+        ) from error
     finally:
         dist.destroy_process_group()
 
