@@ -375,6 +375,15 @@ def special_tokens(tokenizer) -> list[str]:
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
+def split_turns(problem: Problem) -> list[Problem]:
+    """The turns of a scripted conversation: one for each line of the question, with the images that stand in it."""
+    images = iter(problem.images)
+    return [
+        replace(problem, question=line, images=tuple(itertools.islice(images, line.count(PLACEHOLDER))))
+        for line in problem.question.split("\n")
+    ]
+
+
 def _content(problem: Problem, special_tokens: Sequence[str], instruction: str) -> list[dict[str, str]]:
     """The chat message's content: the question cut at its placeholders, and the instruction after it."""
     texts = problem.question.split(PLACEHOLDER)
@@ -483,10 +492,6 @@ def make_figures(out: str | Path, train: int = 2000, test: int = 300, seed: int 
     """
     if min(train, test) < 1 or not 16 <= size <= CANVAS:
         raise ValueError(f"train={train}, test={test}, size={size}: a file needs a row, a side 16 to {CANVAS} pixels")
-    Path(out).mkdir(parents=True, exist_ok=True)
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    texts = [(name, pa.string()) for name in ("problem", "answer", "type")]
-    schema = pa.schema([("images", pa.list_(image)), *texts])
     for split, total in (("train", train), ("test", test)):
         rng, rows = random.Random(f"{seed} {split}"), []
         for number in range(total):
@@ -495,10 +500,18 @@ def make_figures(out: str | Path, train: int = 2000, test: int = 300, seed: int 
             answer, pictures = answers[number // len(FIGURES) % len(answers)], []
             while not pictures or any((zlib.crc32(picture) % 4 == 0) != (split == "test") for picture in pictures):
                 pictures = _draw(rng, kind, answer, size)
-            images = [{"bytes": picture, "path": None} for picture in pictures]
-            rows.append({"images": images, "problem": rng.choice(wordings), "answer": answer, "type": kind})
+            rows.append((pictures, rng.choice(wordings), answer, kind))
         rng.shuffle(rows)
-        pq.write_table(pa.Table.from_pylist(rows, schema), Path(out) / f"{split}.parquet")
+        _write_rows(rows, Path(out) / f"{split}.parquet")
+
+
+def _write_rows(rows: list[tuple[list[bytes], str, str, str]], file: Path) -> None:
+    """Rows of (images, problem, answer, type) as Geometry3K stores them."""
+    names, image = ("images", "problem", "answer", "type"), pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images, *texts = zip(*rows, strict=True)
+    cells = [[{"bytes": picture, "path": None} for picture in pictures] for pictures in images]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(dict(zip(names, [pa.array(cells, pa.list_(image)), *texts], strict=True))), file)
 
 
 def _draw(rng: random.Random, kind: str, answer: str, size: int) -> list[bytes]:
@@ -541,6 +554,37 @@ def _angle(rng: random.Random, pen, kind: str, colour: str) -> None:
     x, y = (CANVAS * (0.5 + rng.uniform(-0.03, 0.03)) - back * along for along in (math.cos(turn), math.sin(turn)))
     ends = [(x + length * math.cos(turn + side), y + length * math.sin(turn + side)) for side in (-half, half)]
     pen.line([ends[0], (x, y), ends[1]], COLOURS[colour], width=round(0.12 * CANVAS), joint="curve")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A conversation to learn from
+
+CODE = {"red": "a", "green": "b", "blue": "c", "yellow": "d", "black": "e"}  # a square's colour -> its letter
+CODEWORD_TURNS = "<image><image>Next?\n<image>Spell it."
+
+
+def make_codewords(out: str | Path, train: int = 500, test: int = 100, seed: int = 0, size: int = 56) -> None:
+    """Write out/train.parquet and out/test.parquet for rollout.Codeword: squares over two turns that spell a word.
+
+    The code is never told. A fifth of the words of three letters is for `test` alone. Images are `size` pixels square.
+    """
+    words, colours = list(itertools.product(CODE.values(), repeat=3)), {code: colour for colour, code in CODE.items()}
+    random.Random(seed).shuffle(words)
+    for split, total, chosen in (("train", train, words[25:]), ("test", test, words[:25])):
+        rng, rows = random.Random(f"{seed} {split}"), []
+        for word in (chosen[i % len(chosen)] for i in range(total)):
+            squares = [_square(rng, colours[letter], size) for letter in word]
+            rows.append((squares, CODEWORD_TURNS, " ".join(word), ""))
+        rng.shuffle(rows)
+        _write_rows(rows, Path(out) / f"{split}.parquet")
+
+
+def _square(rng: random.Random, colour: str, size: int) -> bytes:
+    """PNG of a square somewhere on white."""
+    canvas, side = Image.new("RGB", (size, size), "white"), rng.randint(size // 2, size * 7 // 8)
+    left, top = rng.randint(0, size - side), rng.randint(0, size - side)
+    ImageDraw.Draw(canvas).rectangle((left, top, left + side, top + side), COLOURS[colour])
+    return _png(canvas)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ import argparse
 import collections
 import contextlib
 import datetime
+import functools
 import importlib.util
 import inspect
 import io
@@ -1125,14 +1126,21 @@ def build_tiny(out: str | Path, texts: list[str], seed: int = 0, tie_embeddings:
     return Path(out)
 
 
-def warm_up(actor: Actor, prompts: list, golds: list[str], noise: float, updates: int, seed: int) -> None:
+def warm_up(
+    actor: Actor, prompts: list, later: list[list], golds: list[str], noise: float, updates: int, seed: int
+) -> None:
     """Teach the answer format, and a little more than guessing, by imitation of noisy labels.
 
     Args:
+        later: the later turns of every prompt's conversation, none for a single question; Prompts too.
         golds: the right answer of every prompt.
         noise: share of labels that are replaced by the gold of a random prompt with the same question.
     """
-    rng, tokenizer = random.Random(seed), actor.processor.tokenizer
+    rng = random.Random(seed)
+
+    def tokens(text):
+        return torch.tensor(actor.processor.tokenizer.encode(text))
+
     same_question = collections.defaultdict(list)
     for prompt, gold in zip(prompts, golds, strict=True):
         same_question[prompt.problem.question].append(gold)
@@ -1142,7 +1150,8 @@ def warm_up(actor: Actor, prompts: list, golds: list[str], noise: float, updates
         groups = []
         for i in rng.choices(range(len(prompts)), k=64):
             gold = rng.choice(same_question[prompts[i].problem.question]) if rng.random() < noise else golds[i]
-            groups.append((prompts[i], [torch.tensor(tokenizer.encode(WARM_UP_RESPONSE.format(gold)))]))
+            turns = [turn for prompt in later[i] for turn in (tokens(WARM_UP_TURN), prompt)]
+            groups.append((prompts[i], [[*turns, tokens(WARM_UP_RESPONSE.format(gold))]]))
         loss = -actor.logprobs(groups)[0].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(actor.model.parameters(), 1.0)
@@ -1153,18 +1162,22 @@ def warm_up(actor: Actor, prompts: list, golds: list[str], noise: float, updates
 
 
 TINY_INSTRUCTION = " <think></think> \\boxed{}"
+WARM_UP_TURN = "ok<|im_end|>"  # before the last turn of a conversation
 WARM_UP_RESPONSE = "<think>look</think>\\boxed{{{}}}<|im_end|>"
 
 
 def build_warm_tiny(
     out: str | Path, problems, instruction: str, seed: int = 0, noise: float = 0.5, updates: int = 150
 ) -> Path:
-    """Write the tiny model, warmed up on the problems: what RL starts from."""
-    texts = [f"{p.question}{instruction}{WARM_UP_RESPONSE.format(p.answer)}" for p in problems]
+    """Write the tiny model, warmed up on the problems, turn by turn: what RL starts from."""
+    texts = [f"{p.question}{instruction}{WARM_UP_TURN}{WARM_UP_RESPONSE.format(p.answer)}" for p in problems]
     build_tiny(out, [CHAT_TEMPLATE, *texts], seed)
     actor = Actor.from_pretrained(str(out))
-    prompts = [data.make_prompt(p, actor.processor, 56 * 56, 56 * 56, instruction) for p in problems]
-    warm_up(actor, prompts, [p.answer for p in problems], noise, updates, seed)
+    read = functools.partial(data.make_prompt, processor=actor.processor, min_pixels=56 * 56, max_pixels=56 * 56)
+    turns = [data.split_turns(p) for p in problems]
+    prompts = [read(first, instruction=instruction) for first, *_ in turns]
+    later = [[read(p, instruction="", later=True) for p in rest] for _, *rest in turns]
+    warm_up(actor, prompts, later, [p.answer for p in problems], noise, updates, seed)
     actor.model.save_pretrained(out)
     return Path(out)
 

@@ -22,6 +22,7 @@ import collections
 import contextlib
 import gc
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -31,11 +32,12 @@ import secrets
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import data
 import reward
-from model import Actor, gather_objects, left_pad, start_processes
+from model import Actor, as_turns, gather_objects, lay_out, left_pad, prompts_of, start_processes
 
 import numpy as np
 import torch
@@ -49,23 +51,49 @@ VLLM_CPU_CACHE = 512 * 2**20  # bytes of key-value cache in every process, where
 
 @dataclass
 class Rollout:
-    """A response and what the sampler thought of it. It ends with the end token unless it was cut at the limit."""
+    """A response and what the sampler thought of it. It ends with the end token unless it was cut at the limit.
+
+    In a conversation the response is all that the policy wrote, turn after turn, each with its end token.
+    """
 
     response: Tensor  # (R,) int64 ids
     sampler_logprobs: Tensor  # (R,) float32 nats
     truncated: bool
+    observations: list["Observation"] = field(default_factory=list)  # what an environment said between the turns
+    reward: float | None = None  # an environment's, summed over its steps
+
+    @property
+    def tokens(self) -> int:
+        """Length of all that follows the prompt, observations included."""
+        return len(self.response) + sum(o.tokens for o in self.observations)
+
+    def turns(self, observe) -> list:
+        """The response as Actor.logprobs takes it, observations in their places; observe: Problem -> Prompt."""
+        first, *later = self.response.tensor_split([o.place for o in self.observations])
+        pairs = zip(self.observations, later, strict=True)
+        return [first, *(turn for o, ids in pairs for turn in (observe(o.problem), ids))]
 
     def text(self, tokenizer) -> str:
-        """What the policy wrote, without the end token."""
-        return tokenizer.decode(self.response if self.truncated else self.response[:-1])
+        """What the policy wrote, in its last turn if there are several, without the end token."""
+        start = self.observations[-1].place if self.observations else 0
+        return tokenizer.decode(self.response[start : None if self.truncated else -1])
 
     def __reduce__(self):
         """Travel between ranks as arrays, which pickle a hundred times faster than small tensors."""
-        return _rollout, (self.response.numpy(), self.sampler_logprobs.numpy(), self.truncated)
+        arrays = self.response.numpy(), self.sampler_logprobs.numpy()
+        return _rollout, (*arrays, self.truncated, self.observations, self.reward)
 
 
-def _rollout(response, sampler_logprobs, truncated):
-    return Rollout(torch.from_numpy(response), torch.from_numpy(sampler_logprobs), truncated)
+class Observation(NamedTuple):
+    """What an environment said: after how many of the policy's tokens, in how many of its own, and what."""
+
+    place: int
+    tokens: int
+    problem: data.Problem  # compressed, to travel between ranks; its pixels are made again where they are needed
+
+
+def _rollout(response, sampler_logprobs, *rest):
+    return Rollout(torch.from_numpy(response), torch.from_numpy(sampler_logprobs), *rest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,7 +137,8 @@ class HFEngine:
         """Draw n responses for each of this rank's prompts; all ranks call this together.
 
         Args:
-            prompts: any mixture of text-only ones and ones with images. Ranks may bring different numbers.
+            prompts: any mixture of text-only ones and ones with images, or conversations so far: lists of turns, see
+                model.lay_out. Ranks may bring different numbers.
             n: responses per prompt.
             seed: fixes the draw, equal on all ranks; the same prompts, weights and seed give the same responses.
             greedy: take the likeliest token instead of drawing; sampler_logprobs stay those of the distribution.
@@ -126,14 +155,15 @@ class HFEngine:
 
     def _generate(self, prompts, n, greedy):
         actor, device = self.actor, self.actor.device
-        ids = left_pad([p.ids for p in prompts], actor.pad_id).to(device)  # (B, P)
-        mask = left_pad([torch.ones_like(p.ids) for p in prompts], 0).to(device)
-        positions = left_pad([actor.positions(p) for p in prompts], 0).transpose(0, 1).to(device)  # (3 or 1, B, P)
+        rows, positions, _ = zip(*(lay_out(as_turns(prompt), actor.positions) for prompt in prompts), strict=True)
+        ids = left_pad(rows, actor.pad_id).to(device)  # (B, P)
+        mask = left_pad([torch.ones_like(row) for row in rows], 0).to(device)
+        positions = left_pad(positions, 0).transpose(0, 1).to(device)  # (3 or 1, B, P)
         positions = positions if len(positions) > 1 else positions[0]
         cache = actor.model(
             input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[..., :-1], use_cache=True,
-            logits_to_keep=1, **actor.multi_modal_inputs(prompts),
-            **{name: types[:, :-1] for name, types in actor.token_types([[p] for p in prompts]).items()},
+            logits_to_keep=1, **actor.multi_modal_inputs(prompts_of(prompts)),
+            **{name: types[:, :-1] for name, types in actor.token_types([as_turns(p) for p in prompts]).items()},
         ).past_key_values  # fmt: skip
         cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(n))
         distribution = TrainedDistribution(actor.temperature, actor.banned_ids)
@@ -255,32 +285,30 @@ class VLLMEngine:
         """The prompts of the whole tp group, which of them are this rank's, and how many come before the group."""
         counts, shares = [None] * dist.get_world_size(), [None] * dist.get_world_size(self.tp_group)
         dist.all_gather_object(counts, len(prompts), group=self.world_group)
-        dist.all_gather_object(shares, [(p.ids, p.images) for p in prompts], group=self.tp_group)
+        dist.all_gather_object(shares, [vllm_prompt(as_turns(prompt)) for prompt in prompts], group=self.tp_group)
         rank, place = dist.get_rank(), dist.get_rank(self.tp_group)
         first = sum(counts[: rank - place])
         start = sum(counts[:rank]) - first
-        return [prompt for share in shares for prompt in share], slice(start, start + len(prompts)), first
+        return [pair for share in shares for pair in share], slice(start, start + len(prompts)), first
 
     def _requests(self, prompts, first, n, seed, greedy):
         """vLLM's inputs: one request per prompt, whose n responses it seeds with seed, seed + 1, ... seed + n - 1."""
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import SamplingParams
 
-        actor, inputs, params = self.actor, [], []
+        actor, params = self.actor, []
         # one seed for all would give every prompt the same noise; n apart, no two responses of a step share a seed
         start = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        for i, (ids, images) in enumerate(prompts, first):
-            media = {"multi_modal_data": {"image": images}} if images else {}
-            inputs.append(TokensPrompt(prompt_token_ids=collapse_images(ids, actor.image_token_id), **media))
+        for i in range(first, first + len(prompts)):
             params.append(SamplingParams(
                 n=n, temperature=0.0 if greedy else actor.temperature, top_p=1.0, top_k=0, min_p=0.0,
                 max_tokens=self.max_response_tokens, seed=start + i * n, stop_token_ids=actor.eos_ids, ignore_eos=True,
                 logit_bias={token: -math.inf for token in actor.banned_ids}, logprobs=0, flat_logprobs=True,
                 detokenize=False,
             ))  # fmt: skip
-        return inputs, params
+        return [request for _, request in prompts], params
 
     def _rollouts(self, prompt, output, n):
-        if output.prompt_token_ids != prompt[0].tolist():
+        if output.prompt_token_ids != prompt[0]:
             raise RuntimeError(
                 f"vLLM expanded a prompt of {len(prompt[0])} tokens to {len(output.prompt_token_ids)}, so it would "
                 "answer another prompt than the trainer scores. Usual cause: an image missing or resized twice"
@@ -362,17 +390,15 @@ class VLLMEngine:
             torch.cuda.empty_cache()
 
 
-def collapse_images(ids: Tensor, image_token_id: int) -> list[int]:
-    """One image token per image, as vLLM wants it; its processor expands them again.
+def vllm_prompt(turns: list) -> tuple[list[int], dict]:
+    """A conversation so far as the trainer sees it (its token ids) and as vLLM wants it (a TokensPrompt).
 
-    Args:
-        ids: (P,) prompt with each image's tokens already expanded. Two images must not touch: the chat template puts
-            <|vision_end|><|vision_start|> between them.
+    vLLM gets one token for each image and expands it itself; what the policy wrote goes in as the ids that were drawn.
     """
-    image = ids == image_token_id
-    repeated = torch.zeros_like(image)
-    repeated[1:] = image[1:] & image[:-1]
-    return ids[~repeated].tolist()
+    whole, short = ([i for t in turns for i in (t if isinstance(t, Tensor) else getattr(t, name)).tolist()]
+                    for name in ("ids", "short_ids"))  # fmt: skip
+    images = [image for prompt in prompts_of(turns) for image in prompt.images]
+    return whole, {"prompt_token_ids": short} | ({"multi_modal_data": {"image": images}} if images else {})
 
 
 def load_weights(worker, weights: Iterator[tuple[str, Tensor]]) -> None:
@@ -507,6 +533,82 @@ def build_engine(wanted: str, actor: Actor, model: str, **settings) -> tuple[HFE
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Conversations
+
+
+class Conversations:
+    """An engine whose responses are whole conversations: policy and environment take turns until the latter ends.
+
+    An environment is a class that is made from a problem. `first` is the Problem that the policy reads first; the
+    method `step(text)` takes what it wrote and gives the Problem that it reads next, with the images that arrive then,
+    or None at the end, and a reward, which is summed over the steps. All but `generate` is the engine's.
+
+    Args:
+        observe: Problem -> Prompt of a later turn.
+        max_prompt_tokens: a conversation that is longer before a turn ends there and is marked truncated.
+    """
+
+    def __init__(self, engine: "HFEngine | VLLMEngine", environment: type, observe, max_prompt_tokens: int):
+        self.engine, self.environment, self.observe, self.limit = engine, environment, observe, max_prompt_tokens
+
+    def __getattr__(self, name: str):
+        return getattr(self.engine, name)
+
+    def generate(self, prompts: list, n: int, seed: int, greedy: bool = False) -> list[list[Rollout]]:
+        """Let n copies of each prompt's environment talk with the policy; as HFEngine.generate.
+
+        A conversation goes on from its token ids, never from text, and the engine sees all of it in every turn. All
+        ranks call the engine equally often, with nothing if their own conversations have ended.
+        """
+        groups = self.engine.generate(prompts, n, seed, greedy)
+        live = [(prompt, rollout, self.environment(prompt.problem))
+                for prompt, group in zip(prompts, groups, strict=True) for rollout in group]  # fmt: skip
+        for turn in itertools.count(1):
+            live = [talk for talk in live if self._goes_on(*talk)]
+            if not any(gather_objects(bool(live))):
+                return groups
+            so_far = [[prompt, *rollout.turns(self.observe)[:-1]] for prompt, rollout, _ in live]
+            for (_, rollout, _), [new] in zip(live, self.engine.generate(so_far, 1, seed + turn, greedy), strict=True):
+                rollout.response = torch.cat([rollout.response, new.response])
+                rollout.sampler_logprobs = torch.cat([rollout.sampler_logprobs, new.sampler_logprobs])
+                rollout.truncated = new.truncated
+
+    def _goes_on(self, prompt, rollout, environment) -> bool:
+        """Let the environment answer the last turn, unless that was cut, which earns nothing."""
+        problem, earned = (None, 0.0) if rollout.truncated else environment.step(rollout.text(self.tokenizer))
+        rollout.reward = (rollout.reward or 0.0) + earned
+        if problem is None:
+            return False
+        observation = Observation(len(rollout.response), len(self.observe(problem).ids), problem)
+        rollout.truncated = len(prompt.ids) + rollout.tokens + observation.tokens > self.limit
+        rollout.observations += [] if rollout.truncated else [observation]
+        return not rollout.truncated
+
+    @property
+    def tokenizer(self):
+        return self.engine.actor.processor.tokenizer
+
+
+class Codeword:
+    """Coloured squares stand for letters: every turn shows some, and the last response has to box them, "a c b".
+
+    The problems are rows of `data.make_codewords`. The reward is the share of letters that are right in their places.
+    """
+
+    def __init__(self, problem: data.Problem):
+        self.word, (self.first, *self.later) = problem.answer, data.split_turns(problem)
+
+    def step(self, text: str) -> tuple[data.Problem | None, float]:
+        if self.later:
+            return self.later.pop(0), 0.0
+        said, word = (letters.split() for letters in (reward.last_boxed(text) or "", self.word))
+        return None, sum(map(str.__eq__, said, word)) / max(len(said), len(word))
+
+
+ENVIRONMENTS = {"codeword": Codeword}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
@@ -519,6 +621,8 @@ def score(rollouts, problems, n: int, tokenizer, weights: dict, grader) -> dict[
     owners = [problem for problem, group in zip(problems, rollouts, strict=True) for _ in group]
     responses = [reward.Response(r.text(tokenizer), len(r.response), r.truncated) for r in flat]
     scores = reward.compute_rewards(responses, owners, weights, grader)
+    if flat and flat[0].reward is not None:  # an environment has judged the conversation
+        scores["reward"] = [r.reward for r in flat]
     return {name: torch.tensor(values).view(len(problems), n) for name, values in scores.items()}
 
 

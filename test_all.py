@@ -1895,8 +1895,9 @@ def test_a_family_is_scored_as_its_plain_forward_does_and_its_frozen_tower_stays
     groups = random_groups(actor, (0, 1, 3, 2), ((3, 5), (4, 4, 1), (2, 9), (6,)))
     groups = [(p, [r.masked_fill(torch.isin(r, torch.tensor(actor.banned_ids)), 5) for r in rs]) for p, rs in groups]
     expected = plain_logprobs(actor, groups)
-    white = [(data.make_prompt(data.blank_images(p.problem), actor.processor, 28 * 28, 28 * 28 * 64, ""), rs)
-             for p, rs in groups]  # fmt: skip
+    white = [data.with_images([p.problem for p, _ in groups], i, "blank") for i in range(len(groups))]
+    white = [(data.make_prompt(row, actor.processor, 28 * 28, 28 * 28 * 64, ""), rs)
+             for row, (_, rs) in zip(white, groups, strict=True)]  # fmt: skip
     assert (plain_logprobs(actor, white) - expected).abs().mean() > 0.05  # the images matter
     expected.mean().backward()
     slopes = {n: p.grad.clone() for n, p in actor.model.named_parameters() if p.grad is not None}
@@ -2297,6 +2298,107 @@ def test_a_later_turn_is_what_the_template_adds_and_a_template_that_starts_anew_
         make(actor, "Now?", later=True)
 
 
+class Countdown:
+    """Ends after as many turns as the answer says; every turn earns 1, and the second shows a picture."""
+
+    def __init__(self, row):
+        self.first, self.left = row, int(row.answer)
+
+    def step(self, text):
+        self.left -= 1
+        shown = (picture(self.left, 56, 56),) * (self.left == 1)
+        return (problem("<image>" * len(shown) + f"{self.left} left", shown) if self.left else None), 1.0
+
+
+def countdown(actor, engine, limit=400):
+    """Conversations over the engine, and prompts for 1, 3 and 2 turns. One token in six ends a turn."""
+    actor.eos_ids = [*actor.eos_ids, *range(0, 250, 6)]
+    observe = functools.partial(data.make_prompt, processor=actor.processor, min_pixels=28 * 28,
+                                max_pixels=28 * 28 * 64, instruction="", later=True)  # fmt: skip
+    rows = [problem("<image>Go.", (picture(i),), answer) for i, answer in enumerate("132")]
+    prompts = [data.make_prompt(row, actor.processor, 28 * 28, 28 * 28 * 64, "") for row in rows]
+    return rollout.Conversations(engine, Countdown, observe, limit), prompts
+
+
+def conversation_gap(actor, engine, prompts, n=6):
+    """Largest |sampler_logprobs - logprobs| over n conversations from each prompt, whose parts are checked too."""
+    groups = engine.generate(prompts, n, seed=3)
+    for prompt, group in zip(prompts, groups, strict=True):
+        for r in group:
+            places = [0, *(o.place for o in r.observations), len(r.response)]
+            assert places == sorted(set(places)) and len(r.sampler_logprobs) == len(r.response)
+            assert all(r.response[place - 1] in actor.eos_ids for place in places[1:-1])  # one answers an end token
+            assert r.tokens == sum(len(t if torch.is_tensor(t) else t.ids) for t in r.turns(engine.observe))
+            if r.truncated:  # a turn that was cut is not shown to the environment
+                assert r.reward == len(r.observations) and r.response[-1] not in actor.eos_ids
+            else:
+                assert r.reward == len(r.observations) + 1 == int(prompt.problem.answer)
+    assert {len(r.observations) for r in groups[1]} >= {1, 2} and any(r.truncated for group in groups for r in group)
+    pairs = [(p, [r.turns(engine.observe) for r in group]) for p, group in zip(prompts, groups, strict=True)]
+    with torch.no_grad():
+        logprobs, _ = actor.logprobs(pairs)
+    return (torch.cat([r.sampler_logprobs for g in groups for r in g]) - logprobs).abs().max().item()
+
+
+def test_in_conversations_the_samplers_logprobs_equal_the_trainers(actor, processes):
+    actor.temperature = 0.7
+    assert conversation_gap(actor, *countdown(actor, rollout.HFEngine(actor, 12))) < 1e-5
+
+
+@needs_vllm
+def test_in_conversations_vllms_logprobs_equal_the_trainers(tiny, processes):
+    actor = model.Actor.from_pretrained(str(tiny[False]), pixels=(28 * 28, 28 * 28 * 64))
+    with contextlib.closing(vllm_engine(actor, tiny[False], max_response_tokens=12)) as engine:
+        assert conversation_gap(actor, *countdown(actor, engine)) < 1e-4
+
+
+def test_a_conversation_over_the_limit_ends_before_its_next_turn(actor, processes):
+    engine, prompts = countdown(actor, rollout.HFEngine(actor, 12), limit=70)
+    groups = engine.generate(prompts, 8, seed=0)
+    stopped = [r for r in groups[1] if r.truncated and r.response[-1] in actor.eos_ids]
+    assert stopped and all(r.reward == len(r.observations) + 1 for r in stopped)
+    assert all(len(prompts[1].ids) + r.tokens <= 70 + 12 for r in groups[1])
+
+
+def test_a_rollout_travels_between_ranks_with_its_observations_compressed(actor, processes):
+    engine, prompts = countdown(actor, rollout.HFEngine(actor, 12))
+    sent = max(engine.generate(prompts, 6, seed=3)[2], key=lambda r: len(r.observations))
+    raw = pickle.dumps(sent)
+    got = pickle.loads(raw)
+    assert got.observations == sent.observations and (got.reward, got.truncated) == (sent.reward, sent.truncated)
+    assert torch.equal(got.response, sent.response) and torch.equal(got.sampler_logprobs, sent.sampler_logprobs)
+    pixels = sent.turns(engine.observe)[1].inputs["pixel_values"]
+    assert len(sent.observations[0].problem.images) == 1 and len(raw) < 4 * pixels.numel()
+
+
+def test_the_codeword_environment_by_hand(tmp_path):
+    data.make_codewords(tmp_path, train=300, test=50)
+    rows, held_out = data.load_problems(tmp_path), data.load_problems(tmp_path, "test")
+    assert not {r.answer for r in rows} & {r.answer for r in held_out} and len({r.answer for r in held_out}) == 25
+    row = rows[0]
+    for letter, raw in zip(row.answer.split(), row.images, strict=True):
+        [colour] = [colour for colour, code in data.CODE.items() if code == letter]
+        seen = (np.asarray(data.decode_image(raw)) == data.COLOURS[colour]).all(-1)
+        assert seen.sum() >= 28 * 28
+    for said, reward_of in ((row.answer, 1.0), (row.answer[:3] + " x", 2 / 3), ("", 0.0), (row.answer + " a", 3 / 4)):
+        game = rollout.Codeword(row)
+        assert (game.first.question, game.first.images) == ("<image><image>Next?", row.images[:2])
+        second, earned = game.step("whatever")
+        assert (second.question, second.images, earned) == ("<image>Spell it.", row.images[2:], 0.0)
+        assert game.step(rf"<think>look</think>\boxed{{{said}}}") == (None, reward_of)
+
+
+def test_two_ranks_train_on_conversations_of_which_one_has_none_to_evaluate(tmp_path):
+    data.make_codewords(tmp_path / "codewords", train=40, test=3)
+    rows = data.load_problems(tmp_path / "codewords")
+    model.build_warm_tiny(tmp_path / "codeword-model", rows, model.TINY_INSTRUCTION, updates=30)
+    torchrun("--task", "codeword", "--engine", "hf", "--out", str(tmp_path), "--steps", "1", "--eval_rows", "1",
+             "--prompts_per_step", "6", "--minibatch_prompts", "3", "--responses_per_prompt", "4",
+             "--max_tokens_per_pack", "400", script=HERE / "train.py")  # fmt: skip
+    [step] = [row for row in metrics(tmp_path / "codeword") if "train/reward" in row]
+    assert step["train/gap"] < 1e-5 and step["train/learnt_tokens"] > 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # train.py
 
@@ -2420,7 +2522,8 @@ def small_run(folder, groups_seed=0, prepare=lambda actor: None, **changes):
     rows = [problem("<image>" * (i % 3) + "What?" * (1 + i % 4), tuple(picture(j + i) for j in range(i % 3)))
             for i in range(8)]  # fmt: skip
     settings = dataclasses.replace(settings, min_pixels=28 * 28, max_pixels=28 * 28 * 64, prompts_per_step=8)
-    run = train.Run(settings, torch.device("cpu"), actor, None, None, optimizer, schedule, rows, rows, None)
+    run = train.Run(settings, torch.device("cpu"), actor, None, None, optimizer, schedule, rows, rows, None,
+                    train.observer(settings, actor))  # fmt: skip
     generator = torch.Generator().manual_seed(groups_seed)
 
     def rollout_of(length):
@@ -2923,7 +3026,7 @@ def faulty_run(job):
     train.main(job["argv"])
 
 
-def out_of_memory(response, problem):
+def out_of_memory(problem, response, gold):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 

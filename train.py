@@ -18,6 +18,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import heapq
 import importlib.metadata
@@ -33,6 +34,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,10 +49,23 @@ from model import (
     build_warm_tiny,
     full,
     gather_objects,
+    lay_out,
     local_bytes,
+    prompts_of,
     start_processes,
 )
-from rollout import HFEngine, Rollout, VLLMEngine, build_engine, describe, evaluate, score, token_texts
+from rollout import (
+    ENVIRONMENTS,
+    Conversations,
+    HFEngine,
+    Rollout,
+    VLLMEngine,
+    build_engine,
+    describe,
+    evaluate,
+    score,
+    token_texts,
+)
 
 import torch
 import torch.distributed as dist
@@ -102,6 +117,7 @@ class Settings:
     max_prompt_tokens: int = setting(1024, "problems with longer prompts are left out, never truncated")
     skip_bad_rows: bool = setting(False, "count broken rows and go on, instead of stopping at the first")
     # sampling
+    task: str = setting("", "environment that prompts begin and go on with, whose reward replaces --rewards: codeword")
     engine: str = setting("auto", "vllm, hf (transformers), or auto: vllm where it is installed and usable")
     rollout_tp: int = setting(1, "ranks that share one vLLM engine (tensor parallelism)")
     memory_fraction: float = setting(0.6, "of each GPU, for vLLM's weights and cache while it samples")
@@ -200,6 +216,7 @@ class Settings:
 
 
 CHOICES = dict(
+    task=("", *ENVIRONMENTS),
     packing=("shared", "packed", "padded"), engine=("auto", "vllm", "hf"), advantage=("std", "none", "loo"),
     ratio=("token", "sequence"), aggregation=("token", "sequence", "constant"), kl_estimator=("k1", "k2", "k3"),
     importance=("none", "token", "sequence"), resume=("no", "auto", "must"),
@@ -224,6 +241,9 @@ PRESETS = {
         gradient_checkpointing=True, save_in_background=True,
     ),
 }  # fmt: skip
+PRESETS["codeword"] = PRESETS["tiny"] | dict(
+    task="codeword", steps=80, prompts_per_step=32, kl_coefficient=0.0, eval_every=20
+)
 
 
 def parse_settings(argv: list[str] | None = None) -> tuple[Settings, str]:
@@ -236,7 +256,11 @@ def parse_settings(argv: list[str] | None = None) -> tuple[Settings, str]:
     parser = HfArgumentParser(Settings, allow_abbrev=False)
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--preset", default="auto", choices=["auto", *PRESETS])
-    preset, why = chooser.parse_known_args(argv)[0].preset, "asked for"
+    chooser.add_argument("--task", default="")
+    chosen, _ = chooser.parse_known_args(argv)
+    preset, why = chosen.preset, "asked for"
+    if preset == "auto" and chosen.task in PRESETS:
+        preset = chosen.task
     if preset == "auto":
         gpu = torch.cuda.is_available()
         preset, why = ("geo3k", "there is a GPU") if gpu else ("tiny", "there is no GPU")
@@ -277,7 +301,7 @@ class Group:
         By operation count at Qwen2.5-VL-7B's shape, the vision tower adds a third of a token's work to an image token,
         and a token's attention over 30,000 keys costs as much as the rest of its layer.
         """
-        lengths = [len(r.response) for r in self.rollouts]
+        lengths = [r.tokens for r in self.rollouts]
         pairs = self.prompt_tokens**2 / 2 + sum(n * (self.prompt_tokens + n / 2) for n in lengths)
         return self.prompt_tokens + self.image_tokens / 3 + sum(lengths) + pairs / 30_000
 
@@ -314,10 +338,10 @@ def cut_into_packs(groups: list[Group], max_tokens: int, shared: bool = True) ->
     for group in groups:
         part, used, repeated = [], group.prompt_tokens, 0 if shared else group.prompt_tokens
         for i, rollout in enumerate(group.rollouts):
-            if part and used + len(rollout.response) + repeated > max_tokens:
+            if part and used + rollout.tokens + repeated > max_tokens:
                 parts.append((used, group, part))
                 part, used = [], group.prompt_tokens
-            used += len(rollout.response) + (repeated if part else 0)
+            used += rollout.tokens + (repeated if part else 0)
             part.append(i)
         parts.append((used, group, part))
     packs = []  # first fit, largest first
@@ -336,8 +360,8 @@ def cut_into_packs(groups: list[Group], max_tokens: int, shared: bool = True) ->
 class TrainPack:
     """One forward pass of one rank, with all that its loss needs, flat over its N tokens."""
 
-    groups: list[tuple]  # (prompt, [response, ...]) pairs for Actor.logprobs
-    lengths: Tensor  # (R,) tokens of each response
+    groups: list[tuple]  # (prompt, [turns, ...]) pairs for Actor.logprobs
+    lengths: Tensor  # (R,) tokens that the policy wrote in each response
     advantages: Tensor  # (R,)
     sampler_logprobs: Tensor  # (N,) nats, like the next two
     old_logprobs: Tensor | None = None  # None: the same forward gives them, because this update is on-policy
@@ -393,10 +417,10 @@ def build_pack(run: "Run", plan: list[tuple[Group, list[int]]], prompts: dict) -
     for group, _ in plan:
         if group.index not in prompts:
             prompts[group.index] = run.prompt(run.train_set[group.index])
-    features = run.actor.image_features([prompts[group.index] for group, _ in plan])
+    groups = [(prompts[group.index], [group.rollouts[i].turns(run.observe) for i in chosen]) for group, chosen in plan]
     return TrainPack(
-        features=features,
-        groups=[(prompts[group.index], [group.rollouts[i].response for i in chosen]) for group, chosen in plan],
+        groups=groups,
+        features=run.actor.image_features(prompts_of(groups)),
         lengths=torch.tensor([len(r.response) for r in rollouts], device=run.device),
         advantages=torch.cat([group.advantages[chosen] for group, chosen in plan]).to(run.device),
         sampler_logprobs=torch.cat([r.sampler_logprobs for r in rollouts]).to(run.device),
@@ -408,8 +432,16 @@ def build_pack(run: "Run", plan: list[tuple[Group, list[int]]], prompts: dict) -
 
 
 def make_prompt(s: Settings, actor: Actor, problem: data.Problem) -> data.Prompt:
-    """A problem as the run's settings pose it."""
-    return data.make_prompt(problem, actor.processor, s.min_pixels, s.max_pixels, s.instruction)
+    """A problem as the run's settings pose it; in a conversation, what the policy reads first."""
+    first = ENVIRONMENTS[s.task](problem).first if s.task else problem
+    prompt = data.make_prompt(first, actor.processor, s.min_pixels, s.max_pixels, s.instruction)
+    return dataclasses.replace(prompt, problem=problem)
+
+
+def observer(s: Settings, actor: Actor):
+    """The function that makes a later turn's Prompt of its Problem, and remembers it for the other copies."""
+    limits = dict(min_pixels=s.min_pixels, max_pixels=s.max_pixels, instruction="", later=True)
+    return functools.lru_cache(512)(functools.partial(data.make_prompt, processor=actor.processor, **limits))
 
 
 @dataclass
@@ -426,6 +458,7 @@ class Run:
     train_set: data.Problems
     test_set: data.Problems
     grader: reward.Grader
+    observe: Callable  # Problem -> Prompt of a later turn
     step: int = 0  # steps done
     not_finite: int = 0  # updates left out
     best: tuple[float, int] = (-1.0, 0)  # accuracy and step of the best checkpoint
@@ -614,11 +647,13 @@ def leave_out(run: Run, minibatch: Minibatch, step: int, why: str) -> None:
     file = run.settings.folder / "not-finite" / f"step-{step:06d}-{run.not_finite}-rank-{dist.get_rank()}.pt"
     gradients = {name: p.grad for name, p in run.actor.model.named_parameters() if p.grad is not None}
     broken = [name for name, gradient in gradients.items() if not full(gradient).isfinite().all()]
+    places = run.actor.positions
     packs = [
         {key: value for key, value in vars(pack).items() if isinstance(value, Tensor)}
-        | {"groups": [(prompt.problem.where, prompt.ids, responses) for prompt, responses in pack.groups]}
+        | {"groups": [(prompt.problem.where, prompt.ids, [lay_out(turns, places)[0] for turns in responses])
+                      for prompt, responses in pack.groups]}
         for pack in minibatch.packs
-    ]
+    ]  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"why": why, "broken_gradients": broken, "packs": packs}, file)
     run.optimizer.zero_grad()
@@ -948,23 +983,30 @@ def load_checkpoint(run: Run, path: Path) -> None:
 # Building a run
 
 
+GENERATED = {  # task -> what draws its problems, their folder, the tiny model's, updates of its warm-up
+    "": (data.make_figures, "figures", "tiny-model", 150),
+    "codeword": (data.make_codewords, "codewords", "codeword-model", 30),
+}
+
+
 def prepare_tiny(s: Settings) -> Settings:
-    """Fill in what the settings leave empty: generated figures, and the tiny model warmed up on them.
+    """Fill in what the settings leave empty: generated problems, and the tiny model warmed up on them.
 
     Both are made once, under --out, by rank 0; delete the folders to make them again.
     """
-    figures, model = Path(s.out) / "figures", Path(s.out) / "tiny-model"
+    make, *names, updates = GENERATED[s.task]
+    problems, model = (Path(s.out) / name for name in names)
     if dist.get_rank() == 0 and not (s.model and s.data):
-        if not figures.exists():
-            data.make_figures(figures.with_suffix(".partial"))
-            figures.with_suffix(".partial").rename(figures)
+        if not problems.exists():
+            make(problems.with_suffix(".partial"))
+            problems.with_suffix(".partial").rename(problems)
         if not s.model and not model.exists():
-            problems = data.load_problems(str(figures))
+            rows = data.load_problems(str(problems))
             say(f"no --model given: building the tiny Qwen2.5-VL in {model} and warming it up")
-            build_warm_tiny(model.with_suffix(".partial"), problems, s.instruction, s.seed)
+            build_warm_tiny(model.with_suffix(".partial"), rows, s.instruction, s.seed, updates=updates)
             model.with_suffix(".partial").rename(model)
     dist.barrier()
-    return dataclasses.replace(s, model=s.model or str(model), data=s.data or str(figures))
+    return dataclasses.replace(s, model=s.model or str(model), data=s.data or str(problems))
 
 
 def build(s: Settings, device: torch.device) -> Run:
@@ -994,6 +1036,9 @@ def build(s: Settings, device: torch.device) -> Run:
         max_images=max(len(p.images) for problems in sets for p in problems),
     )  # fmt: skip
     say(why)
+    observe = observer(s, actor)
+    if s.task:
+        engine = Conversations(engine, ENVIRONMENTS[s.task], observe, s.max_prompt_tokens)
     engine.sleep()
     adapt(actor, s)
     actor.shard(device)
@@ -1013,7 +1058,7 @@ def build(s: Settings, device: torch.device) -> Run:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, s.rate)
     judge = reward.Judge(s.judge_url, s.judge_model, s.judge_strict) if s.judge_model else None
     grader = reward.Grader(rounding=s.rounding, judge=judge)
-    run = Run(s, device, actor, reference, engine, optimizer, schedule, *sets, grader)
+    run = Run(s, device, actor, reference, engine, optimizer, schedule, *sets, grader, observe)
     size = local_bytes(trained)  # trained weights, gradients and both moments of AdamW are float32
     per_token = actor.activation_bytes(samples, s.responses_per_prompt, min(64, s.max_response_tokens))
     estimate = memory_report(run, size, 2 * size, s.max_tokens_per_pack * per_token)
