@@ -3166,11 +3166,10 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(launch, se
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("background", ["true", "false"])
 @pytest.mark.parametrize("kill", KILLS)
-def test_a_run_killed_anywhere_ends_as_if_nothing_had_happened(launch, seedling, unbroken, tmp_path, kill, background):
+def test_a_run_killed_anywhere_ends_as_if_nothing_had_happened(launch, seedling, unbroken, tmp_path, kill):
     copy_start(seedling, tmp_path)
-    code, log = launch(tmp_path, "--save_in_background", background, fault=f"9 {kill}")
+    code, log = launch(tmp_path, "--save_in_background", str(KILLS.index(kill) % 2 == 1), fault=f"9 {kill}")
     assert code == -9, log
     code, log = launch(tmp_path)
     assert code == 0, log
@@ -3598,7 +3597,7 @@ def test_two_thousand_steps_need_no_more_memory_files_threads_or_processes_than_
     half = len(seen) // 2
     print(len(seen), seen[half // 2], seen[-1], seen.max(0))
     growth = np.median(seen[-10:, 0]) - np.median(seen[half - 5 : half + 5, 0])
-    assert growth < 20 and np.ptp(seen[half:, 1:], axis=0).max() <= 2, seen[::5]
+    assert growth < 10 and np.ptp(seen[half:, 1:], axis=0).max() <= 2, seen[::5]
 
 
 
