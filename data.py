@@ -275,13 +275,13 @@ def with_images(problems: Sequence[Problem], index: int, view: str) -> Problem:
         return problem
     sizes = [decode_image(raw).size for raw in problem.images]
     if view == "blank":
-        return replace(problem, images=tuple(_png(Image.new("RGB", size, "white")) for size in sizes))
+        return replace(problem, images=tuple(png(Image.new("RGB", size, "white")) for size in sizes))
     # from half the set away on, as neighbours in a data set often share a figure
     others = (problems[(index + total // 2 + i) % total].images for i in range(total))
     donor = next((images for images in others if images and images != problem.images), None)
     if donor is None:
         raise ValueError(f"{problem.where}: no other problem has an image to swap with; evaluate more problems")
-    images = (_png(decode_image(raw).resize(size)) for raw, size in zip(itertools.cycle(donor), sizes, strict=False))
+    images = (png(decode_image(raw).resize(size)) for raw, size in zip(itertools.cycle(donor), sizes, strict=False))
     return replace(problem, images=tuple(images))
 
 
@@ -293,7 +293,8 @@ def thumbnail(image: Image.Image, side: int = 320) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _png(image: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
+    """A picture as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
@@ -534,7 +535,7 @@ def _draw(rng: random.Random, kind: str, answer: str, size: int) -> list[bytes]:
         first = rng.choice([sides for sides in (3, 4, 6) if int(answer) - sides in (3, 4, 6)])
         _polygon(rng, pen, first, colour)
         _polygon(rng, last_pen, int(answer) - first, other)
-    return [_png(canvas.resize((size, size), Image.Resampling.BOX)) for canvas in canvases]
+    return [png(canvas.resize((size, size), Image.Resampling.BOX)) for canvas in canvases]
 
 
 def _polygon(rng: random.Random, pen, sides: int, colour: str, x: int = 50, y: int = 50, radius: int = 42) -> None:
@@ -584,7 +585,7 @@ def _square(rng: random.Random, colour: str, size: int) -> bytes:
     canvas, side = Image.new("RGB", (size, size), "white"), rng.randint(size // 2, size * 7 // 8)
     left, top = rng.randint(0, size - side), rng.randint(0, size - side)
     ImageDraw.Draw(canvas).rectangle((left, top, left + side, top + side), COLOURS[colour])
-    return _png(canvas)
+    return png(canvas)
 
 
 def main() -> None:

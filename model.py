@@ -26,7 +26,6 @@ import datetime
 import functools
 import importlib.util
 import inspect
-import io
 import json
 import math
 import os
@@ -552,6 +551,11 @@ def start_processes(timeout: float = 30.0) -> torch.device:
     return device
 
 
+def this_rank() -> int:
+    """This process's rank; 0 in a notebook, which has started no processes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def gather_objects(item) -> list:
     """One item from every rank, on every rank, in rank order."""
     items = [None] * dist.get_world_size()
@@ -566,8 +570,10 @@ def gather_objects(item) -> list:
 class Actor:
     """A vision-language model with its processor, as policy, reference or sampler.
 
-        actor = Actor.from_pretrained("Qwen/Qwen2.5-VL-3B-Instruct")
-        logprobs, entropy = actor.logprobs([(prompt, [response_ids, ...]), ...])   # (N,), (N,)
+        actor = Actor.from_pretrained("Qwen/Qwen2.5-VL-3B-Instruct")               # or Actor(model, processor)
+        prompt = actor.prompt("<image>How many sides?", [picture])
+        [responses] = actor.generate([prompt], n=4)
+        logprobs, entropy = actor.logprobs([(prompt, [r.response for r in responses])])   # (N,), (N,)
 
     Attributes:
         model, processor: the Hugging Face objects.
@@ -732,7 +738,9 @@ class Actor:
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
         if self.trains_vision():
-            self.anchor = anchor_prompt(self.processor)
+            # A sharded tower is gathered by all ranks together, so a rank whose pack has no image would leave the others
+            # waiting for ever. Such packs get this prompt; nothing attends to it and its gradient is 0.
+            self.anchor = self.prompt("<image>", [Image.new("RGB", (1, 1), "white")])
 
     def report(self) -> str:
         """One line on what is trained."""
@@ -793,7 +801,7 @@ class Actor:
         Args:
             merge: with LoRA, False writes the adapter alone, as `PeftModel.from_pretrained` reads it.
         """
-        folder, first = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
+        folder, first = Path(folder), this_rank() == 0
         if merge:
             state = {name: tensor.cpu() for name, tensor in self.weights(self.dtype) if first}
         else:
@@ -887,6 +895,19 @@ class Actor:
             return None
         inputs = self.multi_modal_inputs(prompts)
         return {"image": model.get_image_features(**inputs, return_dict=True)}
+
+    def prompt(self, question: str, images: list[Image.Image] = (), instruction: str = "") -> data.Prompt:
+        """A Prompt of a question with an `<image>` where each picture stands; data.make_prompt does it for a row."""
+        vision, stored = self.processor.image_processor, tuple(data.png(image) for image in images)
+        bounds = (vision.size["shortest_edge"], vision.size["longest_edge"]) if counts_pixels(vision) else (1, 10**9)
+        problem = data.Problem("prompt", question, stored, "", "", "")
+        return data.make_prompt(problem, self.processor, *bounds, instruction)
+
+    def generate(self, prompts: list, n: int = 1, max_response_tokens: int = 512, seed: int = 0, greedy: bool = False):
+        """Draw n responses to each Prompt, as rollout.HFEngine.generate does."""
+        from rollout import HFEngine  # which imports this file
+
+        return HFEngine(self, max_response_tokens).generate(prompts, n, seed, greedy)
 
     def logprobs(self, groups: list[tuple], features: dict | None = None, entropy=True) -> tuple[Tensor, Tensor]:
         """Score responses under the model, at `temperature` and without the banned tokens.
@@ -1015,20 +1036,6 @@ def local_bytes(tensors) -> int:
     """Bytes of tensors on this rank, of sharded ones the own shard."""
     own = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
     return sum(t.numel() * t.element_size() for t in own)
-
-
-def anchor_prompt(processor) -> data.Prompt:
-    """A prompt with one small white image and no response, for packs without any image.
-
-    A sharded vision tower is gathered by all ranks together, so a rank whose pack has no image would leave the others
-    waiting for ever. Nothing attends to the anchor and no token of it is scored: its gradient is 0.
-    """
-    image = io.BytesIO()
-    Image.new("RGB", (1, 1), "white").save(image, "PNG")
-    problem = data.Problem("anchor", "<image>", (image.getvalue(),), "", "", "")
-    vision = processor.image_processor
-    bounds = (vision.size["shortest_edge"], vision.size["longest_edge"]) if counts_pixels(vision) else (1, 10**9)
-    return data.make_prompt(problem, processor, *bounds, "")
 
 
 def full(x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from typing import NamedTuple
 
 import data
 import reward
-from model import Actor, as_turns, gather_objects, lay_out, left_pad, prompts_of, start_processes
+from model import Actor, as_turns, gather_objects, lay_out, left_pad, prompts_of, start_processes, this_rank
 
 import numpy as np
 import torch
@@ -148,7 +148,7 @@ class HFEngine:
         """
         groups, per_call = [], max(1, self.rows // n)
         with torch.no_grad(), self.actor.generating(), torch.random.fork_rng():
-            torch.manual_seed(random.Random(f"{seed} {dist.get_rank()}").getrandbits(63))
+            torch.manual_seed(random.Random(f"{seed} {this_rank()}").getrandbits(63))
             for i in range(0, len(prompts), per_call):
                 groups += self._generate(prompts[i : i + per_call], n, greedy)
         return groups

@@ -1578,6 +1578,30 @@ def test_weights_have_lora_merged_and_equal_a_plain_model(actor, tiny):
     close(plain.logprobs(groups)[0], actor.logprobs(groups)[0], atol=1e-5)
 
 
+def test_an_actor_serves_a_notebook_without_processes(tiny):
+    script = f"""
+import model, torch, transformers
+from PIL import Image
+network = transformers.AutoModelForImageTextToText.from_pretrained({str(tiny[True])!r}, attn_implementation="sdpa")
+actor = model.Actor(network, transformers.AutoProcessor.from_pretrained({str(tiny[True])!r}))
+prompts = [actor.prompt("<image>How many sides?", [Image.new("RGB", (56, 84), "red")]), actor.prompt("Which colour?")]
+drawn = actor.generate(prompts, n=3, max_response_tokens=6)
+groups = [(p, [r.response for r in rs]) for p, rs in zip(prompts, drawn)]
+gaps = []
+for on in (True, False):
+    actor.checkpoint_activations(on)
+    logprobs, _ = actor.logprobs(groups)
+    logprobs.sum().backward()
+    gaps.append((logprobs - torch.cat([r.sampler_logprobs for rs in drawn for r in rs])).abs().max().item())
+actor.save({str(tiny[True] / "again")!r})
+print(max(gaps) < 1e-5, actor.report())
+"""
+    printed = run_python(["-c", script], cwd=HERE)
+    assert printed == (
+        "True parameters trained: language 0.63M of 0.63M, projector 0.20M of 0.20M, tower 0.30M of 0.30M\n"
+    )
+
+
 def test_lora_refuses_targets_that_the_language_model_does_not_have(actor):
     with pytest.raises(ValueError, match=r"--lora_targets qkv,fc1 names no linear layer.*down_proj, gate_proj, k_proj"):
         actor.add_lora(4, 8.0, targets="qkv,fc1")
