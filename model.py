@@ -738,8 +738,8 @@ class Actor:
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
         if self.trains_vision():
-            # A sharded tower is gathered by all ranks together, so a rank whose pack has no image would leave the others
-            # waiting for ever. Such packs get this prompt; nothing attends to it and its gradient is 0.
+            # A sharded tower is gathered by all ranks together, so a rank whose pack has no image would leave the
+            # others waiting for ever. Such packs get this prompt; nothing attends to it and its gradient is 0.
             self.anchor = self.prompt("<image>", [Image.new("RGB", (1, 1), "white")])
 
     def report(self) -> str:
