@@ -898,8 +898,9 @@ def checkpoint_state(run: Run) -> dict[str, Tensor]:
 class CheckpointWriter(dcp.HuggingFaceStorageWriter):
     """Every rank writes its shards. When all have, rank 0 adds the manifest, renames, and removes what is not kept."""
 
-    def __init__(self, final: Path, keep: int, best: int):
-        super().__init__(f"{final}.partial", save_distributed=True)
+    def __init__(self, state: dict[str, Tensor], final: Path, keep: int, best: int):
+        files = {name: 1 + i // 500 for i, name in enumerate(state)}  # each is built in memory before it is written
+        super().__init__(f"{final}.partial", files, save_distributed=True)
         self.final, self.keep, self.best = final, keep, f"step-{best:06d}"
 
     def finish(self, metadata, results) -> None:
@@ -947,8 +948,9 @@ def save_checkpoint(run: Run, accuracy: float = -1.0) -> None:
     finish_checkpoint(run)
     s, run.best = run.settings, max(run.best, (accuracy, run.step))
     run.saving_group = run.saving_group or dist.new_group(backend="gloo")
-    writer = CheckpointWriter(s.folder / "checkpoints" / f"step-{run.step:06d}", s.keep, run.best[1])
-    run.saving = dcp.async_save(checkpoint_state(run), storage_writer=writer, process_group=run.saving_group)
+    final, state = s.folder / "checkpoints" / f"step-{run.step:06d}", checkpoint_state(run)
+    writer = CheckpointWriter(state, final, s.keep, run.best[1])
+    run.saving = dcp.async_save(state, storage_writer=writer, process_group=run.saving_group)
     if not s.save_in_background:
         finish_checkpoint(run)
 
@@ -957,7 +959,8 @@ def finish_checkpoint(run: Run) -> None:
     """Wait until the checkpoint that is being written, if any, is complete."""
     saving, run.saving = run.saving, None
     try:
-        saving and saving.result()
+        if saving:
+            saving.result()
     except CheckpointException as error:
         causes = "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
         remedy = f"Earlier ones in {run.settings.folder} are whole: make room, then go on with --resume auto"
