@@ -391,7 +391,7 @@ class Run:
     train_set: data.Problems
     test_set: data.Problems
     grader: reward.Grader
-    observe: Callable  # Problem -> Prompt of a later turn
+    observe: Callable | None  # Problem -> Prompt of a later turn; None without a task
     step: int = 0  # steps done
 
     def prompt(self, problem: data.Problem) -> data.Prompt:
@@ -765,7 +765,7 @@ def build(s: Settings, device: torch.device) -> Run:
         min_pixels=s.min_pixels, max_pixels=s.max_pixels,
     )  # fmt: skip
     say(why)
-    observe = observer(s, actor)
+    observe = observer(s, actor) if s.task else None
     if s.task:
         engine = Conversations(engine, ENVIRONMENTS[s.task], observe, s.max_prompt_tokens)
     engine.sleep()
