@@ -2418,8 +2418,9 @@ def test_two_ranks_train_on_conversations_of_which_one_has_none_to_evaluate(tmp_
     model.build_warm_tiny(tmp_path / "codeword-model", rows, model.TINY_INSTRUCTION, updates=30)
     torchrun("--task", "codeword", "--engine", "hf", "--out", str(tmp_path), "--steps", "1", "--eval_rows", "1",
              "--prompts_per_step", "6", "--minibatch_prompts", "3", "--responses_per_prompt", "4",
-             "--max_tokens_per_pack", "400", script=HERE / "train.py")  # fmt: skip
-    [step] = [row for row in metrics(tmp_path / "codeword") if "train/reward" in row]
+             "--max_tokens_per_pack", "400", "--kl_coefficient", "0.1", script=HERE / "train.py")  # fmt: skip
+    before, step = metrics(tmp_path / "codeword")[:2]
+    assert before["eval/format"] == 1  # of the last turn: the first one is "ok"
     assert step["train/gap"] < 1e-5 and step["train/learnt_tokens"] > 0
 
 

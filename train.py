@@ -458,7 +458,7 @@ class Run:
     train_set: data.Problems
     test_set: data.Problems
     grader: reward.Grader
-    observe: Callable  # Problem -> Prompt of a later turn
+    observe: Callable | None  # Problem -> Prompt of a later turn; None without a task
     step: int = 0  # steps done
     not_finite: int = 0  # updates left out
     best: tuple[float, int] = (-1.0, 0)  # accuracy and step of the best checkpoint
@@ -1039,7 +1039,7 @@ def build(s: Settings, device: torch.device) -> Run:
         max_images=max(len(p.images) for problems in sets for p in problems),
     )  # fmt: skip
     say(why)
-    observe = observer(s, actor)
+    observe = observer(s, actor) if s.task else None
     if s.task:
         engine = Conversations(engine, ENVIRONMENTS[s.task], observe, s.max_prompt_tokens)
     engine.sleep()
