@@ -1,6 +1,7 @@
 """Tests, file by file: each name is the promise that it checks.
 
-    pytest test_all.py              everything but the benchmark
+    pytest test_all.py              everything but the next two
+    pytest test_all.py -m slow      kills, restarts and many steps: 5 minutes
     pytest test_all.py -m bench -s  the benchmark
 
 Nothing is downloaded and nothing of ours is mocked. Tests that need vLLM, or the Geometry3K sample beside the project,
@@ -3199,6 +3200,19 @@ def test_a_run_killed_anywhere_ends_as_if_nothing_had_happened(launch, seedling,
     code, log = launch(tmp_path)
     assert code == 0, log
     assert_same(outcome(tmp_path), unbroken)
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_vllm_ends_as_if_nothing_had_happened(launch, seedling, tmp_path):
+    pytest.importorskip("vllm")
+    whole, killed = (copy_start(seedling, tmp_path / name) for name in ("whole", "killed"))
+    code, log = launch(whole, "--engine", "vllm")
+    assert code == 0, log
+    code, log = launch(killed, "--engine", "vllm", fault="9 call train.update 7")
+    assert code == -9, log
+    code, log = launch(killed, "--engine", "vllm")
+    assert code == 0 and "resumed from" in log, log
+    assert_same(outcome(killed), outcome(whole))
 
 
 def test_a_signal_ends_the_run_after_the_step_and_a_second_one_at_once(launch, seedling, unbroken, tmp_path):
