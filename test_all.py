@@ -1808,16 +1808,17 @@ def tiny_family(name: str, folder: Path) -> Path:
     tokenizer = tiny_tokenizer(**chat)
     ids = {token.strip("<|>"): i for token, i in tokenizer.get_added_vocab().items()}
     text = dict(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, max_position_embeddings=4096,
     )  # fmt: skip
-    rope = dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]})
+    rope = dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4],
+                                 "mrope_interleaved": name == "qwen3_vl"})
     tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=14)
     qwen_tower = dict(depth=2, num_heads=2, patch_size=14)
     qwen_ids = {f"{ours}_token_id": ids.get(theirs) for ours, theirs in (
         ("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end"))}
-    deep = dict(hidden_size=32, intermediate_size=64, out_hidden_size=64, num_position_embeddings=64)
+    deep = dict(hidden_size=32, intermediate_size=64, out_hidden_size=128, num_position_embeddings=64)
     template = dict(chat_template=chat_template(**chat))
     grid, edges = [[28, 28], [28, 56], [56, 28], [56, 56]], dict(longest_edge=112)
     old_qwen = lambda: (hf.Qwen2VLImageProcessor(), tokenizer, hf.Qwen2VLVideoProcessor())  # noqa: E731
@@ -1843,9 +1844,9 @@ def tiny_family(name: str, folder: Path) -> Path:
     siglip = dict(**tower, model_type="siglip_vision_model", vision_use_head=False)
     config = {
         "qwen2_vl": lambda: dict(text_config=text | rope, **qwen_ids, vision_config=dict(
-            **qwen_tower, embed_dim=32, hidden_size=64, mlp_ratio=2)),
+            **qwen_tower, embed_dim=32, hidden_size=128, mlp_ratio=2)),
         "qwen2_5_vl": lambda: dict(text_config=text | rope, **qwen_ids, vision_config=dict(
-            **qwen_tower, hidden_size=32, intermediate_size=64, out_hidden_size=64, fullatt_block_indexes=[1])),
+            **qwen_tower, hidden_size=32, intermediate_size=64, out_hidden_size=128, fullatt_block_indexes=[1])),
         "qwen3_vl": lambda: dict(text_config=text | rope, **qwen_ids, vision_config=dict(
             **qwen_tower, **deep, deepstack_visual_indexes=[0, 1])),
         "qwen3_5": lambda: dict(**qwen_ids, vision_config=dict(**qwen_tower, **deep), text_config=text | dict(
@@ -1863,7 +1864,7 @@ def tiny_family(name: str, folder: Path) -> Path:
             vision_config=dict(**tower, image_size=56), text_config=dict(model_type="llama", **text),
             image_token_id=ids.get("image"), scale_factor=2, pad_token_id=tokenizer.pad_token_id),
         "gemma3": lambda: dict(
-            text_config=text | dict(query_pre_attn_scalar=16, sliding_window=8, layer_types=[
+            text_config=text | dict(query_pre_attn_scalar=32, sliding_window=8, layer_types=[
                 "sliding_attention", "full_attention", "sliding_attention"]),
             vision_config=dict(**siglip, image_size=56), mm_tokens_per_image=16, boi_token_index=ids["start_of_image"],
             eoi_token_index=ids["end_of_image"], image_token_index=ids["image_soft_token"]),
@@ -2085,6 +2086,19 @@ def test_vllm_follows_the_trainer_through_every_kind_of_update(tiny, processes, 
         assert stats["gigabytes"] == pytest.approx(4e-9 * sum(v.numel() for v in actor.model.state_dict().values()))
         assert stats["gigabytes_per_second"] > 0
         with_lora(actor)
+        assert largest_gap(actor, engine, prompts) > 1e-2
+        engine.sync(actor)
+        assert largest_gap(actor, engine, prompts) < 1e-4
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", ["qwen3_vl", "internvl", "idefics3"])
+def test_vllm_follows_other_families(name, family_folder, processes):
+    actor = model.Actor.from_pretrained(str(family_folder(name)), pixels=(28 * 28, 28 * 28 * 64))
+    prompts = prompts_with(actor, 0, 1, 2)
+    with contextlib.closing(vllm_engine(actor, family_folder(name))) as engine:
+        assert largest_gap(actor, engine, prompts) < 1e-4
+        perturb(actor)
         assert largest_gap(actor, engine, prompts) > 1e-2
         engine.sync(actor)
         assert largest_gap(actor, engine, prompts) < 1e-4
