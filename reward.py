@@ -5,14 +5,12 @@ r"""Rewards: what a response earns, and a grader that nothing a model writes can
     "accuracy=0.9,format=0.1;chartqa:numeric=1" --parse_weights--> weights by source
     responses, problems --compute_rewards--> {"accuracy": [...], "format": [...], ..., "reward": weighted sum}
 
-Strings in, values out: no torch, no model but the one that `judge` asks. Nothing is evaluated as code: the only parser
-is Math-Verify's LaTeX grammar (its Python-expression extractor, which ends in `eval`, is left out), run by workers that
-import this file and Math-Verify only. A new reward is one function (problem, response, gold) -> float, in REWARDS or in
-a file of the user's.
+Nothing is evaluated as code: the only parser is Math-Verify's LaTeX grammar (its Python-expression extractor, which
+ends in `eval`, is left out), run by workers that import this file and Math-Verify only. No torch here.
 
 What a gold accepts as `accuracy`, beside every spelling of the same value:
-  rounding  a decimal gold accepts what rounds to it at its own decimals (57.1: 57.14; 8.6: \sqrt{74}); other golds,
-            or all with `rounding=False`, accept float noise below the sixth decimal only (8: 7.99999999, not 8.3).
+  rounding  a decimal gold accepts what rounds to it (57.1: 57.14; 8.6: \sqrt{74}), unless `rounding=False`; other golds
+            accept float noise below the sixth decimal only (8: 7.99999999, not 8.3).
   percent   with % on one side the bare number and its hundredth both pass (50: 50%; 50%: 0.5 and 50).
   units     dropped, degrees too, never converted: `\sin 30^\circ` is read in radians, so it is wrong.
   ratios    3:4 is the value 3/4, so 6:8 passes and 4:3 does not.
@@ -27,7 +25,6 @@ import argparse
 import base64
 import contextlib
 import functools
-import heapq
 import inspect
 import io
 import json
@@ -203,11 +200,12 @@ def same_value(answer: str, gold: str, rounding: bool) -> bool:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
+    bare = [text.replace(r"\%", "").strip() for text in (answer, gold)]
     if (r"\%" in answer) != (r"\%" in gold):
-        plain = [text.replace(r"\%", "") for text in (answer, gold)]
-        hundredth = [rf"\frac{{{p}}}{{100}}" if p != text else p for p, text in zip(plain, (answer, gold), strict=True)]
-        return same_value(*plain, rounding) or same_value(*hundredth, rounding)
-    answer, gold = answer.replace(r"\%", "").strip(), gold.replace(r"\%", "").strip()
+        one, hundred = bare, [rf"\frac{{{text}}}{{100}}" for text in bare]
+        hundredth = (hundred[0], one[1]) if r"\%" in answer else (one[0], hundred[1])
+        return same_value(*one, rounding) or same_value(*hundredth, rounding)
+    answer, gold = bare
     # units=False: Math-Verify's own list would drop single letters and a closing `\text{ or 5}`; normalise did units
     latex = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
     config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=latex)
@@ -222,8 +220,8 @@ def same_value(answer: str, gold: str, rounding: bool) -> bool:
     return verify(g, a, float_rounding=max(decimals, FLOAT_NOISE), timeout_seconds=None)
 
 
-def serve(time_limit: float, rounding: bool) -> None:
-    """Run a worker: JSON (answer, gold) lines come in on stdin, one byte goes out per verdict, until stdin closes.
+def serve() -> None:
+    """Run a worker: JSON (time limit, answer, gold, rounding) lines come in on stdin, one byte a verdict goes out.
 
     The kernel's timer ends a worker whose parent died: unlike a Python handler or a thread it needs no interpreter,
     which one long multiplication can hold for hours.
@@ -236,50 +234,47 @@ def serve(time_limit: float, rounding: bool) -> None:
     slow_verdict(r"\sqrt{4}", "2.5", True)  # compiles the grammar's tables before the clock runs
     os.write(replies, b"r")
     for line in sys.stdin:
+        time_limit, *task = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, 2 * time_limit + 1)
-        verdict = slow_verdict(*json.loads(line), rounding)
+        verdict = slow_verdict(*task)
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(replies, b"1" if verdict else b"0")
 
 
-def start_worker(time_limit: float, rounding: bool) -> subprocess.Popen:
+def start_worker() -> subprocess.Popen:
     """Start a process that runs serve, and wait until it has imported Math-Verify. RuntimeError if it does not.
 
     A plain subprocess: fork would copy the trainer's threads and CUDA, multiprocessing's spawn would import train.py.
     """
-    command = [sys.executable, os.path.abspath(__file__), "--worker", str(time_limit), str(int(rounding))]
-    pipe = subprocess.PIPE
+    command, pipe = [sys.executable, os.path.abspath(__file__), "--worker"], subprocess.PIPE
     worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0)
     if reply := ask_worker(worker, b"", START_LIMIT):
         return worker
     end_worker(worker)
     raise RuntimeError(
         f"a grading worker {f'took over {START_LIMIT} s to start' if reply is None else 'died starting'}, so no answer "
-        f"can be graded; is Math-Verify installed? See why with: echo | {sys.executable} {__file__} --worker 2 1"
+        f"can be graded; is Math-Verify installed? See why with: {sys.executable} {__file__} --worker < /dev/null"
     )
 
 
 def ask_worker(worker: subprocess.Popen, line: bytes, limit: float) -> bytes | None:
     """Send a line and return the byte that answers it; b"" if the worker died, None after `limit` seconds."""
-    try:
+    with contextlib.suppress(BrokenPipeError):  # of a dead worker, whose output then ends too
         worker.stdin.write(line)
-    except BrokenPipeError:
-        return b""
     return os.read(worker.stdout.fileno(), 1) if wait([worker.stdout], limit) else None
 
 
 def end_worker(worker: subprocess.Popen) -> None:
-    worker.kill()
-    worker.communicate()  # waits for the end, and closes the pipes
+    with worker:  # waits for the end, and closes the pipes
+        worker.kill()
 
 
 class Grader(contextlib.AbstractContextManager):
     """Grades answers in a few killable processes: `with Grader() as grader: grader.grade([("6", "6"), ("x", "7")])`.
 
     An answer over MAX_CHARS characters or time_limit seconds is wrong; a late worker is replaced, so a batch takes at
-    most about (time_limit + 1) * (different hostile answers) / workers. For rounding see the header. `timeouts` counts
-    late answers, `crashes` those that broke two workers (memory, recursion): wrong too; `seconds` holds the slowest
-    five normalised (answer, gold). `judge` serves the reward of that name.
+    most about (time_limit + 1) * (different hostile answers) / workers. `timeouts` counts late answers, `crashes` those
+    that broke two workers (memory, recursion): wrong too; `seconds` holds the slowest five normalised (answer, gold).
     """
 
     def __init__(self, workers: int = 2, time_limit: float = 2.0, rounding: bool = True, judge: "Judge | None" = None):
@@ -315,23 +310,24 @@ class Grader(contextlib.AbstractContextManager):
                 verdicts[task], self.seconds[task] = reply == b"1", seconds
                 self.timeouts += reply is None
                 self.crashes += reply == b""
-        self.seconds = dict(heapq.nlargest(5, self.seconds.items(), key=lambda item: item[1]))
+        self.seconds = dict(sorted(self.seconds.items(), key=lambda item: -item[1])[:5])
         return [verdicts[task] for task in tasks]
 
     def _decide(self, task: tuple[str, str]) -> tuple[bytes | None, float]:
         """A worker's reply to a task (see ask_worker), and its seconds. Runs in several threads."""
+        line = json.dumps([self.time_limit, *task, self.rounding]).encode() + b"\n"
         for _ in range(2):  # one more try after a death: something else may have killed the worker
             try:
                 worker = self.pool.pop()
             except IndexError:
-                worker = start_worker(self.time_limit, self.rounding)
+                worker = start_worker()
             start = time.monotonic()
-            reply = ask_worker(worker, json.dumps(task).encode() + b"\n", self.time_limit)
+            reply = ask_worker(worker, line, self.time_limit)
             if reply:
                 self.pool.append(worker)
-                break
-            end_worker(worker)
-            if reply is None:
+            else:
+                end_worker(worker)
+            if reply != b"":
                 break
         return reply, time.monotonic() - start
 
@@ -356,9 +352,9 @@ def format_reward(problem, response: Response, gold) -> float:
     forgets how to end.
     """
     parts = re.fullmatch(r"\s*<think>(.*?)</think>(.*)", response, re.DOTALL)
-    if response.truncated or not parts or not parts[1].strip() or "<think>" in parts[1] or "</think>" in parts[2]:
+    if response.truncated or not parts or response.count("<think>") > 1 or response.count("</think>") > 1:
         return 0.0
-    return float(parts[2].count(r"\boxed") == 1 and last_boxed(response) is not None)
+    return float(bool(parts[1].strip()) and parts[2].count(r"\boxed") == 1 and last_boxed(response) is not None)
 
 
 def overlong_reward(problem, response: Response, gold, limit: float, buffer: float) -> float:
@@ -540,32 +536,34 @@ def compute_rewards(
     scores = {}
     for name in dict.fromkeys(["accuracy", "format", *chain.from_iterable(weights.values())]):
         rows = [i for i, names in enumerate(named) if name in (*names, "format", tasks[i])]
-        values = dict(zip(rows, run_reward(name, [samples[i] for i in rows], grader), strict=True))
-        if wrong := [i for i, value in values.items() if not math.isfinite(value)]:
-            raise ValueError(f"reward {name!r} is {values[wrong[0]]} for {problems[wrong[0]].where}; make it finite")
-        scores[name] = [values.get(i, 0.0) for i in range(len(samples))]
+        values = run_reward(name, [samples[i] for i in rows], grader) if rows else []
+        scores[name] = [0.0] * len(samples)
+        for i, value in zip(rows, values, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(f"reward {name!r} is {value} for {problems[i].where}; make it finite")
+            scores[name][i] = value
     total = [sum(weight * scores[name][i] for name, weight in names.items()) for i, names in enumerate(named)]
     return scores | {"accuracy": [scores[name][i] for i, name in enumerate(tasks)], "reward": total}
 
 
 def run_reward(name: str, samples: Sequence[tuple], grader: Grader) -> list[float]:
     """Score (problem, response) samples by one reward."""
-    if name == "judge" and samples:
+    if name == "judge":
         if grader.judge is None:
             raise ValueError("the reward judge has no model to ask; set --judge_url and --judge_model")
         return grader.judge.score(samples)
-    if name in BATCHED and samples:
-        pairs = []
-        for problem, response in samples:
-            answer, golds = last_boxed(response) or "", as_tuple(problem.gold)
-            parts = [answer] * len(golds)
-            if name == "per_image" and len(golds) > 1:
-                parts = re.split(";" if ";" in answer else ",", answer)
-            pairs.append(list(zip(parts, golds, strict=True)) if len(parts) == len(golds) else [(None, "")])
-        verdicts = iter(grader.grade(chain.from_iterable(pairs)))
-        right = [[next(verdicts) for _ in row] for row in pairs]
-        return [float(any(row)) if name == "accuracy" else sum(row) / len(row) for row in right]
-    return [find_reward(name)(problem, response) for problem, response in samples]
+    if name not in BATCHED:
+        return [find_reward(name)(problem, response) for problem, response in samples]
+    pairs = []
+    for problem, response in samples:
+        answer, golds = last_boxed(response) or "", as_tuple(problem.gold)
+        parts = [answer] * len(golds)
+        if name == "per_image" and len(golds) > 1:
+            parts = re.split(";" if ";" in answer else ",", answer)
+        pairs.append(list(zip(parts, golds, strict=True)) if len(parts) == len(golds) else [(None, "")])
+    verdicts = iter(grader.grade(chain.from_iterable(pairs)))
+    right = [[next(verdicts) for _ in row] for row in pairs]
+    return [float(any(row)) if name == "accuracy" else sum(row) / len(row) for row in right]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -578,8 +576,7 @@ def read_rows(path: str, answer_key: str, source_key: str) -> list[SimpleNamespa
     if path.endswith(".parquet"):
         import pyarrow.parquet
 
-        columns = {answer_key, source_key} & set(pyarrow.parquet.read_schema(path).names)
-        lines = pyarrow.parquet.read_table(path, columns=list(columns)).to_pylist()
+        lines = pyarrow.parquet.ParquetFile(path).read([answer_key, source_key]).to_pylist()
     else:
         with open(path, "rb") as file:
             lines = list(file)
@@ -589,11 +586,10 @@ def read_rows(path: str, answer_key: str, source_key: str) -> list[SimpleNamespa
             row = json.loads(line) if isinstance(line, bytes) else line
             golds = row[answer_key] if isinstance(row[answer_key], list) else [row[answer_key]]
             response, recorded = row.get("response"), row.get("accuracy")
-            for value, kinds in (*((gold, str | int | float) for gold in golds or [None]),
-                                 (response, str | None), (recorded, int | float | None)):  # fmt: skip
-                if not isinstance(value, kinds):
-                    raise ValueError(f"{value!r:.50}")
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            texts = golds and all(isinstance(gold, str | int | float) for gold in golds)
+            if not (texts and isinstance(response, str | None) and isinstance(recorded, int | float | None)):
+                raise TypeError(f"{golds!r:.50}, {response!r:.50}, {recorded!r:.50}")
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
             needs = f'"{answer_key}": text or a list of texts, "response": text if any, "accuracy": number if any'
             raise ValueError(f"{where} is broken ({error!r}); it needs {needs}") from error
         source = str(row.get(source_key) or row.get("source") or name)
@@ -644,7 +640,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        serve(float(sys.argv[2]), bool(int(sys.argv[3])))
+    if sys.argv[1:] == ["--worker"]:
+        serve()
     else:
         main()
