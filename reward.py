@@ -28,7 +28,6 @@ import functools
 import inspect
 import io
 import json
-import logging
 import math
 import os
 import re
@@ -48,7 +47,7 @@ from types import SimpleNamespace
 START_LIMIT = 60.0  # seconds for a worker to import Math-Verify; about 1 on an idle core
 MEMORY_LIMIT = 2 * 1024**3  # bytes of address space per worker, so that a huge power fails instead of swapping
 MAX_CHARS = 300  # of an answer; a longer one is wrong unread
-FLOAT_NOISE = 6  # decimals; Math-Verify's own tolerance for floats
+FLOAT_NOISE = 6  # decimals, as Math-Verify has it
 WIDE = Context(prec=150, traps=[])  # digits; a longer number is refused, a power beyond all bounds becomes infinite
 
 NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
@@ -101,10 +100,7 @@ def spoken(response: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Find the answer a response commits to: the content of its last \boxed{...} outside the thinking.
-
-    Braces nest, escaped ones (\{) do not count. None if there is no box, or the last one never closes.
-    """
+    r"""The content of the last \boxed{...} outside the thinking; None without one, or if the last never closes."""
     answer = spoken(text)
     boxes = list(re.finditer(r"\\boxed\s*\{", answer))
     if not boxes:
@@ -184,13 +180,10 @@ def quick_verdict(answer: str, gold: str, rounding: bool, shortcut: bool = True)
 
 
 def slow_verdict(answer: str, gold: str, rounding: bool) -> bool:
-    """Decide by algebra, on normalised strings; for a worker, since it can take for ever.
-
-    A chain `a = b \\approx c` holds if every member is the gold or what the gold rounds to, and one is the gold.
-    """
+    """Decide by algebra, on normalised strings; for a worker, since it can take for ever."""
     if "=" in gold:
         return "=" in answer and same_value(answer, gold, rounding)
-    members = re.split(CHAIN, answer)
+    members = re.split(CHAIN, answer)  # one must be the gold, the others at least what the gold rounds to
     held = [same_value(member, gold, rounding) for member in members]
     return any(held) and all(h or same_value(gold, member, rounding) for h, member in zip(held, members, strict=True))
 
@@ -202,39 +195,34 @@ def same_value(answer: str, gold: str, rounding: bool) -> bool:
 
     bare = [text.replace(r"\%", "").strip() for text in (answer, gold)]
     if (r"\%" in answer) != (r"\%" in gold):
-        one, hundred = bare, [rf"\frac{{{text}}}{{100}}" for text in bare]
-        hundredth = (hundred[0], one[1]) if r"\%" in answer else (one[0], hundred[1])
-        return same_value(*one, rounding) or same_value(*hundredth, rounding)
+        a, g = (rf"\frac{{{text}}}{{100}}" for text in bare)
+        hundredth = (a, bare[1]) if r"\%" in answer else (bare[0], g)
+        return same_value(*bare, rounding) or same_value(*hundredth, rounding)
     answer, gold = bare
     # units=False: Math-Verify's own list would drop single letters and a closing `\text{ or 5}`; normalise did units
     latex = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
     config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=latex)
     a, g = (parse(f"${text}$", [config], fallback_mode="no_fallback", parsing_timeout=None) for text in (answer, gold))
-    real = [bool(e) and getattr(e[0], "is_number", False) and e[0].is_real for e in (a, g)]
-    x, y = (Decimal(str(e[0].evalf(60))) if ok else None for e, ok in zip((a, g), real, strict=True))
-    decimals = len(gold.partition(".")[2]) if NUMBER.fullmatch(gold) else 0
-    if rounding and decimals and real[0] and same_number(x, gold, rounding):
-        return True
-    if all(real) and WIDE.subtract(x, y).copy_abs() > Decimal("0.001"):
+    numbers = [bool(e) and getattr(e[0], "is_number", False) and e[0].is_real for e in (a, g)]
+    x, y = (Decimal(str(e[0].evalf(60))) if real else None for e, real in zip((a, g), numbers, strict=True))
+    if x is not None and NUMBER.fullmatch(gold):
+        return same_number(x, gold, rounding)
+    if all(numbers) and WIDE.subtract(x, y).copy_abs() > Decimal("0.001"):
         return False  # Math-Verify would first try to simplify the difference, for up to 0.3 s
-    return verify(g, a, float_rounding=max(decimals, FLOAT_NOISE), timeout_seconds=None)
+    return verify(g, a, float_rounding=FLOAT_NOISE, timeout_seconds=None)
 
 
 def serve() -> None:
-    """Run a worker: JSON (time limit, answer, gold, rounding) lines come in on stdin, one byte a verdict goes out.
-
-    The kernel's timer ends a worker whose parent died: unlike a Python handler or a thread it needs no interpreter,
-    which one long multiplication can hold for hours.
-    """
+    """Run a worker: JSON (time limit, answer, gold, rounding) lines come in on stdin, one byte a verdict goes out."""
     replies = os.dup(1)
     os.dup2(2, 1)  # whatever a parser prints must not be read as a verdict
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    logging.disable(logging.CRITICAL)  # Math-Verify logs each parse it gives up on
     slow_verdict(r"\sqrt{4}", "2.5", True)  # compiles the grammar's tables before the clock runs
     os.write(replies, b"r")
     for line in sys.stdin:
         time_limit, *task = json.loads(line)
+        # The kernel's timer ends a worker whose parent died, even in one long multiplication, which no thread could
         signal.setitimer(signal.ITIMER_REAL, 2 * time_limit + 1)
         verdict = slow_verdict(*task)
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -286,19 +274,15 @@ class Grader(contextlib.AbstractContextManager):
         self.seconds: dict[tuple[str, str], float] = {}
         self.pool: list[subprocess.Popen] = []  # the idle workers; between calls, all of them
 
-    def __exit__(self, *exc) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def close(self, *exc) -> None:
         """End all workers; a later grade() starts new ones."""
         while self.pool:
             end_worker(self.pool.pop())
 
-    def grade(self, pairs: Iterable[tuple[str | None, str]]) -> list[bool]:
-        """Grade (answer, gold) pairs, as written, in order; an answer of None was never given. Equal ones only once.
+    __exit__ = close
 
-        Raises RuntimeError if a worker does not start.
-        """
+    def grade(self, pairs: Iterable[tuple[str | None, str]]) -> list[bool]:
+        """Verdicts on (answer, gold) pairs, in order; None is no answer. RuntimeError if a worker does not start."""
         tasks = [
             None if answer is None or len(answer) > MAX_CHARS else (normalise(answer), normalise(gold))
             for answer, gold in pairs
@@ -346,11 +330,8 @@ class Response(str):
 
 
 def format_reward(problem, response: Response, gold) -> float:
-    r"""1.0 for `<think>not only blanks</think>` and then text with exactly one closed \boxed{}, else 0.0.
-
-    A truncated response has no format, however it begins: with nothing to lose by going on after the answer, a policy
-    forgets how to end.
-    """
+    r"""1.0 for `<think>not only blanks</think>` and then text with exactly one closed \boxed{}, else 0.0."""
+    # truncated: with nothing to lose by going on after the answer, a policy forgets how to end
     parts = re.fullmatch(r"\s*<think>(.*?)</think>(.*)", response, re.DOTALL)
     if response.truncated or not parts or response.count("<think>") > 1 or response.count("</think>") > 1:
         return 0.0
@@ -372,15 +353,12 @@ def caption_reward(problem, response: Response, gold) -> float:
     return sentence_chrf(words(last_boxed(response) or ""), list(map(words, as_tuple(gold))), beta=1).score / 100
 
 
-def boxed(same: Callable[..., bool]) -> Callable[..., float]:
-    """A reward of 1.0 where the boxed answer is the `same` as any of the golds, else 0.0."""
-
-    def reward(problem, response: str, gold, *numbers: float) -> float:
-        answer = last_boxed(response)
-        fits = answer is not None and len(answer) <= MAX_CHARS
-        return float(fits and any(same(answer, one, *numbers) for one in as_tuple(gold)))
-
-    return reward
+def boxed(same: Callable[..., bool], response: str, gold, *numbers: float) -> float:
+    """1.0 if the boxed answer is the `same` as any of the golds, else 0.0."""
+    answer = last_boxed(response)
+    if answer is None or len(answer) > MAX_CHARS:
+        return 0.0
+    return float(any(same(answer, one, *numbers) for one in as_tuple(gold)))
 
 
 def as_tuple(gold: str | Sequence[str]) -> tuple[str, ...]:
@@ -401,7 +379,7 @@ def letter(text: str) -> str | None:
     return picked and picked[1].upper()
 
 
-def close_to(answer: str, gold: str, tolerance: float = 0.05) -> bool:
+def close_to(answer: str, gold: str, share: float) -> bool:
     """Compare numbers up to a share of the gold, a % on one side only read or not; what is no number as words."""
     texts = [normalise(text) for text in (answer, gold)]
     plain = [text.replace(r"\%", "").strip() for text in texts]
@@ -410,14 +388,17 @@ def close_to(answer: str, gold: str, tolerance: float = 0.05) -> bool:
     value, target = map(Decimal, plain)
     percent = (r"\%" in texts[0]) - (r"\%" in texts[1])
     targets = (target, target.scaleb(2 * percent))
-    return any(abs(value - target) <= abs(target) * Decimal(str(tolerance)) for target in targets)
+    return any(abs(value - target) <= abs(target) * Decimal(str(share)) for target in targets)
 
 
 REWARDS: dict[str, Callable] = {
-    "format": format_reward, "overlong": overlong_reward, "caption": caption_reward, "numeric": boxed(close_to),
-    "exact": boxed(lambda answer, gold: words(answer) == words(gold)),
-    "choice": boxed(lambda answer, gold: letter(answer) == letter(gold) is not None),
-}  # fmt: skip
+    "format": format_reward,
+    "overlong": overlong_reward,
+    "caption": caption_reward,
+    "exact": lambda problem, response, gold: boxed(lambda a, g: words(a) == words(g), response, gold),
+    "choice": lambda problem, response, gold: boxed(lambda a, g: letter(a) == letter(g) is not None, response, gold),
+    "numeric": lambda problem, response, gold, share=0.05: boxed(close_to, response, gold, share),
+}
 BATCHED = ("accuracy", "per_image", "judge")  # scored by the Grader or its judge, all responses together
 
 
@@ -600,9 +581,8 @@ def read_rows(path: str, answer_key: str, source_key: str) -> list[SimpleNamespa
 
 def main() -> None:
     """Say how much of a data set can be graded, and how its responses do."""
-    parser = argparse.ArgumentParser(
-        description="Grade every gold against itself, and the responses if there are any; list what disagrees."
-    )
+    about = "Grade every gold against itself, and the responses if there are any; list what disagrees."
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("file", help="parquet, or JSON lines such as rollout.py writes; rows count from 0")
     parser.add_argument("--rewards", default="accuracy=1", help="as for train.py: says what accuracy is, by source")
     parser.add_argument("--answer_key", default="answer", help="column of golds")
