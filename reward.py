@@ -5,14 +5,12 @@ r"""Rewards: what a response earns, and a grader that nothing a model writes can
     "accuracy=0.9,format=0.1;chartqa:numeric=1" --parse_weights--> weights by source
     responses, problems --compute_rewards--> {"accuracy": [...], "format": [...], ..., "reward": weighted sum}
 
-Strings in, values out: no torch, no model but the one that `judge` asks. Nothing is evaluated as code: the only parser
-is Math-Verify's LaTeX grammar (its Python-expression extractor, which ends in `eval`, is left out), run by workers that
-import this file and Math-Verify only. A new reward is one function (problem, response, gold) -> float, in REWARDS or in
-a file of the user's.
+Nothing is evaluated as code: the only parser is Math-Verify's LaTeX grammar (its Python-expression extractor, which
+ends in `eval`, is left out), run by workers that import this file and Math-Verify only. No torch here.
 
 What a gold accepts as `accuracy`, beside every spelling of the same value:
-  rounding  a decimal gold accepts what rounds to it at its own decimals (57.1: 57.14; 8.6: \sqrt{74}); other golds,
-            or all with `rounding=False`, accept float noise below the sixth decimal only (8: 7.99999999, not 8.3).
+  rounding  a decimal gold accepts what rounds to it (57.1: 57.14; 8.6: \sqrt{74}), unless `rounding=False`; other golds
+            accept float noise below the sixth decimal only (8: 7.99999999, not 8.3).
   percent   with % on one side the bare number and its hundredth both pass (50: 50%; 50%: 0.5 and 50).
   units     dropped, degrees too, never converted: `\sin 30^\circ` is read in radians, so it is wrong.
   ratios    3:4 is the value 3/4, so 6:8 passes and 4:3 does not.
@@ -27,11 +25,9 @@ import argparse
 import base64
 import contextlib
 import functools
-import heapq
 import inspect
 import io
 import json
-import logging
 import math
 import os
 import re
@@ -51,7 +47,7 @@ from types import SimpleNamespace
 START_LIMIT = 60.0  # seconds for a worker to import Math-Verify; about 1 on an idle core
 MEMORY_LIMIT = 2 * 1024**3  # bytes of address space per worker, so that a huge power fails instead of swapping
 MAX_CHARS = 300  # of an answer; a longer one is wrong unread
-FLOAT_NOISE = 6  # decimals; Math-Verify's own tolerance for floats
+FLOAT_NOISE = 6  # decimals, as Math-Verify has it
 WIDE = Context(prec=150, traps=[])  # digits; a longer number is refused, a power beyond all bounds becomes infinite
 
 NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
@@ -104,10 +100,7 @@ def spoken(response: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Find the answer a response commits to: the content of its last \boxed{...} outside the thinking.
-
-    Braces nest, escaped ones (\{) do not count. None if there is no box, or the last one never closes.
-    """
+    r"""The content of the last \boxed{...} outside the thinking; None without one, or if the last never closes."""
     answer = spoken(text)
     boxes = list(re.finditer(r"\\boxed\s*\{", answer))
     if not boxes:
@@ -187,13 +180,10 @@ def quick_verdict(answer: str, gold: str, rounding: bool, shortcut: bool = True)
 
 
 def slow_verdict(answer: str, gold: str, rounding: bool) -> bool:
-    """Decide by algebra, on normalised strings; for a worker, since it can take for ever.
-
-    A chain `a = b \\approx c` holds if every member is the gold or what the gold rounds to, and one is the gold.
-    """
+    """Decide by algebra, on normalised strings; for a worker, since it can take for ever."""
     if "=" in gold:
         return "=" in answer and same_value(answer, gold, rounding)
-    members = re.split(CHAIN, answer)
+    members = re.split(CHAIN, answer)  # one must be the gold, the others at least what the gold rounds to
     held = [same_value(member, gold, rounding) for member in members]
     return any(held) and all(h or same_value(gold, member, rounding) for h, member in zip(held, members, strict=True))
 
@@ -203,83 +193,76 @@ def same_value(answer: str, gold: str, rounding: bool) -> bool:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
+    bare = [text.replace(r"\%", "").strip() for text in (answer, gold)]
     if (r"\%" in answer) != (r"\%" in gold):
-        plain = [text.replace(r"\%", "") for text in (answer, gold)]
-        hundredth = [rf"\frac{{{p}}}{{100}}" if p != text else p for p, text in zip(plain, (answer, gold), strict=True)]
-        return same_value(*plain, rounding) or same_value(*hundredth, rounding)
-    answer, gold = answer.replace(r"\%", "").strip(), gold.replace(r"\%", "").strip()
+        a, g = (rf"\frac{{{text}}}{{100}}" for text in bare)
+        hundredth = (a, bare[1]) if r"\%" in answer else (bare[0], g)
+        return same_value(*bare, rounding) or same_value(*hundredth, rounding)
+    answer, gold = bare
     # units=False: Math-Verify's own list would drop single letters and a closing `\text{ or 5}`; normalise did units
     latex = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
     config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=latex)
     a, g = (parse(f"${text}$", [config], fallback_mode="no_fallback", parsing_timeout=None) for text in (answer, gold))
-    real = [bool(e) and getattr(e[0], "is_number", False) and e[0].is_real for e in (a, g)]
-    x, y = (Decimal(str(e[0].evalf(60))) if ok else None for e, ok in zip((a, g), real, strict=True))
-    decimals = len(gold.partition(".")[2]) if NUMBER.fullmatch(gold) else 0
-    if rounding and decimals and real[0] and same_number(x, gold, rounding):
-        return True
-    if all(real) and WIDE.subtract(x, y).copy_abs() > Decimal("0.001"):
+    numbers = [bool(e) and getattr(e[0], "is_number", False) and e[0].is_real for e in (a, g)]
+    x, y = (Decimal(str(e[0].evalf(60))) if real else None for e, real in zip((a, g), numbers, strict=True))
+    if x is not None and NUMBER.fullmatch(gold):
+        return same_number(x, gold, rounding)
+    if all(numbers) and WIDE.subtract(x, y).copy_abs() > Decimal("0.001"):
         return False  # Math-Verify would first try to simplify the difference, for up to 0.3 s
-    return verify(g, a, float_rounding=max(decimals, FLOAT_NOISE), timeout_seconds=None)
+    return verify(g, a, float_rounding=FLOAT_NOISE, timeout_seconds=None)
 
 
-def serve(time_limit: float, rounding: bool) -> None:
-    """Run a worker: JSON (answer, gold) lines come in on stdin, one byte goes out per verdict, until stdin closes.
-
-    The kernel's timer ends a worker whose parent died: unlike a Python handler or a thread it needs no interpreter,
-    which one long multiplication can hold for hours.
-    """
+def serve() -> None:
+    """Run a worker: JSON (time limit, answer, gold, rounding) lines come in on stdin, one byte a verdict goes out."""
     replies = os.dup(1)
     os.dup2(2, 1)  # whatever a parser prints must not be read as a verdict
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    logging.disable(logging.CRITICAL)  # Math-Verify logs each parse it gives up on
     slow_verdict(r"\sqrt{4}", "2.5", True)  # compiles the grammar's tables before the clock runs
     os.write(replies, b"r")
     for line in sys.stdin:
+        time_limit, *task = json.loads(line)
+        # The kernel's timer ends a worker whose parent died, even in one long multiplication, which no thread could
         signal.setitimer(signal.ITIMER_REAL, 2 * time_limit + 1)
-        verdict = slow_verdict(*json.loads(line), rounding)
+        verdict = slow_verdict(*task)
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(replies, b"1" if verdict else b"0")
 
 
-def start_worker(time_limit: float, rounding: bool) -> subprocess.Popen:
+def start_worker() -> subprocess.Popen:
     """Start a process that runs serve, and wait until it has imported Math-Verify. RuntimeError if it does not.
 
     A plain subprocess: fork would copy the trainer's threads and CUDA, multiprocessing's spawn would import train.py.
     """
-    command = [sys.executable, os.path.abspath(__file__), "--worker", str(time_limit), str(int(rounding))]
-    pipe = subprocess.PIPE
+    command, pipe = [sys.executable, os.path.abspath(__file__), "--worker"], subprocess.PIPE
     worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0)
     if reply := ask_worker(worker, b"", START_LIMIT):
         return worker
     end_worker(worker)
     raise RuntimeError(
         f"a grading worker {f'took over {START_LIMIT} s to start' if reply is None else 'died starting'}, so no answer "
-        f"can be graded; is Math-Verify installed? See why with: echo | {sys.executable} {__file__} --worker 2 1"
+        f"can be graded; is Math-Verify installed? See why with: {sys.executable} {__file__} --worker < /dev/null"
     )
 
 
 def ask_worker(worker: subprocess.Popen, line: bytes, limit: float) -> bytes | None:
     """Send a line and return the byte that answers it; b"" if the worker died, None after `limit` seconds."""
-    try:
+    with contextlib.suppress(BrokenPipeError):  # of a dead worker, whose output then ends too
         worker.stdin.write(line)
-    except BrokenPipeError:
-        return b""
     return os.read(worker.stdout.fileno(), 1) if wait([worker.stdout], limit) else None
 
 
 def end_worker(worker: subprocess.Popen) -> None:
-    worker.kill()
-    worker.communicate()  # waits for the end, and closes the pipes
+    with worker:  # waits for the end, and closes the pipes
+        worker.kill()
 
 
 class Grader(contextlib.AbstractContextManager):
     """Grades answers in a few killable processes: `with Grader() as grader: grader.grade([("6", "6"), ("x", "7")])`.
 
     An answer over MAX_CHARS characters or time_limit seconds is wrong; a late worker is replaced, so a batch takes at
-    most about (time_limit + 1) * (different hostile answers) / workers. For rounding see the header. `timeouts` counts
-    late answers, `crashes` those that broke two workers (memory, recursion): wrong too; `seconds` holds the slowest
-    five normalised (answer, gold). `judge` serves the reward of that name.
+    most about (time_limit + 1) * (different hostile answers) / workers. `timeouts` counts late answers, `crashes` those
+    that broke two workers (memory, recursion): wrong too; `seconds` holds the slowest five normalised (answer, gold).
     """
 
     def __init__(self, workers: int = 2, time_limit: float = 2.0, rounding: bool = True, judge: "Judge | None" = None):
@@ -291,19 +274,15 @@ class Grader(contextlib.AbstractContextManager):
         self.seconds: dict[tuple[str, str], float] = {}
         self.pool: list[subprocess.Popen] = []  # the idle workers; between calls, all of them
 
-    def __exit__(self, *exc) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def close(self, *exc) -> None:
         """End all workers; a later grade() starts new ones."""
         while self.pool:
             end_worker(self.pool.pop())
 
-    def grade(self, pairs: Iterable[tuple[str | None, str]]) -> list[bool]:
-        """Grade (answer, gold) pairs, as written, in order; an answer of None was never given. Equal ones only once.
+    __exit__ = close
 
-        Raises RuntimeError if a worker does not start.
-        """
+    def grade(self, pairs: Iterable[tuple[str | None, str]]) -> list[bool]:
+        """Verdicts on (answer, gold) pairs, in order; None is no answer. RuntimeError if a worker does not start."""
         tasks = [
             None if answer is None or len(answer) > MAX_CHARS else (normalise(answer), normalise(gold))
             for answer, gold in pairs
@@ -315,23 +294,24 @@ class Grader(contextlib.AbstractContextManager):
                 verdicts[task], self.seconds[task] = reply == b"1", seconds
                 self.timeouts += reply is None
                 self.crashes += reply == b""
-        self.seconds = dict(heapq.nlargest(5, self.seconds.items(), key=lambda item: item[1]))
+        self.seconds = dict(sorted(self.seconds.items(), key=lambda item: -item[1])[:5])
         return [verdicts[task] for task in tasks]
 
     def _decide(self, task: tuple[str, str]) -> tuple[bytes | None, float]:
         """A worker's reply to a task (see ask_worker), and its seconds. Runs in several threads."""
+        line = json.dumps([self.time_limit, *task, self.rounding]).encode() + b"\n"
         for _ in range(2):  # one more try after a death: something else may have killed the worker
             try:
                 worker = self.pool.pop()
             except IndexError:
-                worker = start_worker(self.time_limit, self.rounding)
+                worker = start_worker()
             start = time.monotonic()
-            reply = ask_worker(worker, json.dumps(task).encode() + b"\n", self.time_limit)
+            reply = ask_worker(worker, line, self.time_limit)
             if reply:
                 self.pool.append(worker)
-                break
-            end_worker(worker)
-            if reply is None:
+            else:
+                end_worker(worker)
+            if reply != b"":
                 break
         return reply, time.monotonic() - start
 
@@ -350,15 +330,12 @@ class Response(str):
 
 
 def format_reward(problem, response: Response, gold) -> float:
-    r"""1.0 for `<think>not only blanks</think>` and then text with exactly one closed \boxed{}, else 0.0.
-
-    A truncated response has no format, however it begins: with nothing to lose by going on after the answer, a policy
-    forgets how to end.
-    """
+    r"""1.0 for `<think>not only blanks</think>` and then text with exactly one closed \boxed{}, else 0.0."""
+    # truncated: with nothing to lose by going on after the answer, a policy forgets how to end
     parts = re.fullmatch(r"\s*<think>(.*?)</think>(.*)", response, re.DOTALL)
-    if response.truncated or not parts or not parts[1].strip() or "<think>" in parts[1] or "</think>" in parts[2]:
+    if response.truncated or not parts or response.count("<think>") > 1 or response.count("</think>") > 1:
         return 0.0
-    return float(parts[2].count(r"\boxed") == 1 and last_boxed(response) is not None)
+    return float(bool(parts[1].strip()) and parts[2].count(r"\boxed") == 1 and last_boxed(response) is not None)
 
 
 def overlong_reward(problem, response: Response, gold, limit: float, buffer: float) -> float:
@@ -376,15 +353,12 @@ def caption_reward(problem, response: Response, gold) -> float:
     return sentence_chrf(words(last_boxed(response) or ""), list(map(words, as_tuple(gold))), beta=1).score / 100
 
 
-def boxed(same: Callable[..., bool]) -> Callable[..., float]:
-    """A reward of 1.0 where the boxed answer is the `same` as any of the golds, else 0.0."""
-
-    def reward(problem, response: str, gold, *numbers: float) -> float:
-        answer = last_boxed(response)
-        fits = answer is not None and len(answer) <= MAX_CHARS
-        return float(fits and any(same(answer, one, *numbers) for one in as_tuple(gold)))
-
-    return reward
+def boxed(same: Callable[..., bool], response: str, gold, *numbers: float) -> float:
+    """1.0 if the boxed answer is the `same` as any of the golds, else 0.0."""
+    answer = last_boxed(response)
+    if answer is None or len(answer) > MAX_CHARS:
+        return 0.0
+    return float(any(same(answer, one, *numbers) for one in as_tuple(gold)))
 
 
 def as_tuple(gold: str | Sequence[str]) -> tuple[str, ...]:
@@ -405,7 +379,7 @@ def letter(text: str) -> str | None:
     return picked and picked[1].upper()
 
 
-def close_to(answer: str, gold: str, tolerance: float = 0.05) -> bool:
+def close_to(answer: str, gold: str, share: float) -> bool:
     """Compare numbers up to a share of the gold, a % on one side only read or not; what is no number as words."""
     texts = [normalise(text) for text in (answer, gold)]
     plain = [text.replace(r"\%", "").strip() for text in texts]
@@ -414,14 +388,17 @@ def close_to(answer: str, gold: str, tolerance: float = 0.05) -> bool:
     value, target = map(Decimal, plain)
     percent = (r"\%" in texts[0]) - (r"\%" in texts[1])
     targets = (target, target.scaleb(2 * percent))
-    return any(abs(value - target) <= abs(target) * Decimal(str(tolerance)) for target in targets)
+    return any(abs(value - target) <= abs(target) * Decimal(str(share)) for target in targets)
 
 
 REWARDS: dict[str, Callable] = {
-    "format": format_reward, "overlong": overlong_reward, "caption": caption_reward, "numeric": boxed(close_to),
-    "exact": boxed(lambda answer, gold: words(answer) == words(gold)),
-    "choice": boxed(lambda answer, gold: letter(answer) == letter(gold) is not None),
-}  # fmt: skip
+    "format": format_reward,
+    "overlong": overlong_reward,
+    "caption": caption_reward,
+    "exact": lambda problem, response, gold: boxed(lambda a, g: words(a) == words(g), response, gold),
+    "choice": lambda problem, response, gold: boxed(lambda a, g: letter(a) == letter(g) is not None, response, gold),
+    "numeric": lambda problem, response, gold, share=0.05: boxed(close_to, response, gold, share),
+}
 BATCHED = ("accuracy", "per_image", "judge")  # scored by the Grader or its judge, all responses together
 
 
@@ -540,32 +517,34 @@ def compute_rewards(
     scores = {}
     for name in dict.fromkeys(["accuracy", "format", *chain.from_iterable(weights.values())]):
         rows = [i for i, names in enumerate(named) if name in (*names, "format", tasks[i])]
-        values = dict(zip(rows, run_reward(name, [samples[i] for i in rows], grader), strict=True))
-        if wrong := [i for i, value in values.items() if not math.isfinite(value)]:
-            raise ValueError(f"reward {name!r} is {values[wrong[0]]} for {problems[wrong[0]].where}; make it finite")
-        scores[name] = [values.get(i, 0.0) for i in range(len(samples))]
+        values = run_reward(name, [samples[i] for i in rows], grader) if rows else []
+        scores[name] = [0.0] * len(samples)
+        for i, value in zip(rows, values, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(f"reward {name!r} is {value} for {problems[i].where}; make it finite")
+            scores[name][i] = value
     total = [sum(weight * scores[name][i] for name, weight in names.items()) for i, names in enumerate(named)]
     return scores | {"accuracy": [scores[name][i] for i, name in enumerate(tasks)], "reward": total}
 
 
 def run_reward(name: str, samples: Sequence[tuple], grader: Grader) -> list[float]:
     """Score (problem, response) samples by one reward."""
-    if name == "judge" and samples:
+    if name == "judge":
         if grader.judge is None:
             raise ValueError("the reward judge has no model to ask; set --judge_url and --judge_model")
         return grader.judge.score(samples)
-    if name in BATCHED and samples:
-        pairs = []
-        for problem, response in samples:
-            answer, golds = last_boxed(response) or "", as_tuple(problem.gold)
-            parts = [answer] * len(golds)
-            if name == "per_image" and len(golds) > 1:
-                parts = re.split(";" if ";" in answer else ",", answer)
-            pairs.append(list(zip(parts, golds, strict=True)) if len(parts) == len(golds) else [(None, "")])
-        verdicts = iter(grader.grade(chain.from_iterable(pairs)))
-        right = [[next(verdicts) for _ in row] for row in pairs]
-        return [float(any(row)) if name == "accuracy" else sum(row) / len(row) for row in right]
-    return [find_reward(name)(problem, response) for problem, response in samples]
+    if name not in BATCHED:
+        return [find_reward(name)(problem, response) for problem, response in samples]
+    pairs = []
+    for problem, response in samples:
+        answer, golds = last_boxed(response) or "", as_tuple(problem.gold)
+        parts = [answer] * len(golds)
+        if name == "per_image" and len(golds) > 1:
+            parts = re.split(";" if ";" in answer else ",", answer)
+        pairs.append(list(zip(parts, golds, strict=True)) if len(parts) == len(golds) else [(None, "")])
+    verdicts = iter(grader.grade(chain.from_iterable(pairs)))
+    right = [[next(verdicts) for _ in row] for row in pairs]
+    return [float(any(row)) if name == "accuracy" else sum(row) / len(row) for row in right]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -578,8 +557,7 @@ def read_rows(path: str, answer_key: str, source_key: str) -> list[SimpleNamespa
     if path.endswith(".parquet"):
         import pyarrow.parquet
 
-        columns = {answer_key, source_key} & set(pyarrow.parquet.read_schema(path).names)
-        lines = pyarrow.parquet.read_table(path, columns=list(columns)).to_pylist()
+        lines = pyarrow.parquet.ParquetFile(path).read([answer_key, source_key]).to_pylist()
     else:
         with open(path, "rb") as file:
             lines = list(file)
@@ -589,11 +567,10 @@ def read_rows(path: str, answer_key: str, source_key: str) -> list[SimpleNamespa
             row = json.loads(line) if isinstance(line, bytes) else line
             golds = row[answer_key] if isinstance(row[answer_key], list) else [row[answer_key]]
             response, recorded = row.get("response"), row.get("accuracy")
-            for value, kinds in (*((gold, str | int | float) for gold in golds or [None]),
-                                 (response, str | None), (recorded, int | float | None)):  # fmt: skip
-                if not isinstance(value, kinds):
-                    raise ValueError(f"{value!r:.50}")
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            texts = golds and all(isinstance(gold, str | int | float) for gold in golds)
+            if not (texts and isinstance(response, str | None) and isinstance(recorded, int | float | None)):
+                raise TypeError(f"{golds!r:.50}, {response!r:.50}, {recorded!r:.50}")
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
             needs = f'"{answer_key}": text or a list of texts, "response": text if any, "accuracy": number if any'
             raise ValueError(f"{where} is broken ({error!r}); it needs {needs}") from error
         source = str(row.get(source_key) or row.get("source") or name)
@@ -604,9 +581,8 @@ def read_rows(path: str, answer_key: str, source_key: str) -> list[SimpleNamespa
 
 def main() -> None:
     """Say how much of a data set can be graded, and how its responses do."""
-    parser = argparse.ArgumentParser(
-        description="Grade every gold against itself, and the responses if there are any; list what disagrees."
-    )
+    about = "Grade every gold against itself, and the responses if there are any; list what disagrees."
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("file", help="parquet, or JSON lines such as rollout.py writes; rows count from 0")
     parser.add_argument("--rewards", default="accuracy=1", help="as for train.py: says what accuracy is, by source")
     parser.add_argument("--answer_key", default="answer", help="column of golds")
@@ -644,7 +620,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        serve(float(sys.argv[2]), bool(int(sys.argv[3])))
+    if sys.argv[1:] == ["--worker"]:
+        serve()
     else:
         main()

@@ -1172,7 +1172,7 @@ def test_unknown_rewards_and_bad_weights_are_refused():
         ("acuracy=1", "acuracy.*known: accuracy.*format"), ("accuracy", "'accuracy' is not a new name=number"),
         ("accuracy=", "name=number"), ("accuracy=one", "name=number"), ("accuracy=nan", "name=number"),
         ("accuracy=1,accuracy=2", "'accuracy=2' is not a new"), ("", "name=number"), ("numeric(x)=1", "numeric"),
-        ("format(3)=1", "format"), ("a:exact=1", "a part without a source"),
+        ("format(3)=1", "format"), ("exact(3)=1", "exact"), ("a:exact=1", "a part without a source"),
         ("exact=1;a:exact=1;a:exact=1", "not a new"), ("accuracy=1;", "name=number"), ("overlong=1", "overlong"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
