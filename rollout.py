@@ -220,13 +220,14 @@ class VLLMEngine:
         memory_fraction: of the GPU, for weights and cache while awake. Ignored without a GPU.
         eager: no CUDA graphs: slower tokens, a faster start.
         max_prompt_tokens, max_response_tokens: limits of the run.
-        max_images: most images in one prompt.
+        max_images, max_videos: most images and videos in one conversation.
         min_pixels, max_pixels: the trainer's, so that vLLM's own resize leaves the images as they are.
     """
 
     def __init__(
         self, actor: Actor, model: str, *, dtype: torch.dtype, tp: int, memory_fraction: float, eager: bool,
         max_prompt_tokens: int, max_response_tokens: int, max_images: int, min_pixels: int, max_pixels: int,
+        max_videos: int = 0,
     ):  # fmt: skip
         if dist.get_world_size() % tp:
             raise ValueError(f"--rollout_tp {tp} does not divide the {dist.get_world_size()} processes of this run")
@@ -252,8 +253,8 @@ class VLLMEngine:
                 distributed_executor_backend="external_launcher", tensor_parallel_size=tp,
                 enforce_eager=eager or not self.cuda, enable_sleep_mode=self.cuda,
                 gpu_memory_utilization=memory_fraction, kv_cache_memory_bytes=None if self.cuda else VLLM_CPU_CACHE,
-                limit_mm_per_prompt={"image": max_images, "video": 0},
-                mm_processor_kwargs=size,
+                limit_mm_per_prompt={"image": max_images, "video": max_videos},
+                mm_processor_kwargs={"images_kwargs": size, "videos_kwargs": data.AS_THEY_ARE},
                 mm_processor_cache_gb=0,  # each prompt is submitted once, and its n responses share its images anyway
                 skip_mm_profiling=not self.cuda,  # it measures the tower's memory at the largest image
                 logprobs_mode="processed_logprobs",  # of the distribution sampled from: after bans and temperature
@@ -400,8 +401,9 @@ def vllm_prompt(turns: list) -> tuple[list[int], dict]:
     """
     whole, short = ([i for t in turns for i in (t if isinstance(t, Tensor) else getattr(t, name)).tolist()]
                     for name in ("ids", "short_ids"))  # fmt: skip
-    images = [image for prompt in prompts_of(turns) for image in prompt.images]
-    return whole, {"prompt_token_ids": short} | ({"multi_modal_data": {"image": images}} if images else {})
+    prompts = prompts_of(turns)
+    media = {"image": [x for p in prompts for x in p.images], "video": [x for p in prompts for x in p.videos]}
+    return whole, {"prompt_token_ids": short, "multi_modal_data": {kind: held for kind, held in media.items() if held}}
 
 
 def stream_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
