@@ -1,12 +1,12 @@
-"""Problems with images: parquet rows -> token ids and pixels; and a generator of small figures to learn from.
+"""Problems with images and videos: parquet rows -> token ids and pixels; and generated problems to learn from.
 
     parquet --load_problems--> Problem (compressed bytes) --make_prompt--> Prompt (ids (P,), images, pixel_values)
     (seed, step) --batch_indices--> which problems
     python data.py OUT --make_figures--> OUT/train.parquet, OUT/test.parquet
 
-An image is resized in one place, `resize_image`, so that the sampler and the trainer see the same pixels. A prompt is
-never truncated: `usable_problems` makes every prompt before training starts and leaves the long ones out.
-Deliberately not here: video, streaming from the hub, augmentation.
+An image is resized in one place, `resize_image`, so that the sampler and the trainer see the same pixels; frames of a
+video are sampled in one place too, `decode_video`. A prompt is never truncated: `usable_problems` makes every prompt
+before training starts and leaves the long ones out. Deliberately not here: streaming from the hub, augmentation.
 
 Legend  P tokens of one prompt, image tokens included
 Source  resize rule: `smart_resize` of transformers' Qwen2VLImageProcessor
@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,8 +37,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 INSTRUCTION = "Reason step by step inside <think> </think>, then give only the final answer in \\boxed{}."
-PLACEHOLDER = "<image>"
-COLUMNS = ("image", "problem", "answer", "type", "source")  # our names for a data set's
+IMAGE, VIDEO = "<image>", "<video>"  # placeholders
+COLUMNS = ("image", "video", "problem", "answer", "type", "source")  # our names for a data set's
 MAX_ASPECT = 200  # Qwen's processor refuses a longer side of more than 200 times the shorter one
 # what a data set from elsewhere may bring; a real one stays far below
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow reads more, and some with the help of other programs
@@ -53,12 +54,13 @@ class Problem:
     """One row: a question about images, and the answer that earns the reward."""
 
     where: str  # "train.parquet row 17", for errors; rows count from 0
-    question: str  # one <image> for each image
+    question: str  # one <image> for each image, one <video> for each video
     images: tuple[bytes, ...] = field(repr=False)  # compressed, as stored
     answer: str
     type: str  # kind of question, "" if the column is absent
     source: str  # data source, the file name if the column is absent
     answers: tuple[str, ...] = ()  # the texts of an answer that is a list: all are right, or there is one per image
+    videos: tuple["bytes | tuple[bytes, ...]", ...] = field(default=(), repr=False)  # a file, or its frames, as stored
 
     @property
     def gold(self) -> str | tuple[str, ...]:
@@ -87,8 +89,8 @@ class Problems(Sequence):
             # a cell holds one value, a list of them, or nothing
             cells = [values.get(name) for name in COLUMNS]
             cells = [cell if isinstance(cell, list) else [] if cell is None else [cell] for cell in cells]
-            images = tuple(image_bytes(value, file.parent) for value in cells[0])
-            question, answer, kind, source = (",".join(map(str, texts)) for texts in cells[1:])
+            images, videos = (tuple(_stored_bytes(value, file.parent) for value in cell) for cell in cells[:2])
+            question, answer, kind, source = (",".join(map(str, texts)) for texts in cells[2:])
             if len(question) + len(answer) > MAX_CHARACTERS:
                 raise ValueError(f"{len(question) + len(answer)} characters, {MAX_CHARACTERS} is the most; shorten it")
             for name in (kind, source):
@@ -96,8 +98,8 @@ class Problems(Sequence):
                     raise ValueError(f"the type or source {name[:80]!r} names a metric; shorten it, make it printable")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        answers = tuple("" if text is None else str(text) for text in cells[2]) if listed else ()
-        return Problem(where, question, images, answer, kind, source or file.name, answers)
+        answers = tuple("" if text is None else str(text) for text in cells[3]) if listed else ()
+        return Problem(where, question, images, answer, kind, source or file.name, answers, videos)
 
     def select(self, indices: Sequence[int]) -> "Problems":
         """The rows at `indices`, in that order; no bytes are copied."""
@@ -106,16 +108,17 @@ class Problems(Sequence):
 
 def load_problems(
     path: str | Path, split: str = "train", image_key: str = "images", problem_key: str = "problem",
-    answer_key: str = "answer", type_key: str = "type", source_key: str = "data_source",
+    answer_key: str = "answer", type_key: str = "type", source_key: str = "data_source", video_key: str = "videos",
 ) -> Problems:  # fmt: skip
     """Open a data set; its images stay compressed until a prompt is made.
 
     `path` is a parquet file, a folder or a glob of them, or a data set of the hub such as "hiyouga/geometry3k". Of a
     folder or a hub data set the files named after the split are taken ("train-00000-of-00001.parquet"); all, if none is
-    named after any. The keys name the columns; images (one or a list, see image_bytes), type and source may be absent.
-    Raises ValueError for no such file or split, a missing column, or no rows.
+    named after any. The keys name the columns; images (one or a list, see image_bytes), videos (a list; each a file in
+    the same forms, or the list of its frames), type and source may be absent. Raises ValueError for no such file or
+    split, a missing column, or no rows.
     """
-    keys = dict(zip(COLUMNS, (image_key, problem_key, answer_key, type_key, source_key), strict=True))
+    keys = dict(zip(COLUMNS, (image_key, video_key, problem_key, answer_key, type_key, source_key), strict=True))
     tables = [(file, _read_table(file, keys)) for file in _find_files(str(path), split)]
     if not any(table.num_rows for _, table in tables):
         raise ValueError(f"{path}: no rows; choose another file")
@@ -161,7 +164,7 @@ def _read_table(file: Path, keys: dict[str, str]) -> pa.Table:
             raise ValueError(f"{file}: no column {keys[ours]!r} among {schema.names}; name it with {ours}_key")
         kind = schema.field(keys[ours]).type
         inner = getattr(kind, "value_type", kind) if ours == "answer" else kind
-        if ours != "image" and (pa.types.is_nested(inner) or "binary" in str(inner)):
+        if ours not in ("image", "video") and (pa.types.is_nested(inner) or "binary" in str(inner)):
             wanted = "text, or a list of texts for an answer" if ours == "answer" else "text"
             raise ValueError(f"{file}: column {keys[ours]!r} is {kind}, but a {ours} is {wanted}; store it so")
     return pa.table({ours: table[theirs] for ours, theirs in present.items()})
@@ -196,6 +199,11 @@ def image_bytes(value: Any, folder: Path) -> bytes:
         return base64.b64decode("".join(value.split()), validate=True)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links that lead to each other
         raise ValueError(f"image {value[:80]!r} is not a file's path, base64 or a base64 data URL: {error}") from error
+
+
+def _stored_bytes(value: Any, folder: Path) -> bytes | tuple[bytes, ...]:
+    """Of an image or a video file the bytes, of a list of frames those of each."""
+    return tuple(image_bytes(v, folder) for v in value) if isinstance(value, list) else image_bytes(value, folder)
 
 
 def decode_image(raw: bytes) -> Image.Image:
@@ -263,6 +271,45 @@ def resized_size(width: int, height: int, min_pixels: int, max_pixels: int, fact
 VIEWS = ("own", "blank", "shuffled")
 
 
+@dataclass(frozen=True)
+class VideoLimits:
+    """How much of a video is seen: frames per second, most frames, most pixels of a frame."""
+
+    fps: float = 2.0
+    max_frames: int = 32
+    max_pixels: int = 128 * 28 * 28
+
+
+def decode_video(video: bytes | tuple[bytes, ...], limits: VideoLimits) -> tuple[list[Image.Image], float]:
+    """The frames that are seen, RGB, evenly spread over the video, and how many of them make a second.
+
+    `video` is a file (mp4, webm and whatever else FFmpeg reads) or its frames, compressed, which follow one another at
+    limits.fps; more than limits.max_frames are thinned out. Raises ValueError for what is no video.
+    """
+    if isinstance(video, tuple):
+        kept = min(len(video), limits.max_frames)
+        frames = [decode_image(video[i * len(video) // kept]) for i in range(kept)]
+        return frames, limits.fps * kept / len(video)
+    frames, shown, start = [], None, 0.0
+    try:
+        with av.open(io.BytesIO(video)) as container:
+            seconds = (container.duration or 0) / av.time_base
+            wanted = min(max(1, round(seconds * limits.fps)), limits.max_frames)
+            for frame in container.decode(video=0) if seconds and container.streams.video else ():
+                start = start if shown else frame.time
+                while shown and len(frames) < wanted and len(frames) * seconds / wanted < frame.time - start - 1e-6:
+                    frames.append(shown)  # what is on the screen at this fraction of the video
+                shown = frame
+    except av.FFmpegError as error:
+        raise ValueError(f"{len(video)} bytes are not a readable video ({error}); repair or remove the row") from error
+    if shown is None:
+        raise ValueError(f"{len(video)} bytes hold no video of known duration; repair or remove the row")
+    frames += [shown] * (wanted - len(frames))
+    return [f.to_image().rotate(f.rotation, expand=True) for f in frames], wanted / seconds  # upright, as filmed
+
+
+
+
 def with_images(problems: Sequence[Problem], index: int, view: str) -> Problem:
     """problems[index] with its "own" images, "blank" (white) ones, or "shuffled": those of another problem.
 
@@ -271,18 +318,24 @@ def with_images(problems: Sequence[Problem], index: int, view: str) -> Problem:
     the row, for "shuffled" where no other problem has another image.
     """
     problem, total = problems[index], len(problems)
-    if view == "own" or not problem.images:
+    if view == "own" or not (problem.images or problem.videos):
         return problem
-    sizes = [decode_image(raw).size for raw in problem.images]
+    images = [decode_image(raw) for raw in problem.images]
     if view == "blank":
-        return replace(problem, images=tuple(png(Image.new("RGB", size, "white")) for size in sizes))
+        clips = (decode_video(video, VideoLimits())[0] for video in problem.videos)
+        white = [tuple(png(Image.new("RGB", x.size, "white")) for x in pictures) for pictures in (images, *clips)]
+        return replace(problem, images=white[0], videos=tuple(white[1:]))
     # from half the set away on, as neighbours in a data set often share a figure
-    others = (problems[(index + total // 2 + i) % total].images for i in range(total))
-    donor = next((images for images in others if images and images != problem.images), None)
+    others = (problems[(index + total // 2 + i) % total] for i in range(total))
+    own = problem.images, problem.videos
+    held = ((p, (p.images, p.videos)) for p in others)
+    donor = next((p for p, its in held if its != own and all(b or not a for a, b in zip(own, its, strict=True))), None)
     if donor is None:
         raise ValueError(f"{problem.where}: no other problem has an image to swap with; evaluate more problems")
-    images = (png(decode_image(raw).resize(size)) for raw, size in zip(itertools.cycle(donor), sizes, strict=False))
-    return replace(problem, images=tuple(images))
+    theirs = zip(itertools.cycle(donor.images), images)
+    swapped = tuple(png(decode_image(raw).resize(image.size)) for raw, image in theirs) if images else ()
+    videos = tuple(donor.videos[i % len(donor.videos)] for i in range(len(problem.videos)))
+    return replace(problem, images=swapped, videos=videos)
 
 
 def thumbnail(image: Image.Image, side: int = 320) -> str:
@@ -313,32 +366,38 @@ class Prompt:
     short_ids: Tensor  # one token for each image, as vLLM wants it, whose own processor expands them
     images: list[Image.Image]  # RGB, resized
     inputs: dict[str, Tensor]  # all else the processor returned: pixel_values, image_grid_thw, mm_token_type_ids (1, P)
+    videos: list[tuple[np.ndarray, dict]] = field(default_factory=list)  # frames (F, height, width, 3) and their timing
     positions: Tensor | None = None  # (3 or 1, P), filled in by the actor
 
 
 def make_prompt(
     problem: Problem, processor: Any, min_pixels: int, max_pixels: int, instruction: str = INSTRUCTION,
-    later: bool = False,
+    video: VideoLimits = VideoLimits(), later: bool = False,
 ) -> Prompt:  # fmt: skip
     """Write the problem as one user turn, images where their placeholders stand, and turn it into ids and pixels.
 
     With `later`, as a turn that follows a response in a conversation: only what the chat template puts after the
     response's end token. The bounds on each image must lie within those that the processor was loaded with. Raises
-    ValueError, naming the row, for an unreadable image, more or fewer placeholders than images, a special token or
-    <video> in the question, a processor that resizes the images once more, and a template that cannot be continued.
+    ValueError, naming the row, for an unreadable image or video, more or fewer placeholders than images, a special
+    token in the question, a processor that resizes the images once more, and a template that cannot be continued.
     """
     vision, tokenizer = processor.image_processor, processor.tokenizer
     try:
         messages = [{"role": "user", "content": _content(problem, special_tokens(tokenizer), instruction)}]
         images = [decode_image(raw) for raw in problem.images]
-        if hasattr(vision, "merge_size"):  # others cut an image into tiles of a fixed size, and are bounded in that
-            factor = vision.patch_size * vision.merge_size
+        factor = vision.patch_size * vision.merge_size if hasattr(vision, "merge_size") else 1
+        if factor > 1:  # others cut an image into tiles of a fixed size, and are bounded in that
             images = [resize_image(image, min_pixels, max_pixels, factor) for image in images]
+        videos = [_timed_frames(stored, video, factor) for stored in problem.videos]
         text = _later_turn(messages, processor) if later else _render(messages, processor)
     except ValueError as error:
         raise ValueError(f"{problem.where}: {error}") from error
     # the template writes every special token itself; Gemma's tokenizer would add a second <bos>
-    inputs = dict(processor(text=[text], images=images or None, add_special_tokens=False, return_tensors="pt"))
+    media = {"images": images} if images else {}
+    if videos:
+        frames, timing = zip(*videos, strict=True)
+        media |= {"videos": list(frames), "videos_kwargs": {"video_metadata": list(timing), **AS_THEY_ARE}}
+    inputs = dict(processor(text=[text], add_special_tokens=False, return_tensors="pt", **media))
     if "image_grid_thw" in inputs:
         sizes = [image.size for image in images]
         grid = inputs["image_grid_thw"].tolist()
@@ -350,7 +409,18 @@ def make_prompt(
             )
     del inputs["attention_mask"]  # one prompt, no padding
     short_ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-    return Prompt(problem, inputs.pop("input_ids")[0], short_ids, images, inputs)
+    return Prompt(problem, inputs.pop("input_ids")[0], short_ids, images, inputs, videos)
+
+
+AS_THEY_ARE = {"do_resize": False, "do_sample_frames": False}  # what a processor is told about frames of a video
+
+
+def _timed_frames(video: bytes | tuple[bytes, ...], limits: VideoLimits, factor: int) -> tuple[np.ndarray, dict]:
+    """Frames (F, height, width, 3), reduced to the limits, with their timing as transformers and vLLM want it."""
+    frames, fps = decode_video(video, limits)
+    frames = np.stack([np.asarray(resize_image(frame, 1, limits.max_pixels, factor)) for frame in frames])
+    total = len(frames)
+    return frames, dict(fps=fps, total_num_frames=total, duration=total / fps, frames_indices=list(range(total)))
 
 
 def _render(messages: list[dict], processor: Any) -> str:
@@ -378,29 +448,33 @@ def special_tokens(tokenizer) -> list[str]:
 
 def split_turns(problem: Problem) -> list[Problem]:
     """The turns of a scripted conversation: one for each line of the question, with the images that stand in it."""
-    images = iter(problem.images)
+    images, videos = iter(problem.images), iter(problem.videos)
     return [
-        replace(problem, question=line, images=tuple(itertools.islice(images, line.count(PLACEHOLDER))))
+        replace(problem, question=line, images=tuple(itertools.islice(images, line.count(IMAGE))),
+                videos=tuple(itertools.islice(videos, line.count(VIDEO))))
         for line in problem.question.split("\n")
-    ]
+    ]  # fmt: skip
 
 
 def _content(problem: Problem, special_tokens: Sequence[str], instruction: str) -> list[dict[str, str]]:
     """The chat message's content: the question cut at its placeholders, and the instruction after it."""
-    texts = problem.question.split(PLACEHOLDER)
-    if len(texts) - 1 != len(problem.images):
-        raise ValueError(
-            f"{len(texts) - 1} {PLACEHOLDER} in the question but {len(problem.images)} images in the row; "
-            "write one for each image, and check image_key"
-        )
+    pieces = re.split(f"({IMAGE}|{VIDEO})", problem.question)
+    for placeholder, held in ((IMAGE, problem.images), (VIDEO, problem.videos)):
+        if (written := pieces.count(placeholder)) != len(held):
+            kind = placeholder[1:-1]
+            raise ValueError(
+                f"{written} {placeholder} in the question but {len(held)} {kind}s in the row; write one for each "
+                f"{kind}, and check {kind}_key"
+            )
+    texts = "\n".join(piece for piece in pieces if piece not in (IMAGE, VIDEO))
     # A question with such a token could forge an image or end the user's turn; without, the text is only text.
-    if control := [token for token in [*special_tokens, "<video>"] if token and token in "\n".join(texts)]:
+    if control := [token for token in special_tokens if token and token in texts]:
         raise ValueError(f"the question holds {control}, which the model takes for control; remove it from the row")
-    texts[-1] += f"\n{instruction}" if instruction else ""
-    content = []
-    for text in texts:
-        content += [{"type": "text", "text": text}, {"type": "image"}] if text else [{"type": "image"}]
-    return content[:-1]
+    pieces[-1] += f"\n{instruction}" if instruction else ""
+    return [
+        {"type": piece[1:-1]} if piece in (IMAGE, VIDEO) else {"type": "text", "text": piece}
+        for piece in pieces if piece
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -420,7 +494,7 @@ class Report:
 
 def usable_problems(
     problems: Problems, processor: Any, min_pixels: int, max_pixels: int, max_prompt_tokens: int,
-    instruction: str = INSTRUCTION, skip_bad_rows: bool = False,
+    instruction: str = INSTRUCTION, skip_bad_rows: bool = False, video: VideoLimits = VideoLimits(),
 ) -> tuple[Problems, Report]:  # fmt: skip
     """Make every prompt once before training, so that no row can stop a run on its second day.
 
@@ -433,7 +507,7 @@ def usable_problems(
             problem = problems[index]
             if not all(text.strip() for text in (problem.question, *(problem.answers or [problem.answer]))):
                 raise ValueError(f"{problem.where}: the answer or the question is empty; fill it in or remove the row")
-            lengths[index] = len(make_prompt(problem, processor, min_pixels, max_pixels, instruction).ids)
+            lengths[index] = len(make_prompt(problem, processor, min_pixels, max_pixels, instruction, video).ids)
         except ValueError as error:
             bad.append(str(error))
     if bad and not skip_bad_rows:

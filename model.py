@@ -282,8 +282,10 @@ def _without(prompt, trace):
         new[name] = new[name][len(value) :]
     ids, short_ids = (new.pop(name) for name in names)
     inputs = {name: x[:, -len(ids) :] if is_per_token(name) else x for name, x in new.items() if len(x)}
-    images = prompt.images[sum(len(p.images) for p in earlier) :]
-    return replace(prompt, ids=ids, short_ids=short_ids, images=images, inputs=inputs, positions=None)
+    images, videos = (getattr(prompt, n)[sum(len(getattr(p, n)) for p in earlier) :] for n in ("images", "videos"))
+    return replace(
+        prompt, ids=ids, short_ids=short_ids, images=images, videos=videos, inputs=inputs, positions=None
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -587,10 +589,10 @@ class Actor:
         self.family, self.dtype, self.lora = family_of(model), unwrap(model).dtype, None
         self.chunk = 1024  # rows of logits alive at a time; fewer rows of bfloat16 products lose precision in dW
         self.banned_ids = banned_token_ids(unwrap(model).config)
-        self.image_token_id = getattr(processor, "image_token_id", None)
         self.pad_id = processor.tokenizer.pad_token_id or 0
         self.eos_ids = end_token_ids(unwrap(model), processor.tokenizer)
-        self.anchor, self.image_bounds, self.checking = None, {}, False
+        self.anchors: dict[str, data.Prompt] = {}
+        self.image_bounds, self.checking = {}, False
         model.get_output_embeddings().__class__ = LogprobHead
         self.use_packing(packing)
 
@@ -708,7 +710,7 @@ class Actor:
         else:
             self.model.gradient_checkpointing_disable()
 
-    def shard(self, device: torch.device, offload: bool = False) -> None:
+    def shard(self, device: torch.device, videos: bool = False, offload: bool = False) -> None:
         """Shard weights, gradients and optimizer state over all ranks with FSDP2, block by block.
 
         Weights are kept in float32, so that small updates are not rounded away; on a GPU the blocks compute in
@@ -716,6 +718,7 @@ class Actor:
         tower without collectives cannot hang when one rank's pack has no image.
 
         Args:
+            videos: whether any rank may bring a video.
             offload: keep the shards in the host's memory and bring each block to the GPU when it is used; slower.
         """
         compute = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -738,9 +741,13 @@ class Actor:
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
         if self.trains_vision():
-            # A sharded tower is gathered by all ranks together, so a rank whose pack has no image would leave the
-            # others waiting for ever. Such packs get this prompt; nothing attends to it and its gradient is 0.
-            self.anchor = self.prompt("<image>", [Image.new("RGB", (1, 1), "white")])
+            # A sharded tower is gathered by all ranks together, once for the images and once for the videos of a pack,
+            # so a rank whose pack has none would leave the others waiting for ever. Such packs get these prompts;
+            # nothing attends to them and their gradient is 0.
+            white = Image.new("RGB", (1, 1), "white")
+            self.anchors["images"] = self.prompt("<image>", [white])
+            if videos:
+                self.anchors["videos"] = self.prompt("<video>", videos=[[white]])
 
     def report(self) -> str:
         """One line on what is trained."""
@@ -863,12 +870,15 @@ class Actor:
             plain = torch.arange(len(prompt.ids))[None]
             if not hasattr(inner, "get_rope_index"):
                 prompt.positions = plain
-            elif not prompt.images:
+            elif not prompt.images and not prompt.videos:
                 prompt.positions = plain.expand(3, -1)
             else:
                 names = inspect.signature(inner.get_rope_index).parameters
                 inputs = {k: v for k, v in prompt.inputs.items() if k in names}
-                prompt.positions = inner.get_rope_index(prompt.ids[None], **inputs)[0][:, 0].cpu()
+                if "second_per_grid_ts" in inputs:  # vLLM rounds products of these in double precision
+                    inputs["second_per_grid_ts"] = inputs["second_per_grid_ts"].double()
+                positions = inner.get_rope_index(prompt.ids[None], **inputs)[0][:, 0].cpu()
+                prompt.positions = after_videos(positions, prompt.inputs["mm_token_type_ids"][0])
         return prompt.positions
 
     def multi_modal_inputs(self, prompts: list) -> dict[str, Tensor]:
@@ -884,23 +894,34 @@ class Actor:
 
     @torch.no_grad()
     def image_features(self, prompts: list) -> dict | None:
-        """What a frozen vision tower makes of the prompts' images, to be handed to `logprobs` again and again.
+        """What a frozen vision tower makes of the prompts' images and videos, for `logprobs` to use again and again.
 
         Returns None where there is nothing to keep: no image, a tower that is trained, a model whose forward takes no
         `mm_encoder_outputs`, or a layout that needs an image several times.
         """
         names, model = inspect.signature(unwrap(self.model).forward).parameters, unwrap(self.model)
-        needed = self.packing == "shared" and any(prompt.images for prompt in prompts)
-        if self.trains_vision() or not needed or "mm_encoder_outputs" not in names:
+        if self.trains_vision() or self.packing != "shared" or "mm_encoder_outputs" not in names:
             return None
-        inputs = self.multi_modal_inputs(prompts)
-        return {"image": model.get_image_features(**inputs, return_dict=True)}
+        inputs, features = self.multi_modal_inputs(prompts), {}
+        inputs.pop("second_per_grid_ts", None)
+        videos = {name: inputs.pop(name) for name in list(inputs) if "video" in name}
+        if inputs:
+            features["image"] = model.get_image_features(**inputs, return_dict=True)
+        if videos:
+            features["video"] = model.get_video_features(**videos, return_dict=True)
+        return features or None
 
-    def prompt(self, question: str, images: list[Image.Image] = (), instruction: str = "") -> data.Prompt:
-        """A Prompt of a question with an `<image>` where each picture stands; data.make_prompt does it for a row."""
-        vision, stored = self.processor.image_processor, tuple(data.png(image) for image in images)
+    def prompt(self, question: str, images=(), instruction: str = "", videos=()) -> data.Prompt:
+        """A Prompt of a question with `<image>` and `<video>` in it; data.make_prompt does it for a row.
+
+        Args:
+            images: a picture for each `<image>`.
+            videos: the frames, pictures too, for each `<video>`.
+        """
+        vision, stored = self.processor.image_processor, tuple(map(data.png, images))
         bounds = (vision.size["shortest_edge"], vision.size["longest_edge"]) if counts_pixels(vision) else (1, 10**9)
-        problem = data.Problem("prompt", question, stored, "", "", "")
+        frames = tuple(tuple(map(data.png, video)) for video in videos)
+        problem = data.Problem("prompt", question, stored, "", "", "", videos=frames)
         return data.make_prompt(problem, self.processor, *bounds, instruction)
 
     def generate(self, prompts: list, n: int = 1, max_response_tokens: int = 512, seed: int = 0, greedy: bool = False):
@@ -929,8 +950,7 @@ class Actor:
             return self._padded_logprobs(groups)
         if self.packing == "packed":  # every response brings its own copy of the prompt
             groups = [(prompt, [response]) for prompt, responses in groups for response in responses]
-        if self.anchor and not any(prompt.images for prompt in prompts_of(groups)):
-            groups = [*groups, (self.anchor, [])]
+        groups = [*groups, *((anchor, []) for anchor in self._missing_anchors(groups))]
         pack, device = make_pack(groups, self.positions, self.family.whole_images), self.device
         if features is not None:
             vision = {"mm_encoder_outputs": features}
@@ -987,8 +1007,7 @@ class Actor:
     def _padded_logprobs(self, groups):
         """The plain way, as a reference: one row per response with all it follows, padded left."""
         rows = [[prompt, *as_turns(response)] for prompt, responses in groups for response in responses]
-        if self.anchor and not any(prompt.images for prompt in prompts_of(groups)):
-            rows = [*rows, [self.anchor]]
+        rows += [[anchor] for anchor in self._missing_anchors(groups)]
         ids, places, written = zip(*(lay_out(row, self.positions) for row in rows), strict=True)
         width = max(len(tokens) - len(row[0].ids) for tokens, row in zip(ids, rows, strict=True))
         mask = left_pad([torch.ones_like(tokens) for tokens in ids], 0)
@@ -1002,6 +1021,12 @@ class Actor:
         entropy = -(logps.exp() * logps.masked_fill(logps == -torch.inf, 0)).sum(-1)
         logprobs = logps.gather(-1, ids[:, -width:, None].to(self.device))[..., 0]
         return logprobs[written.to(self.device)], entropy[written.to(self.device)].detach()
+
+    def _missing_anchors(self, groups):
+        return [
+            anchor for kind, anchor in self.anchors.items()
+            if not any(getattr(prompt, kind) for prompt in prompts_of(groups))
+        ]  # fmt: skip
 
     def _banned(self, device):
         return torch.tensor(self.banned_ids, dtype=torch.long, device=device)
@@ -1036,6 +1061,17 @@ def local_bytes(tensors) -> int:
     """Bytes of tensors on this rank, of sharded ones the own shard."""
     own = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
     return sum(t.numel() * t.element_size() for t in own)
+
+
+def after_videos(positions: Tensor, types: Tensor) -> Tensor:
+    """Let what follows a video begin after it, as in the released Qwen models and in vLLM.
+
+    transformers 5 begins it after the frames' height and width alone, which a video of many seconds outlasts.
+    """
+    positions = positions.clone()
+    for start in (types.diff().nonzero()[:, 0] + 1).tolist():
+        positions[:, start:] += (positions[:, :start].max() + 1 - positions[:, start].max()).clamp(min=0)
+    return positions
 
 
 def full(x: Tensor) -> Tensor:

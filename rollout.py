@@ -220,12 +220,12 @@ class VLLMEngine:
         memory_fraction: of the GPU, for weights and cache while awake. Ignored without a GPU.
         eager: no CUDA graphs: slower tokens, a faster start.
         max_prompt_tokens, max_response_tokens: limits of the run.
-        max_images: most images in one prompt.
+        max_images, max_videos: most images and videos in one conversation.
     """
 
     def __init__(
         self, actor: Actor, model: str, *, dtype: torch.dtype, tp: int, memory_fraction: float, eager: bool,
-        max_prompt_tokens: int, max_response_tokens: int, max_images: int,
+        max_prompt_tokens: int, max_response_tokens: int, max_images: int, max_videos: int = 0,
     ):  # fmt: skip
         if dist.get_world_size() % tp:
             raise ValueError(f"--rollout_tp {tp} does not divide the {dist.get_world_size()} processes of this run")
@@ -242,6 +242,9 @@ class VLLMEngine:
             if not self.cuda:
                 name_shared_memory()
             longest = max_prompt_tokens + max_response_tokens
+            as_they_are = actor.image_bounds  # of the trainer's size, so vLLM's own resize leaves images as they are
+            if max_videos:
+                as_they_are = {"images_kwargs": as_they_are, "videos_kwargs": data.AS_THEY_ARE}
             # a prompt cut into chunks would make vLLM rewind a request's random state, which only a GPU's can
             no_chunks = {} if self.cuda else dict(enable_chunked_prefill=False, max_num_batched_tokens=longest + 8192)
             self.llm = LLM(
@@ -249,8 +252,8 @@ class VLLMEngine:
                 distributed_executor_backend="external_launcher", tensor_parallel_size=tp,
                 enforce_eager=eager or not self.cuda, enable_sleep_mode=self.cuda,
                 gpu_memory_utilization=memory_fraction, kv_cache_memory_bytes=None if self.cuda else VLLM_CPU_CACHE,
-                limit_mm_per_prompt={"image": max_images, "video": 0},
-                mm_processor_kwargs=actor.image_bounds,  # so that vLLM's own resize leaves the images as they are
+                limit_mm_per_prompt={"image": max_images, "video": max_videos},
+                mm_processor_kwargs=as_they_are,
                 mm_processor_cache_gb=0,  # each prompt is submitted once, and its n responses share its images anyway
                 skip_mm_profiling=not self.cuda,  # it measures the tower's memory at the largest image
                 logprobs_mode="processed_logprobs",  # of the distribution sampled from: after bans and temperature
@@ -397,8 +400,9 @@ def vllm_prompt(turns: list) -> tuple[list[int], dict]:
     """
     whole, short = ([i for t in turns for i in (t if isinstance(t, Tensor) else getattr(t, name)).tolist()]
                     for name in ("ids", "short_ids"))  # fmt: skip
-    images = [image for prompt in prompts_of(turns) for image in prompt.images]
-    return whole, {"prompt_token_ids": short} | ({"multi_modal_data": {"image": images}} if images else {})
+    prompts = prompts_of(turns)
+    media = {"image": [x for p in prompts for x in p.images], "video": [x for p in prompts for x in p.videos]}
+    return whole, {"prompt_token_ids": short, "multi_modal_data": {kind: held for kind, held in media.items() if held}}
 
 
 def load_weights(worker, weights: Iterator[tuple[str, Tensor]]) -> None:
@@ -726,7 +730,8 @@ def main() -> None:
     for name, default, meaning in (
         ("split", "test", "split of --data, where it has splits"), ("image_key", "images", "column of images"),
         ("problem_key", "problem", "column of questions"), ("answer_key", "answer", "column of gold answers"),
-        ("type_key", "type", "column of types; may be absent"), ("rows", 0, "problems used; 0: all"),
+        ("type_key", "type", "column of types; may be absent"), ("video_key", "videos", "column of videos"),
+        ("source_key", "data_source", "column of data sources; may be absent"), ("rows", 0, "problems used; 0: all"),
         ("instruction", data.INSTRUCTION, "appended to every question"),
         ("min_pixels", 56 * 56, "smaller images are enlarged"), ("max_pixels", 1280 * 28 * 28, "larger ones reduced"),
         ("max_prompt_tokens", 2048, "problems with longer prompts are left out"),
@@ -750,7 +755,7 @@ def main() -> None:
     engine, why = build_engine(
         args.engine, actor, args.model, tp=args.rollout_tp, memory_fraction=0.9, eager=False,
         max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens,
-        max_images=max(len(p.images) for p in problems),
+        max_images=max(len(p.images) for p in problems), max_videos=max(len(p.videos) for p in problems),
     )  # fmt: skip
     if isinstance(engine, HFEngine):
         actor.model.to(device)

@@ -48,6 +48,7 @@ import rollout
 import train
 from reward import Grader, Judge, Response, compute_rewards, format_reward, last_boxed, parse_weights
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -544,7 +545,7 @@ def test_a_placeholder_mismatch_names_the_row_and_both_counts(processor, questio
         data.make_prompt(problem(question, images), processor, MIN_PIXELS, MAX_PIXELS)
 
 
-@pytest.mark.parametrize("text", ["<|image_pad|>", "<|vision_start|>", "<|im_start|>system", "<|im_end|>", "<video>"])
+@pytest.mark.parametrize("text", ["<|image_pad|>", "<|vision_start|>", "<|im_start|>system", "<|im_end|>"])
 def test_control_tokens_in_a_question_are_refused(processor, text):
     with pytest.raises(ValueError, match="row 17: the question holds"):
         data.make_prompt(problem(f"<image>say {text} now"), processor, MIN_PIXELS, MAX_PIXELS)
@@ -2260,7 +2261,7 @@ def test_positions_and_logprobs_of_a_trace_are_those_of_the_plain_forward_of_the
     pack, whole = model.make_pack([(prompt, [turns])], actor.positions), cumulative(actor, trace)
     ids = torch.cat([whole.ids, turns[2]])[None]
     assert torch.equal(pack.input_ids, ids)
-    types = (ids == actor.image_token_id).int()
+    types = (ids == actor.processor.image_token_id).int()
     positions, _ = actor.model.model.get_rope_index(ids, types, whole.inputs["image_grid_thw"])
     assert torch.equal(pack.position_ids, positions)
     got, entropy = actor.logprobs([(prompt, [turns])])
@@ -2434,9 +2435,194 @@ def test_two_ranks_train_on_conversations_of_which_one_has_none_to_evaluate(tmp_
     torchrun("--task", "codeword", "--engine", "hf", "--out", str(tmp_path), "--steps", "1", "--eval_rows", "1",
              "--prompts_per_step", "6", "--minibatch_prompts", "3", "--responses_per_prompt", "4",
              "--max_tokens_per_pack", "400", "--kl_coefficient", "0.1", script=HERE / "train.py")  # fmt: skip
-    before, step = metrics(tmp_path / "codeword")[:2]
+    before, *_ = rows = metrics(tmp_path / "codeword")
+    [step] = [row for row in rows if "train/reward" in row]
     assert before["eval/format"] == 1  # of the last turn: the first one is "ok"
     assert step["train/gap"] < 1e-5 and step["train/learnt_tokens"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Video and mixed rows
+
+
+def film(seconds, rate=8, width=56, height=56):
+    """A video file whose frame i is grey of level 8 i."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=rate, width=width, height=height, pix_fmt="yuv420p")
+        for i in range(round(seconds * rate)):
+            frame = av.VideoFrame.from_image(Image.new("RGB", (width, height), (8 * i,) * 3))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def stills(count, width=56, height=56):
+    return tuple(encode(Image.new("RGB", (width, height), (8 * i,) * 3)) for i in range(count))
+
+
+def levels(frames):
+    return [round(np.asarray(frame).mean() / 8) for frame in frames]
+
+
+def test_frames_are_spread_evenly_within_the_limits():
+    limits = data.VideoLimits(fps=2, max_frames=32)
+    frames, fps = data.decode_video(film(4), limits)  # 32 frames in 4 seconds: every fourth
+    assert levels(frames) == [0, 4, 8, 12, 16, 20, 24, 28] and fps == pytest.approx(2)
+    frames, fps = data.decode_video(film(4), dataclasses.replace(limits, max_frames=4))
+    assert levels(frames) == [0, 8, 16, 24] and fps == pytest.approx(1)
+    frames, fps = data.decode_video(film(1.5, rate=1), limits)  # slower than asked for: frames come twice
+    assert levels(frames) == [0, 0, 1, 1] and fps == pytest.approx(2)
+    assert levels(data.decode_video(stills(3), limits)[0]) == [0, 1, 2]
+    frames, fps = data.decode_video(stills(10), dataclasses.replace(limits, max_frames=4))
+    assert levels(frames) == [0, 2, 5, 7] and fps == pytest.approx(0.8)  # 4 of 10 frames at 2 per second
+    for raw in (b"no video", film(1)[:200], red()):
+        with pytest.raises(ValueError, match="repair or remove the row"):
+            data.decode_video(raw, limits)
+
+
+def test_videos_are_files_or_lists_of_frames(tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(film(1))
+    still = [{"bytes": raw, "path": None} for raw in stills(3)]
+    file = [{"bytes": film(1), "path": None}]
+    for cells, videos in (
+        ([["clip.mp4"], []], (film(1),)), ([file, []], (film(1),)), ([[still], []], (stills(3),)),
+        ([[still, still[:2]], None], (stills(3), stills(2))),
+    ):  # fmt: skip
+        path = write(tmp_path, problem=["<video>" * len(videos) + "What?", "Why?"], answer=["1", "2"], videos=cells)
+        rows = data.load_problems(path)
+        assert rows[0].videos == videos and rows[1].videos == () and rows[0].images == ()
+    for question, message in (("What?", "0 <video> .* 2 videos"), ("<video><video><image>", "1 <image> .* 0 images")):
+        row = dataclasses.replace(rows[0], question=question)
+        with pytest.raises(ValueError, match=message):
+            data.make_prompt(row, build_processor(), MIN_PIXELS, MAX_PIXELS)
+
+
+def media_problem(question, images=0, *videos):
+    return dataclasses.replace(problem(question, tuple(picture(i) for i in range(images)), "4"), videos=videos)
+
+
+def mixed_prompts(actor):
+    """Text, one image, several, a video file, and an image between two videos."""
+    rows = [media_problem("What?"), media_problem("<image>What?", 1), media_problem("<image><image>What?", 2),
+            media_problem("See <video>What?", 0, film(4)),
+            media_problem("<video>or<image>or<video>?", 1, stills(3, 84, 56), stills(2))]  # fmt: skip
+    return [data.make_prompt(row, actor.processor, 28 * 28, 28 * 28 * 64, "") for row in rows]
+
+
+def test_a_video_prompt_holds_its_frames_and_their_timing(actor):
+    *_, long, mixed = mixed_prompts(actor)
+    assert long.inputs["video_grid_thw"].tolist() == [[4, 4, 4]]  # 8 frames, 2 and 2 together; 56 = 4 patches of 14
+    assert long.inputs["second_per_grid_ts"].tolist() == [1.0] and long.videos[0][0].shape == (8, 56, 56, 3)
+    video, image = (getattr(actor.processor, f"{kind}_token_id") for kind in ("video", "image"))
+    assert (long.ids == video).sum() == 4 * 4 and (long.short_ids == video).sum() == 1
+    seen = [token for token in mixed.short_ids.tolist() if token in (video, image)]
+    assert seen == [video, image, video] and mixed.inputs["video_grid_thw"].tolist() == [[2, 4, 6], [1, 4, 4]]
+    assert len(mixed.inputs["pixel_values_videos"]) == 48 + 16 and len(mixed.inputs["pixel_values"]) == 24
+    # a frame of more pixels than allowed is reduced: 112 x 112 to 56 x 56
+    small = data.VideoLimits(max_pixels=56 * 56)
+    row = media_problem("<video>", 0, stills(2, 112, 112))
+    assert data.make_prompt(row, actor.processor, 784, 10**6, "", small).videos[0][0].shape == (2, 56, 56, 3)
+    blank = data.with_images([media_problem("<video>", 0, film(1), stills(3))], 0, "blank")
+    assert [levels(data.decode_video(video, small)[0]) for video in blank.videos] == [[32, 32], [32, 32, 32]]  # 255 / 8
+
+
+def test_what_follows_a_video_begins_after_its_last_frame(actor):
+    *_, long, _ = mixed_prompts(actor)
+    positions, start = actor.positions(long), long.ids.tolist().index(actor.processor.video_token_id)
+    # 4 pairs of frames one second apart, 4 positions to a second; 2 x 2 tokens each
+    assert (positions[:, start : start + 16] - start).tolist() == [
+        [0] * 4 + [4] * 4 + [8] * 4 + [12] * 4, [0, 0, 1, 1] * 4, [0, 1] * 8
+    ]  # fmt: skip
+    rest = len(long.ids) - start - 16
+    assert (positions[:, start + 16 :] - start - 13).tolist() == [list(range(rest))] * 3
+
+
+@pytest.mark.parametrize("variant", ["trained tower", "frozen tower"])
+def test_mixed_rows_give_the_same_logprobs_and_gradients_in_every_layout(actor, variant):
+    generator = torch.Generator().manual_seed(0)
+    groups = [(p, [torch.randint(0, 250, (n,), generator=generator) for n in (3, 5)]) for p in mixed_prompts(actor)]
+    later = dataclasses.replace(media_problem("<video>Now?", 0, stills(2, 56, 84)))
+    observation = data.make_prompt(later, actor.processor, 28 * 28, 28 * 28 * 64, "", later=True)
+    groups[1][1].append([groups[0][1][0], observation, groups[0][1][1]])
+    if variant == "frozen tower":
+        actor.freeze("tower", "projector")
+        features = actor.image_features(model.prompts_of(groups))
+        assert [len(features[kind].pooler_output) for kind in ("image", "video")] == [1 + 2 + 1, 1 + 1 + 2]
+        close(actor.logprobs(groups, features)[0], actor.logprobs(groups)[0], atol=1e-6)
+    assert_same_in_every_layout(actor, groups)
+
+
+def test_a_turn_with_a_video_counts_it_once_in_a_cumulative_trace(actor):
+    *_, mixed = mixed_prompts(actor)
+    one = torch.tensor(actor.processor.tokenizer.encode("look<|im_end|>"))
+    row = media_problem("<video>or<image>?", 1, stills(2))
+    later = data.make_prompt(row, actor.processor, 28 * 28, 28 * 28 * 64, "", later=True)
+    joined, types = model.join_inputs([mixed, later]), [p.inputs["mm_token_type_ids"] for p in (mixed, later)]
+    types = torch.cat([types[0], torch.zeros(1, len(one)), types[1]], 1)
+    whole = data.Prompt(
+        mixed.problem, torch.cat([mixed.ids, one, later.ids]), torch.cat([mixed.short_ids, one, later.short_ids]),
+        mixed.images + later.images, joined | {"mm_token_type_ids": types}, mixed.videos + later.videos,
+    )  # fmt: skip
+    got = model.make_trace([(mixed, one), (whole, one)])[2]
+    assert torch.equal(got.ids, later.ids) and got.videos == later.videos and len(got.images) == 1
+    assert all(torch.equal(got.inputs[name], value) for name, value in later.inputs.items())
+
+
+@needs_vllm
+def test_vllm_sees_the_same_videos(tiny, processes):
+    actor = model.Actor.from_pretrained(str(tiny[False]), pixels=(28 * 28, 28 * 28 * 64))
+    prompts = mixed_prompts(actor)
+    with contextlib.closing(vllm_engine(actor, tiny[False], max_videos=2)) as engine:
+        assert largest_gap(actor, engine, prompts) < 1e-4
+    assert largest_gap(actor, rollout.HFEngine(actor, 12), prompts) < 1e-5
+
+
+def test_a_rank_with_text_alone_trains_beside_one_with_images_and_videos(tiny, processes, tmp_path):
+    torchrun("save_mixed_gradients", str(tiny[False]), str(tmp_path / "two.pt"))
+    actor = model.Actor.from_pretrained(str(tiny[False]))
+    batches = mixed_batches(actor)
+    torch.cat([actor.logprobs(batch)[0] for pair in batches for batch in pair]).sum().backward()
+    expected = {n: p.grad for n, p in actor.model.named_parameters()}
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert_same_gradients({n: 2 * g for n, g in two.items()}, expected)  # FSDP's mean over ranks, times 2, is the sum
+
+
+def mixed_batches(actor):
+    """Three passes of 2 ranks: text beside images and videos, a video beside an image, all these beside text."""
+    text, image, images, video, mixed = (
+        [(p, [torch.tensor([70 + i, 71]), torch.tensor([72])])] for i, p in enumerate(mixed_prompts(actor))
+    )
+    return [(text, images + mixed), (video, image), (text + image + video + mixed, text)]
+
+
+def save_mixed_gradients(folder, out):
+    """Run by torchrun, with 2 ranks."""
+    device = model.start_processes()
+    actor = model.Actor.from_pretrained(folder)
+    batches = mixed_batches(actor)
+    actor.shard(device, videos=True)
+    for pair in batches:
+        actor.logprobs(pair[torch.distributed.get_rank()])[0].sum().backward()
+    gradients = {n: model.full(p.grad) for n, p in actor.model.named_parameters()}
+    if torch.distributed.get_rank() == 0:
+        torch.save(gradients, out)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_train_on_a_row_of_text_and_one_of_pictures_and_videos(start, tmp_path):
+    copy_start(start, tmp_path)
+    frames = [{"bytes": raw, "path": None} for raw in stills(3)]
+    clip = [{"bytes": film(2), "path": None}]
+    image = {"bytes": red(), "path": None}
+    write(tmp_path, problem=["How many sides?", "<video>and<image>?"], images=[[], [image]], videos=[[], [frames]])
+    write(tmp_path, "test.parquet", problem=["<video>What?"], images=[[]], videos=[clip])
+    train_file, test_file = (str(tmp_path / f"{split}.parquet") for split in ("train", "test"))
+    torchrun(*SHORT, "--out", str(tmp_path), "--data", train_file, "--test_data", test_file, "--prompts_per_step", "2",
+             "--minibatch_prompts", "2", "--steps", "2", "--kl_coefficient", "0.1", "--max_frames", "2",
+             "--max_frame_pixels", "1568", script=HERE / "train.py")  # fmt: skip
+    steps = [row for row in metrics(tmp_path / "tiny") if "train/reward" in row]
+    assert len(steps) == 2 and all(row["train/gap"] < 1e-5 and row["train/learnt_tokens"] > 0 for row in steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -114,7 +114,12 @@ class Settings:
     type_key: str = setting("type", "column of question types, for accuracy by type; may be absent")
     min_pixels: int = setting(56 * 56, "images with fewer pixels are enlarged")
     max_pixels: int = setting(1280 * 28 * 28, "images with more pixels are reduced")
-    max_prompt_tokens: int = setting(1024, "problems with longer prompts are left out, never truncated")
+    video_key: str = setting("videos", "column of videos: files or lists of frames; questions hold <video>")
+    video_fps: float = setting(2.0, "frames per second that are taken from a video, and at which a list of frames runs")
+    max_frames: int = setting(32, "most frames of a video; longer ones are sampled more thinly")
+    max_frame_pixels: int = setting(128 * 28 * 28, "frames with more pixels are reduced")
+    max_prompt_tokens: int = setting(1024, "problems with longer prompts are left out, never truncated; longer "
+                                     "conversations end")  # fmt: skip
     skip_bad_rows: bool = setting(False, "count broken rows and go on, instead of stopping at the first")
     # sampling
     task: str = setting("", "environment that prompts begin and go on with, whose reward replaces --rewards: codeword")
@@ -207,6 +212,10 @@ class Settings:
         return min(1.0, (done + 1) / (self.warmup_updates + 1)) * (1 - (1 - self.final_learning_rate) * done / total)
 
     @property
+    def video_limits(self) -> "data.VideoLimits":
+        return data.VideoLimits(self.video_fps, self.max_frames, self.max_frame_pixels)
+
+    @property
     def reward_weights(self) -> dict[str, dict[str, float]]:
         return reward.parse_weights(self.rewards)
 
@@ -223,11 +232,12 @@ CHOICES = dict(
 )  # fmt: skip
 LIMITS = {  # least and most of the numbers that have bounds
     (1, 1e9): "max_tokens_per_pack min_pixels max_pixels max_prompt_tokens rollout_tp steps prompts_per_step "
-    "max_response_tokens minibatch_prompts epochs eval_every eval_samples keep importance_cap",
+    "max_response_tokens minibatch_prompts epochs eval_every eval_samples keep importance_cap max_frames "
+    "max_frame_pixels",
     (0, 1e9): "dynamic_sampling warmup_updates eval_rows save_every max_not_finite learning_rate weight_decay "
     "kl_coefficient clip_high lora_rank lora_alpha",
     (0, 1): "clip_low final_learning_rate", (0, 0.999999): "beta2 lora_dropout", (0.01, 1): "memory_fraction",
-    (0.01, 100): "temperature", (1e-6, 1e9): "max_sampler_gap max_grad_norm", (0.01, 1e5): "timeout",
+    (0.01, 100): "temperature", (1e-6, 1e9): "max_sampler_gap max_grad_norm", (0.01, 1e5): "timeout video_fps",
 }  # fmt: skip
 PRESETS = {
     "tiny": dict(
@@ -285,7 +295,7 @@ class Group:
 
     index: int  # row of the training set
     prompt_tokens: int  # image tokens included
-    image_tokens: int
+    image_tokens: int  # of images and videos
     rollouts: list[Rollout]
     scores: dict[str, list[float]]  # n for each named reward, and "reward", their weighted sum
     advantages: Tensor  # (n,)
@@ -434,13 +444,13 @@ def build_pack(run: "Run", plan: list[tuple[Group, list[int]]], prompts: dict) -
 def make_prompt(s: Settings, actor: Actor, problem: data.Problem) -> data.Prompt:
     """A problem as the run's settings pose it; in a conversation, what the policy reads first."""
     first = ENVIRONMENTS[s.task](problem).first if s.task else problem
-    prompt = data.make_prompt(first, actor.processor, s.min_pixels, s.max_pixels, s.instruction)
+    prompt = data.make_prompt(first, actor.processor, s.min_pixels, s.max_pixels, s.instruction, s.video_limits)
     return dataclasses.replace(prompt, problem=problem)
 
 
 def observer(s: Settings, actor: Actor):
     """The function that makes a later turn's Prompt of its Problem, and remembers it for the other copies."""
-    limits = dict(min_pixels=s.min_pixels, max_pixels=s.max_pixels, instruction="", later=True)
+    limits = dict(min_pixels=s.min_pixels, max_pixels=s.max_pixels, instruction="", video=s.video_limits, later=True)
     return functools.lru_cache(512)(functools.partial(data.make_prompt, processor=actor.processor, **limits))
 
 
@@ -538,9 +548,9 @@ def sample_groups(run: Run, batch: int, prompts: dict, clock: "Clock") -> list[G
         tokenizer = run.actor.processor.tokenizer
         scores = score(rollouts, problems, s.responses_per_prompt, tokenizer, s.reward_weights, run.grader)
         advantages = grpo.group_advantages(scores["reward"], s.advantage)
-        image_id = run.actor.image_token_id
+        vision = torch.tensor(run.actor.banned_ids)
         mine = [
-            Group(i, len(prompts[i].ids), int((prompts[i].ids == image_id).sum()), rollouts[p],
+            Group(i, len(prompts[i].ids), int(torch.isin(prompts[i].ids, vision).sum()), rollouts[p],
                   {k: v[p].tolist() for k, v in scores.items()}, advantages[p])
             for p, i in enumerate(indices)
         ]  # fmt: skip
@@ -1017,7 +1027,7 @@ def build(s: Settings, device: torch.device) -> Run:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     options = dict(pixels=(s.min_pixels, s.max_pixels), temperature=s.temperature, packing=s.packing)
     keys = dict(image_key=s.image_key, problem_key=s.problem_key, answer_key=s.answer_key, type_key=s.type_key,
-                source_key=s.source_key)  # fmt: skip
+                source_key=s.source_key, video_key=s.video_key)  # fmt: skip
     places = ((s.data, s.split), (s.test_data or s.data, s.test_split))
     sets = [data.load_problems(path, split, **keys) for path, split in places]
     if both := {row[0] for row in sets[0].rows} & {row[0] for row in sets[1].rows}:
@@ -1025,18 +1035,20 @@ def build(s: Settings, device: torch.device) -> Run:
     actor = Actor.from_pretrained(s.model, dtype, **options)
     for i, (path, split) in enumerate(places):
         sets[i], kept = data.usable_problems(
-            sets[i], actor.processor, s.min_pixels, s.max_pixels, s.max_prompt_tokens, s.instruction, s.skip_bad_rows
-        )
+            sets[i], actor.processor, s.min_pixels, s.max_pixels, s.max_prompt_tokens, s.instruction, s.skip_bad_rows,
+            s.video_limits,
+        )  # fmt: skip
         say(f"{path}, {split}: {kept}")
     say(f"a question's commonest answer in training would score {chance(*sets):.3f} on the held-out problems")
     if sources := set(s.reward_weights) - {""}:
         if unknown := sources - {p.source for problems in sets for p in problems}:
             raise ValueError(f"--rewards names sources that no problem has: {sorted(unknown)}; see --source_key")
+    max_videos = max(len(p.videos) for problems in sets for p in problems)
     # vLLM measures the free memory of the GPU when it starts, so it comes before the trainer's weights
     engine, why = build_engine(
         s.engine, actor, s.model, tp=s.rollout_tp, memory_fraction=s.memory_fraction, eager=s.eager,
         max_prompt_tokens=s.max_prompt_tokens, max_response_tokens=s.max_response_tokens,
-        max_images=max(len(p.images) for problems in sets for p in problems),
+        max_images=max(len(p.images) for problems in sets for p in problems), max_videos=max_videos,
     )  # fmt: skip
     say(why)
     observe = observer(s, actor) if s.task else None
@@ -1044,7 +1056,7 @@ def build(s: Settings, device: torch.device) -> Run:
         engine = Conversations(engine, ENVIRONMENTS[s.task], observe, s.max_prompt_tokens)
     engine.sleep()
     adapt(actor, s)
-    actor.shard(device)
+    actor.shard(device, max_videos > 0)
     say(actor.report())
     with_image = [p for p in sets[0][:100] if p.images][:1]
     samples = [make_prompt(s, actor, p) for p in [*with_image, sets[0][0]]]
@@ -1055,7 +1067,7 @@ def build(s: Settings, device: torch.device) -> Run:
     if s.kl_coefficient and not s.lora_rank:
         reference = Actor.from_pretrained(s.model, dtype, **options)
         reference.model.requires_grad_(False)
-        reference.shard(device, offload=s.reference_on_cpu)
+        reference.shard(device, max_videos > 0, s.reference_on_cpu)
     trained = [p for p in actor.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=s.learning_rate, weight_decay=s.weight_decay, betas=(0.9, s.beta2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, s.rate)
