@@ -185,7 +185,9 @@ FAMILIES = {  # by the config's model_type
     "idefics3": IDEFICS,
     "gemma3": family("vision_tower", "multi_modal_projector", whole_images=True),
 }
-USUAL = family("visual vision_tower vision_model", "merger multi_modal_projector connector")  # names that many share
+USUAL = family(  # names that many share
+    "visual vision_tower vision_model", "merger deepstack_merger_list multi_modal_projector image_newline connector"
+)
 
 
 def family_of(model: nn.Module) -> Family:
@@ -250,38 +252,44 @@ def join_inputs(prompts: list, axis: int = 0) -> dict[str, Tensor]:
     return joined
 
 
-def make_trace(turns: list[tuple]) -> list:
+def make_trace(turns: list[tuple], image_axis: int = 0) -> list:
     """A recorded conversation as one training sequence: [prompt, ids, observation, ids, ...].
 
     Args:
         turns: (Prompt that the policy read, ids (R,) that it wrote) of every turn. A later Prompt holds either what
             is new in it or, as agents send it, the whole conversation so far with all its images again.
+        image_axis: that of the actor's family.
 
     Raises:
         ValueError: a turn repeats the conversation with other tokens or pixels, as after encoding its text again.
     """
     trace = []
     for prompt, response in turns:
-        repeats = trace and torch.equal(prompt.ids[: len(trace[0].ids)], trace[0].ids)
-        trace += [_without(prompt, trace) if repeats else prompt, response]
+        if trace and torch.equal(prompt.ids[: len(trace[0].ids)], trace[0].ids):
+            prompt = _without(prompt, trace, image_axis)
+        trace += [prompt, response] if len(prompt.ids) else [response]  # a policy may go on with nothing new to read
     return trace
 
 
-def _without(prompt, trace):
+def _without(prompt, trace, image_axis):
     """What a Prompt adds to the conversation that it begins with; images are matched by their places."""
     earlier, names = prompts_of(trace), ("ids", "short_ids")
     old = {name: torch.cat([t if isinstance(t, Tensor) else getattr(t, name) for t in trace]) for name in names}
-    old |= join_inputs(earlier)
-    new = {name: getattr(prompt, name) for name in names} | prompt.inputs
+    length = len(old["ids"])
+    old |= join_inputs(earlier, image_axis)
+    new = {name: x[:, length:] if is_per_token(name) else x for name, x in prompt.inputs.items()}
+    new |= {name: getattr(prompt, name) for name in names}
     for name, value in old.items():
-        if not torch.equal(new[name][: len(value)], value):
+        same_place = new[name][tuple(map(slice, value.shape))]  # beyond it LLaVA fills up to the image of most tiles
+        if not torch.equal(same_place, value):
             raise ValueError(
                 f"turn {len(earlier) + 1} begins like the conversation, but its {name} are not those of earlier turns; "
                 "go on from the token ids that were sampled and the images that were shown, never from text"
             )
-        new[name] = new[name][len(value) :]
+        axis = 0 if name in names else image_axis
+        new[name] = new[name].tensor_split([value.shape[axis]], axis)[1]
     ids, short_ids = (new.pop(name) for name in names)
-    inputs = {name: x[:, -len(ids) :] if is_per_token(name) else x for name, x in new.items() if len(x)}
+    inputs = {name: x for name, x in new.items() if x.numel()}
     images = prompt.images[sum(len(p.images) for p in earlier) :]
     return replace(prompt, ids=ids, short_ids=short_ids, images=images, inputs=inputs, positions=None)
 
@@ -359,7 +367,7 @@ def shared_attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0,
     if layout is None or attention_mask is not None or dropout:
         raise ValueError("shared attention runs on packs only: it needs layout=, no attention_mask and no dropout")
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, head size)
-    if q.is_cuda and layout.images is None:  # the kernel knows causal attention only
+    if q.is_cuda and q.itemsize == 2 and layout.images is None:  # the kernels: causal attention in 16 bits only
         key_index, query_starts, key_starts, longest_query, longest_key = layout.varlen(q.device)
         k, v = k.index_select(0, key_index), v.index_select(0, key_index)
         window = ((sliding_window or 0) - 1, 0)  # (-1, 0) is plain causal, aligned to the bottom right
@@ -800,10 +808,16 @@ class Actor:
 
         Args:
             merge: with LoRA, False writes the adapter alone, as `PeftModel.from_pretrained` reads it.
+
+        Raises:
+            ValueError: the adapter alone of a model that has none.
         """
         folder, first = Path(folder), this_rank() == 0
+        if not merge and self.lora is None:
+            raise ValueError("the adapter alone was asked for, but nothing was trained by LoRA; write the whole model")
         if merge:
-            state = {name: tensor.cpu() for name, tensor in self.weights(self.dtype) if first}
+            cpu = functools.lru_cache(1)(Tensor.cpu)  # a tied weight stays one tensor under its two names
+            state = {name: cpu(tensor) for name, tensor in self.weights(self.dtype) if first}
         else:
             weights = self.model.state_dict(keep_vars=True).items()
             state = {f"base_model.model.{name.replace('.default', '')}": full(tensor.detach()).cpu()
