@@ -184,11 +184,7 @@ USUAL = family(  # names that many share
 
 
 def family_of(model: nn.Module) -> Family:
-    """The model's entry in FAMILIES, or the usual names where they fit an unknown model.
-
-    Raises:
-        ValueError: an unknown model type none of whose modules has a usual name.
-    """
+    """The model's entry in FAMILIES, or the usual names; ValueError for an unknown model that has none of them."""
     kind = model.config.model_type
     found = FAMILIES.get(kind, USUAL)
     if not any(found.tower & set(name.split(".")) for name, _ in model.named_parameters()):
@@ -521,8 +517,7 @@ class LogprobHead(nn.Linear):
 def start_processes(timeout: float = 30.0) -> torch.device:
     """Join the other ranks of torchrun; without torchrun, be the only one. Returns this rank's device.
 
-    Args:
-        timeout: minutes after which a rank that waits for another gives up, and the run ends.
+    A rank that waits for another longer than `timeout`, in minutes, gives up, and the run ends.
     """
     store, rank, world, limit = dist.HashStore(), 0, 1, datetime.timedelta(minutes=timeout)
     if "WORLD_SIZE" in os.environ:
@@ -586,8 +581,6 @@ class Actor:
     def use_packing(self, packing: str) -> None:
         """Choose how `logprobs` lays out its forward: "shared", "packed" (a prompt for every response) or "padded".
 
-        Layers with a recurrent state (Qwen3.5) cannot tell the sequences of a row apart, so their models stay "padded".
-
         The language model's attention is set for good, not around each forward: gradient checkpointing runs the layers
         again in the backward. The vision tower keeps its own attention.
         """
@@ -595,7 +588,7 @@ class Actor:
             raise ValueError(f"packing is {packing!r}, not one of shared, packed, padded")
         layers = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
         kinds = set(layers) - {"full_attention", "sliding_attention"}
-        if packing != "padded" and kinds:
+        if packing != "padded" and kinds:  # a recurrent state (Qwen3.5) cannot tell the sequences of a row apart
             warnings.warn(f"layers of type {sorted(kinds)} cannot share a row: packing is padded", stacklevel=2)
             packing = "padded"
         self.packing = packing
@@ -651,12 +644,9 @@ class Actor:
         was, bit for bit, and is the reference policy for free (see `without_adapters`).
 
         Args:
-            targets: last names of the layers, separated by commas ("q_proj,v_proj"); "all" of the language model, but
-                the head.
+            targets: last names of the layers, separated by commas ("q_proj,v_proj"; ValueError if there are none);
+                "all" of the language model, but the head.
             seed: of the adapters' start, the same on all ranks.
-
-        Raises:
-            ValueError: no linear layer of the language model has such a name.
         """
         head, wanted = self.model.get_output_embeddings(), targets.split(",")
         linear = [name for name, m in self.model.named_modules()
@@ -693,12 +683,10 @@ class Actor:
     def shard(self, device: torch.device, offload: bool = False) -> None:
         """Shard weights, gradients and optimizer state over all ranks with FSDP2, block by block.
 
-        Weights are kept in float32, so that small updates are not rounded away; on a GPU the blocks compute in
+        Trained weights are kept in float32, so that small updates are not rounded away; on a GPU the blocks compute in
         bfloat16. Frozen vision weights stay whole on every rank: they need no gradient and no optimizer state, and a
-        tower without collectives cannot hang when one rank's pack has no image.
-
-        Args:
-            offload: keep the shards in the host's memory and bring each block to the GPU when it is used; slower.
+        tower without collectives cannot hang when one rank's pack has no image. With `offload` the shards stay in the
+        host's memory and each block comes to the GPU when it is used; slower.
         """
         compute = torch.bfloat16 if device.type == "cuda" else torch.float32
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
@@ -778,11 +766,7 @@ class Actor:
     def save(self, folder: str | Path, merge: bool = True) -> None:
         """Write a Hugging Face directory, on rank 0; every rank must call this.
 
-        Args:
-            merge: with LoRA, False writes the adapter alone, as `PeftModel.from_pretrained` reads it.
-
-        Raises:
-            ValueError: the adapter alone of a model that has none.
+        Without `merge`, the LoRA adapter alone, as `PeftModel.from_pretrained` reads it; ValueError if there is none.
         """
         folder, first = Path(folder), this_rank() == 0
         if not merge and self.lora is None:
@@ -1110,41 +1094,6 @@ def build_tiny(out: str | Path, texts: list[str], seed: int = 0, tie_embeddings:
     return Path(out)
 
 
-def warm_up(
-    actor: Actor, prompts: list, later: list[list], golds: list[str], noise: float, updates: int, seed: int
-) -> None:
-    """Teach the answer format, and a little more than guessing, by imitation of noisy labels.
-
-    Args:
-        later: the later turns of every prompt's conversation, none for a single question; Prompts too.
-        golds: the right answer of every prompt.
-        noise: share of labels that are replaced by the gold of a random prompt with the same question.
-    """
-    rng = random.Random(seed)
-
-    def tokens(text):
-        return torch.tensor(actor.processor.tokenizer.encode(text))
-
-    same_question = collections.defaultdict(list)
-    for prompt, gold in zip(prompts, golds, strict=True):
-        same_question[prompt.problem.question].append(gold)
-    optimizer = torch.optim.AdamW(actor.model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / 20))
-    for _ in (bar := tqdm(range(updates), "warm-up", disable=None)):
-        groups = []
-        for i in rng.choices(range(len(prompts)), k=64):
-            gold = rng.choice(same_question[prompts[i].problem.question]) if rng.random() < noise else golds[i]
-            turns = [turn for prompt in later[i] for turn in (tokens(WARM_UP_TURN), prompt)]
-            groups.append((prompts[i], [[*turns, tokens(WARM_UP_RESPONSE.format(gold))]]))
-        loss = -actor.logprobs(groups)[0].mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(actor.model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        bar.set_postfix_str(f"loss {loss.item():.3f}")
-
-
 TINY_INSTRUCTION = " <think></think> \\boxed{}"
 WARM_UP_TURN = "ok<|im_end|>"  # before the last turn of a conversation
 WARM_UP_RESPONSE = "<think>look</think>\\boxed{{{}}}<|im_end|>"
@@ -1153,15 +1102,40 @@ WARM_UP_RESPONSE = "<think>look</think>\\boxed{{{}}}<|im_end|>"
 def build_warm_tiny(
     out: str | Path, problems, instruction: str, seed: int = 0, noise: float = 0.5, updates: int = 150
 ) -> Path:
-    """Write the tiny model, warmed up on the problems, turn by turn: what RL starts from."""
+    """Write the tiny model, warmed up on the problems, turn by turn: what RL starts from.
+
+    It learns the answer format, and a little more than guessing, by imitation of noisy labels: of a share `noise` of
+    them the answer is that of a random problem with the same question.
+    """
     texts = [f"{p.question}{instruction}{WARM_UP_TURN}{WARM_UP_RESPONSE.format(p.answer)}" for p in problems]
     build_tiny(out, [CHAT_TEMPLATE, *texts], seed)
     actor = Actor.from_pretrained(str(out))
     read = functools.partial(data.make_prompt, processor=actor.processor, min_pixels=56 * 56, max_pixels=56 * 56)
-    turns = [data.split_turns(p) for p in problems]
-    prompts = [read(first, instruction=instruction) for first, *_ in turns]
-    later = [[read(p, instruction="", later=True) for p in rest] for _, *rest in turns]
-    warm_up(actor, prompts, later, [p.answer for p in problems], noise, updates, seed)
+
+    def tokens(text):
+        return torch.tensor(actor.processor.tokenizer.encode(text))
+
+    conversations, same_question = [], collections.defaultdict(list)
+    for problem in problems:
+        first, *rest = data.split_turns(problem)
+        later = [turn for p in rest for turn in (tokens(WARM_UP_TURN), read(p, instruction="", later=True))]
+        conversations.append((read(first, instruction=instruction), later, problem.answer))
+        same_question[first.question].append(problem.answer)
+    rng = random.Random(seed)
+    optimizer = torch.optim.AdamW(actor.model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / 20))
+    for _ in (bar := tqdm(range(updates), "warm-up", disable=None)):
+        groups = []
+        for prompt, later, answer in rng.choices(conversations, k=64):
+            label = rng.choice(same_question[prompt.problem.question]) if rng.random() < noise else answer
+            groups.append((prompt, [[*later, tokens(WARM_UP_RESPONSE.format(label))]]))
+        loss = -actor.logprobs(groups)[0].mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(actor.model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix_str(f"loss {loss.item():.3f}")
     actor.model.save_pretrained(out)
     return Path(out)
 
