@@ -623,8 +623,7 @@ class Actor:
     def freeze(self, *parts: str) -> int:
         """Stop training the given parts ("tower", "projector"). Returns the number of parameters frozen.
 
-        Raises:
-            RuntimeError: a part holds nothing that was trained, so the freeze would do nothing.
+        RuntimeError if a part holds nothing that was trained, so that the freeze would do nothing.
         """
         for part in parts:
             frozen = [p for name, p in self.model.named_parameters() if self.part(name) == part and p.requires_grad]
@@ -663,7 +662,7 @@ class Actor:
 
     @contextlib.contextmanager
     def without_adapters(self):
-        """The base model, for a while: what the policy was before LoRA. Changes nothing where there is no adapter."""
+        """The base model, for a while: what the policy was before LoRA; without LoRA, the model itself."""
         layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
         for layer in layers:
             layer.set_scale("default", 0.0)
@@ -721,10 +720,9 @@ class Actor:
         return "parameters trained: " + ", ".join(counts)
 
     def activation_bytes(self, prompts: list, responses: int, length: int) -> float:
-        """Bytes per token that a forward keeps for its backward, measured.
+        """Bytes per token that a forward of these prompts, each with so many random responses, keeps for its backward.
 
-        On groups of these prompts, each with so many random responses of `length` tokens. All ranks call this together,
-        with the same prompts; gradients are cleared.
+        All ranks call this together, with the same prompts; gradients are cleared.
         """
         groups, saved = self._random_groups(prompts, [length] * responses), SavedTensors()
         with saved:
@@ -744,8 +742,7 @@ class Actor:
 
         Each step is a collective under FSDP2: all ranks must run the iteration to its end. A tensor with two names
         (tied embeddings) is gathered once and comes under both, because vLLM may keep a copy for lm_head in another
-        layout. state_dict is used because it puts FSDP2 back into its sharded state, where the optimizer writes;
-        parameters still gathered from a forward pass could be old.
+        layout. state_dict puts FSDP2 back into its sharded state; weights gathered by a forward pass could be old.
         """
         names, weights = collections.defaultdict(list), self.model.state_dict(keep_vars=True)
         for name, tensor in weights.items():
@@ -978,13 +975,9 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(self._note, lambda tensor: tensor)
         self.bytes, self.sizes = 0, {}  # bytes by address: several saved tensors may be views of one memory
 
-    def __enter__(self):
-        self.sizes = {}
-        super().__enter__()
-
     def __exit__(self, *exc):
         super().__exit__(*exc)
-        self.bytes = max(self.bytes, sum(self.sizes.values()))
+        self.bytes, self.sizes = max(self.bytes, sum(self.sizes.values())), {}
 
     def _note(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
@@ -1034,8 +1027,6 @@ CHAT_TEMPLATE = (
     "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-                  "<|image_pad|>", "<|video_pad|>")  # fmt: skip
 
 
 def tiny_processor(texts: list[str], vocabulary: int = 400):
@@ -1049,25 +1040,24 @@ def tiny_processor(texts: list[str], vocabulary: int = 400):
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     learned = json.loads(bpe.to_str())["model"]
+    names = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+    special = [f"<|{name}|>" for name in names]
     tokenizer = Qwen2Tokenizer(
         vocab=learned["vocab"], merges=[tuple(pair) for pair in learned["merges"]], unk_token=None,
-        eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=list(SPECIAL_TOKENS),
+        eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=special,
     )  # fmt: skip
     tokenizer.add_tokens(["<think>", "</think>"])  # ordinary tokens, as Qwen3 has them
     return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
 
 
 def build_tiny(out: str | Path, texts: list[str], seed: int = 0, tie_embeddings: bool = True) -> Path:
-    """Write a real Qwen2.5-VL of about 1M random parameters, as a normal Hugging Face directory.
-
-    Weights start at a standard deviation of 0.06, not the usual 0.02: at a width of 128 that learns several times
-    faster, because it keeps the activations' scale near 1.
-    """
+    """Write a real Qwen2.5-VL of about 1M random parameters, as a normal Hugging Face directory."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     processor = tiny_processor(texts)
     tokenizer = processor.tokenizer
-    width, heads, std = 128, 4, 0.06
+    width, heads = 128, 4
+    std = 0.06  # not the usual 0.02: keeps the activations' scale near 1 at this width, and learns several times faster
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
            for name in ("image_pad", "video_pad", "vision_start", "vision_end")}  # fmt: skip
     config = Qwen2_5_VLConfig(
