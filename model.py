@@ -211,10 +211,7 @@ def turns_of(parts) -> list:
 
 
 def prompts_of(parts) -> list:
-    """Every Prompt in nested lists of turns, in order: that of their tokens and of their images.
-
-    Each holds the images that arrived with it, so none counts twice, and equal ones keep their own places.
-    """
+    """Every Prompt in nested lists of turns, in order; each holds the images that arrived with it."""
     return [turn for turn in turns_of(parts) if not isinstance(turn, Tensor)]
 
 
@@ -316,7 +313,7 @@ class Layout:
     def dense(self, window: int | None, device) -> list[tuple]:
         """For plain attention, of every segment: start, end, key index (K,), and mask (R, K), None if plain causal."""
         if ("dense", window) not in self._cache:
-            batches = []
+            parts = []
             for (a, b, c, d), key in zip(self.segments, self.keys(), strict=True):
                 place, own = torch.arange(len(key)), torch.arange(d - c, len(key))[:, None]  # own: the query's as a key
                 mask = place <= own
@@ -326,8 +323,8 @@ class Layout:
                 if window:
                     mask &= place > own - window
                 is_causal = c == d and not window and self.images is None
-                batches.append((a, b, key.to(device), None if is_causal else mask.to(device)))
-            self._cache["dense", window] = batches
+                parts.append((a, b, key.to(device), None if is_causal else mask.to(device)))
+            self._cache["dense", window] = parts
         return self._cache["dense", window]
 
 
@@ -345,10 +342,9 @@ def shared_attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0,
         raise ValueError("shared attention runs on packs only: it needs layout=, no attention_mask and no dropout")
     if q.is_cuda and q.itemsize == 2 and layout.images is None:  # the kernels: causal attention in 16 bits only
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, head size)
-        key_index, query_starts, key_starts, longest_query, longest_key = layout.varlen(q.device)
+        key_index, *sizes = layout.varlen(q.device)
         k, v = k.index_select(0, key_index), v.index_select(0, key_index)
         window = ((sliding_window or 0) - 1, 0)  # (-1, 0) is plain causal, aligned to the bottom right
-        sizes = (query_starts, key_starts, longest_query, longest_key)
         if flash_attn_varlen_func is not None:
             out = flash_attn_varlen_func(q, k, v, *sizes, softmax_scale=scaling, causal=True, window_size=window)
         else:
@@ -381,8 +377,8 @@ def lay_out(turns: list, positions: Callable, start: int = 0) -> tuple[Tensor, T
 
     Args:
         turns: Prompts, which the policy read, and Tensors of ids (R,), which it wrote, never empty.
-        positions: Prompt -> (3 or 1, P), from 0. Each turn starts after the largest position of the one before it.
-        start: the first position.
+        positions: Prompt -> (3 or 1, P), from 0. Each turn starts after the largest position of the one before it, the
+            first at `start`.
 
     Returns:
         ids (T,), positions (3 or 1, T), and (T,) bool: written by the policy, so trained.
@@ -600,10 +596,8 @@ class Actor:
     ) -> "Actor":
         """Load model and processor from a directory or the hub, on the CPU. Remote code is never run.
 
-        Args:
-            pixels: least and most pixels of an image; the processor is told, so that it leaves images alone that
-                data.resize_image has brought within these bounds.
-            options: of Actor().
+        `pixels` are the least and most of an image: the processor is told, so that it leaves images alone that
+        data.resize_image has brought within these bounds. `options` are Actor's.
         """
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
         actor = cls(model.eval(), AutoProcessor.from_pretrained(name), **options)
@@ -966,10 +960,7 @@ class Actor:
 
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
-    """Counts what a forward pass keeps for its backward, weights aside: `with saved: ...`, as often as you like.
-
-    `bytes` is the most of any pass.
-    """
+    """Counts what forward passes `with saved:` keep for their backward, weights aside; `bytes` is the most of any."""
 
     def __init__(self):
         super().__init__(self._note, lambda tensor: tensor)
@@ -1056,10 +1047,8 @@ def build_tiny(out: str | Path, texts: list[str], seed: int = 0, tie_embeddings:
 
     processor = tiny_processor(texts)
     tokenizer = processor.tokenizer
-    width, heads = 128, 4
+    width, heads, token_id = 128, 4, tokenizer.convert_tokens_to_ids
     std = 0.06  # not the usual 0.02: keeps the activations' scale near 1 at this width, and learns several times faster
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
-           for name in ("image_pad", "video_pad", "vision_start", "vision_end")}  # fmt: skip
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=4,
@@ -1071,8 +1060,9 @@ def build_tiny(out: str | Path, texts: list[str], seed: int = 0, tie_embeddings:
             depth=2, hidden_size=96, intermediate_size=192, num_heads=heads, out_hidden_size=width,
             fullatt_block_indexes=[1], initializer_range=std,
         ),
-        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], tie_word_embeddings=tie_embeddings,
-        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"], initializer_range=std,
+        image_token_id=token_id("<|image_pad|>"), video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"), vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=tie_embeddings, initializer_range=std,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
