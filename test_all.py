@@ -1520,15 +1520,14 @@ def test_the_check_at_start_up_passes_and_refuses_a_wrong_layout(actor, monkeypa
     prompts = prompts_with(actor, 2, 0)
     assert actor.check_packing(prompts) < 1e-5
     assert all(p.grad is None for p in actor.model.parameters()) and actor.packing == "shared"
-    monkeypatch.setattr(model.Layout, "padded", lambda self, window, device: _everyone_sees_all(self))
+    monkeypatch.setattr(model.Layout, "dense", lambda self, window, device: _everyone_sees_all(self))
     with pytest.raises(RuntimeError, match=r"packing 'shared' is not exact for Qwen2_5_VLFor.*--packing padded"):
         actor.check_packing(prompts)
 
 
 def _everyone_sees_all(layout):
     n = layout.segments[-1][1]
-    return [(torch.arange(n)[None], torch.arange(n)[None], torch.ones(1, 1, n, n).tril().bool(), torch.arange(n),
-             torch.ones(1, n, dtype=torch.bool))]  # fmt: skip
+    return [(0, n, torch.arange(n), torch.ones(n, n).tril().bool())]
 
 
 def with_lora(actor, seed=1, dropout=0.0):
@@ -1604,6 +1603,19 @@ print(max(gaps) < 1e-5, actor.report())
     )
 
 
+def test_without_lora_there_is_no_adapter_to_save(actor, tmp_path):
+    with pytest.raises(ValueError, match="nothing was trained by LoRA"):
+        actor.save(tmp_path / "apart", merge=False)
+    assert not (tmp_path / "apart").exists()
+
+
+def test_tied_weights_are_saved_once_from_a_gpu_too(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # on a GPU every call makes a new tensor
+    model.Actor.from_pretrained(str(tiny[True])).save(tmp_path)
+    saved, base = (load_file(folder / "model.safetensors") for folder in (tmp_path, tiny[True]))
+    assert saved.keys() == base.keys() and all(torch.equal(saved[name], w) for name, w in base.items())
+
+
 def test_lora_refuses_targets_that_the_language_model_does_not_have(actor):
     with pytest.raises(ValueError, match=r"--lora_targets qkv,fc1 names no linear layer.*down_proj, gate_proj, k_proj"):
         actor.add_lora(4, 8.0, targets="qkv,fc1")
@@ -1656,10 +1668,11 @@ def test_a_sliding_window_hides_the_same_keys_as_in_the_padded_forward(tiny):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_variable_length_kernel_equals_the_padded_forward_on_a_gpu(tiny):
-    actor = model.Actor.from_pretrained(str(tiny[False]), torch.bfloat16)
+@pytest.mark.parametrize("dtype, gap", [(torch.bfloat16, 0.02), (torch.float32, 1e-4)])  # float32: no such kernel
+def test_shared_attention_equals_the_padded_forward_on_a_gpu(tiny, dtype, gap):
+    actor = model.Actor.from_pretrained(str(tiny[False]), dtype)
     actor.model.cuda()
-    assert actor.check_packing(prompts_with(actor, 2, 0)) < 0.02
+    assert actor.check_packing(prompts_with(actor, 2, 0)) < gap
 
 
 def test_packs_refuse_what_they_cannot_keep_apart(actor):
@@ -1965,6 +1978,15 @@ def test_one_grpo_update_moves_a_familys_language_model_and_no_frozen_byte(name,
     moved = {run.actor.part(n) for n, p in run.actor.model.named_parameters()
              if not torch.equal(model.full(p), before[n])}  # fmt: skip
     assert moved == {"projector", "language"}
+
+@pytest.mark.parametrize("name", CHATS)
+def test_the_usual_names_sort_the_weights_of_every_family_as_its_entry_does(name, family_folder):
+    actor = model.Actor.from_pretrained(str(family_folder(name)), packing="padded")
+    parts = {n: actor.part(n) for n, _ in actor.model.named_parameters()}
+    assert set(parts.values()) == {"tower", "projector", "language"}
+    actor.family = model.USUAL
+    assert {n: actor.part(n) for n in parts} == parts
+
 
 def test_an_unknown_family_works_by_the_usual_names_or_says_what_to_add(actor, monkeypatch):
     monkeypatch.delitem(model.FAMILIES, "qwen2_5_vl")
@@ -2297,6 +2319,43 @@ def test_cumulative_and_delta_traces_give_the_same_sample(actor):
     )  # fmt: skip
     last = model.make_trace([(prompt, one), (again, two), (whole, one)])[4]
     assert torch.equal(last.ids, third.ids) and last.images == [] and last.inputs.keys() == third.inputs.keys()
+
+
+@pytest.mark.parametrize("name", ["internvl", "llava_onevision", "idefics3"])  # tiles, tiles filled up, [1, tiles, ...]
+def test_cumulative_and_delta_traces_give_the_same_sample_in_families_of_tiles(name, family_folder):
+    actor = model.Actor.from_pretrained(str(family_folder(name)))
+    tokenizer = actor.processor.tokenizer
+    said = torch.tensor([*tokenizer.encode("look", add_special_tokens=False), tokenizer.eos_token_id])
+    asked = [make(actor, text, *images) for text, *images in (  # as turns: these small templates cannot be continued
+        ("<image>Which?", picture(1, 28, 28)), ("<image>Now?", picture(2, 56, 28)), ("Sure?",),
+        ("<image>Last?", picture(3, 112, 112)))]  # fmt: skip
+    wholes, so_far = [asked[0]], asked[0].short_ids
+    for i, later in enumerate(asked[1:], 2):
+        so_far, images = torch.cat([so_far, said, later.short_ids]), [image for p in asked[:i] for image in p.images]
+        inputs = dict(actor.processor(text=[tokenizer.decode(so_far)], images=images, add_special_tokens=False,
+                                      return_tensors="pt"))  # fmt: skip
+        del inputs["attention_mask"]
+        wholes.append(data.Prompt(later.problem, inputs.pop("input_ids")[0], so_far, images, inputs))
+    deltas, trace = ([(p, said) for p in prompts] for prompts in (asked, wholes))
+    (prompt, *turns), (first, *rest) = model.make_trace(deltas), model.make_trace(trace, actor.family.image_axis)
+    assert first is prompt and all(torch.equal(a.ids, b.ids) for a, b in zip(turns[1::2], rest[1::2], strict=True))
+    assert [len(p.images) for p in model.prompts_of(rest)] == [1, 0, 1]
+    close(actor.logprobs([(first, [rest])])[0], actor.logprobs([(prompt, [turns])])[0], atol=1e-5)
+    wholes[3].inputs["pixel_values"] = wholes[3].inputs["pixel_values"].flip(actor.family.image_axis)
+    with pytest.raises(ValueError, match=r"turn 4 .*its pixel_values are not"):
+        model.make_trace(trace, actor.family.image_axis)
+
+
+def test_a_trace_may_go_on_with_nothing_new_to_read(actor):
+    prompt, one, _, two = two_turns(actor)
+    again = dataclasses.replace(
+        prompt, ids=torch.cat([prompt.ids, one]), short_ids=torch.cat([prompt.short_ids, one]), positions=None,
+        inputs=prompt.inputs | {"mm_token_type_ids": torch.zeros(1, len(prompt.ids) + len(one), dtype=torch.long)},
+    )  # fmt: skip
+    first, *rest = model.make_trace([(prompt, one), (again, two)])
+    assert first is prompt and list(map(len, rest)) == [len(one), len(two)]
+    expected = actor.logprobs([(prompt, [torch.cat([one, two])])])[0]
+    close(actor.logprobs([(prompt, [rest])])[0], expected, atol=1e-6)
 
 
 def test_a_trace_that_repeats_the_conversation_in_other_tokens_or_pictures_is_refused(actor):
@@ -2959,7 +3018,8 @@ def test_an_exported_checkpoint_scores_as_the_trainer_in_a_fresh_process_and_in_
         for name, rows in load_file(file).items():
             state[name] = torch.cat([state[name], rows]) if name in state else rows
     missing, unknown = trainer.model.load_state_dict(state, strict=False)
-    assert not [n for n in unknown if " " not in n] and bool(flags) == any("base_layer" in n for n in missing)
+    assert [n for n in unknown if " " not in n] == ["counts"]  # beside AdamW's moments, "NAME exp_avg"
+    assert bool(flags) == any("base_layer" in n for n in missing)
     ids = torch.tensor(trainer.processor.tokenizer.encode("How many sides?<think>look</think>\\boxed{4}"))
     logits = trainer.model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=False)
     expected = logits.logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
