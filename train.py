@@ -1167,6 +1167,9 @@ def main(argv: list[str] | None = None) -> None:
                 train(run)
             finally:
                 finish_checkpoint(run)
+            judge = f", {run.grader.judge.failures} that the judge failed on" if run.grader.judge else ""
+            say(f"answers on rank 0 over the time limit: {run.grader.timeouts}, that broke a grading worker: "
+                f"{run.grader.crashes}{judge}")  # fmt: skip
             run.actor.save(settings.folder / "model")
         say(f"model exported to {settings.folder / 'model'}")
     except torch.OutOfMemoryError as error:
