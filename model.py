@@ -299,35 +299,45 @@ class Layout:
     images: Tensor | None = None  # (T,) number of the image a token belongs to, -1 for text; None where it is no matter
     _cache: dict = field(default_factory=dict)
 
-    def keys(self) -> list[Tensor]:
-        """Index (K,) of every segment's keys."""
-        return [torch.cat([torch.arange(c, d), torch.arange(a, b)]) for a, b, c, d in self.segments]
-
     def varlen(self, device) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """For the variable-length kernel: key index (sum of keys,), cumulative query and key counts, their maxima."""
         if "varlen" not in self._cache:
             lengths = torch.tensor([[b - a, b - a + d - c] for a, b, c, d in self.segments])  # (S, 2)
             queries, keys = F.pad(lengths.cumsum(0), (0, 0, 1, 0)).int().T.contiguous().to(device)
-            index = torch.cat(self.keys()).to(device)
-            self._cache["varlen"] = index, queries, keys, *lengths.amax(0).tolist()
+            index = torch.cat([torch.cat([torch.arange(c, d), torch.arange(a, b)]) for a, b, c, d in self.segments])
+            self._cache["varlen"] = index.to(device), queries, keys, *lengths.amax(0).tolist()
         return self._cache["varlen"]
 
-    def dense(self, window: int | None, device) -> list[tuple]:
-        """For plain attention, of every segment: start, end, key index (K,), and mask (R, K), None if plain causal."""
-        if ("dense", window) not in self._cache:
-            parts = []
-            for (a, b, c, d), key in zip(self.segments, self.keys(), strict=True):
-                place, own = torch.arange(len(key)), torch.arange(d - c, len(key))[:, None]  # own: the query's as a key
-                mask = place <= own
-                if self.images is not None:
-                    mine = self.images[a:b, None]
-                    mask |= (mine == self.images[key]) & (mine >= 0)
-                if window:
-                    mask &= place > own - window
-                is_causal = c == d and not window and self.images is None
-                parts.append((a, b, key.to(device), None if is_causal else mask.to(device)))
-            self._cache["dense", window] = parts
-        return self._cache["dense", window]
+    def padded(self, window: int | None, device) -> list[tuple]:
+        """For dense attention: prompts and responses, each as (query index, key index, mask, places, real).
+
+        Shapes (S, L), (S, K), (S, 1, L, K), (queries,) and (S, L). Two batches, because prompts are long and responses
+        many; a mask of None is plain causal attention. `real` are the queries that are no padding, `places` their rows.
+        """
+        if ("padded", window, device) not in self._cache:
+            kinds = [[s for s in self.segments if (s[2] == s[3]) == is_prompt] for is_prompt in (True, False)]
+            batches = [self._dense_batch(kind, window) for kind in kinds if kind]
+            self._cache["padded", window, device] = [[x if x is None else x.to(device) for x in b] for b in batches]
+        return self._cache["padded", window, device]
+
+    def _dense_batch(self, segments, window):
+        a, b, c, d = (torch.tensor(x)[:, None] for x in zip(*segments, strict=True))  # each (S, 1)
+        query, key = torch.arange(int((b - a).max())), torch.arange(int((b - a + d - c).max()))
+        real = query < b - a  # (S, L)
+        query_index = torch.where(real, a + query, a)
+        key_index = torch.where(key < d - c, c + key, a + key - (d - c)).clamp(max=b - 1)  # (S, K)
+        last = (d - c) + query  # (S, L) the key that is the query itself: the last one it may see
+        mask = key <= last[..., None]  # (S, L, K)
+        if self.images is not None:
+            mine, its = self.images[query_index][..., None], self.images[key_index][:, None]
+            mask |= (mine == its) & (mine >= 0)
+        mask &= (key < b - a + d - c)[:, None]
+        if window:
+            mask &= key > last[..., None] - window
+            mask |= ~real[..., None]  # a padding query that sees nothing would be nan, in the backward too
+        # whole prompts: causal attention needs no mask
+        plain = not window and self.images is None and bool((c == d).all() and real.all())
+        return query_index, key_index, None if plain else mask[:, None], query_index[real], real
 
 
 def shared_attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0, sliding_window=None, layout=None, **_):
@@ -352,12 +362,13 @@ def shared_attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0,
         else:
             out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=window, enable_gqa=True)
         return out[None], None
-    out = []
-    for a, b, key, mask in layout.dense(sliding_window, q.device):
-        own = q[:, :, a:b], k[:, :, key], v[:, :, key]
-        is_causal = mask is None
-        out.append(F.scaled_dot_product_attention(*own, mask, is_causal=is_causal, scale=scaling, enable_gqa=True))
-    return torch.cat(out, 2).transpose(1, 2), None
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, head size)
+    out = torch.empty_like(q)
+    for query_index, key_index, mask, places, real in layout.padded(sliding_window, q.device):
+        batch = (x[i].transpose(1, 2) for x, i in ((q, query_index), (k, key_index), (v, key_index)))
+        attended = F.scaled_dot_product_attention(*batch, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
+        out = out.index_copy(0, places, attended.transpose(1, 2)[real])
+    return out[None], None
 
 
 AttentionInterface.register("shared", shared_attention)  # no mask function beside it, so no T x T mask is built

@@ -1520,14 +1520,15 @@ def test_the_check_at_start_up_passes_and_refuses_a_wrong_layout(actor, monkeypa
     prompts = prompts_with(actor, 2, 0)
     assert actor.check_packing(prompts) < 1e-5
     assert all(p.grad is None for p in actor.model.parameters()) and actor.packing == "shared"
-    monkeypatch.setattr(model.Layout, "dense", lambda self, window, device: _everyone_sees_all(self))
+    monkeypatch.setattr(model.Layout, "padded", lambda self, window, device: _everyone_sees_all(self))
     with pytest.raises(RuntimeError, match=r"packing 'shared' is not exact for Qwen2_5_VLFor.*--packing padded"):
         actor.check_packing(prompts)
 
 
 def _everyone_sees_all(layout):
     n = layout.segments[-1][1]
-    return [(0, n, torch.arange(n), torch.ones(n, n).tril().bool())]
+    return [(torch.arange(n)[None], torch.arange(n)[None], torch.ones(1, 1, n, n).tril().bool(), torch.arange(n),
+             torch.ones(1, n, dtype=torch.bool))]  # fmt: skip
 
 
 def with_lora(actor, seed=1, dropout=0.0):
