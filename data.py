@@ -1,12 +1,14 @@
-"""Problems with images and videos: parquet rows -> token ids and pixels; and generated problems to learn from.
+"""Problems with images and videos: parquet rows -> token ids and pixels; and generated problems to
+learn from.
 
-    parquet --load_problems--> Problem (compressed bytes) --make_prompt--> Prompt (ids (P,), images, pixel_values)
-    (seed, step) --batch_indices--> which problems
-    python data.py OUT --make_figures--> OUT/train.parquet, OUT/test.parquet
+    parquet --load_problems--> Problem (compressed bytes) --make_prompt--> Prompt (ids (P,), images,
+    pixel_values) (seed, step) --batch_indices--> which problems python data.py OUT
+    --make_figures--> OUT/train.parquet, OUT/test.parquet
 
-An image is resized in one place, `resize_image`, so that the sampler and the trainer see the same pixels; frames of a
-video are sampled in one place too, `decode_video`. A prompt is never truncated: `usable_problems` makes every prompt
-before training starts and leaves the long ones out. Deliberately not here: streaming from the hub, augmentation.
+An image is resized in one place, `resize_image`, so that the sampler and the trainer see the same
+pixels; frames of a video are sampled in one place too, `decode_video`. A prompt is never truncated:
+`usable_problems` makes every prompt before training starts and leaves the long ones out.
+Deliberately not here: streaming from the hub, augmentation.
 
 Legend  P tokens of one prompt, image tokens included
 Source  resize rule: `smart_resize` of transformers' Qwen2VLImageProcessor
@@ -36,16 +38,25 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-INSTRUCTION = "Reason step by step inside <think> </think>, then give only the final answer in \\boxed{}."
+INSTRUCTION = (
+    "Reason step by step inside <think> </think>, then give only the final answer in \\boxed{}."
+)
 IMAGE, VIDEO = "<image>", "<video>"  # placeholders
 COLUMNS = ("image", "video", "problem", "answer", "type", "source")  # our names for a data set's
 MAX_ASPECT = 200  # Qwen's processor refuses a longer side of more than 200 times the shorter one
 # what a data set from elsewhere may bring; a real one stays far below
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow reads more, and some with the help of other programs
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+)  # Pillow reads more, and some with the help of other programs
 MAX_IMAGE_PIXELS, MAX_FILE_BYTES, MAX_CHARACTERS = 50_000_000, 100_000_000, 100_000
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rows of parquet files
 
 
@@ -59,8 +70,12 @@ class Problem:
     answer: str
     type: str  # kind of question, "" if the column is absent
     source: str  # data source, the file name if the column is absent
-    answers: tuple[str, ...] = ()  # the texts of an answer that is a list: all are right, or there is one per image
-    videos: tuple["bytes | tuple[bytes, ...]", ...] = field(default=(), repr=False)  # a file, or its frames, as stored
+    answers: tuple[
+        str, ...
+    ] = ()  # the texts of an answer that is a list: all are right, or there is one per image
+    videos: tuple["bytes | tuple[bytes, ...]", ...] = field(
+        default=(), repr=False
+    )  # a file, or its frames, as stored
 
     @property
     def gold(self) -> str | tuple[str, ...]:
@@ -69,7 +84,8 @@ class Problem:
 
 
 class Problems(Sequence):
-    """Rows of parquet files, kept compressed: `problems[i]` makes a Problem, `problems[a:b]` a smaller Problems."""
+    """Rows of parquet files, kept compressed: `problems[i]` makes a Problem, `problems[a:b]` a
+    smaller Problems."""
 
     def __init__(self, rows: Sequence[tuple[Path, pa.Table, int]]):
         self.rows = rows  # (file, its table, number of the row in it)
@@ -78,7 +94,8 @@ class Problems(Sequence):
         return len(self.rows)
 
     def __getitem__(self, index):
-        """One row, or a slice. ValueError, naming the row: an image not where it says, text that cannot be meant."""
+        """One row, or a slice. ValueError, naming the row: an image not where it says, text that
+        cannot be meant."""
         if isinstance(index, slice):
             return Problems(self.rows[index])
         file, table, row = self.rows[index]
@@ -88,14 +105,22 @@ class Problems(Sequence):
             listed = isinstance(values["answer"], list)
             # a cell holds one value, a list of them, or nothing
             cells = [values.get(name) for name in COLUMNS]
-            cells = [cell if isinstance(cell, list) else [] if cell is None else [cell] for cell in cells]
-            images, videos = (tuple(_stored_bytes(value, file.parent) for value in cell) for cell in cells[:2])
+            cells = [
+                cell if isinstance(cell, list) else [] if cell is None else [cell] for cell in cells
+            ]
+            images, videos = (
+                tuple(_stored_bytes(value, file.parent) for value in cell) for cell in cells[:2]
+            )
             question, answer, kind, source = (",".join(map(str, texts)) for texts in cells[2:])
             if len(question) + len(answer) > MAX_CHARACTERS:
-                raise ValueError(f"{len(question) + len(answer)} characters, {MAX_CHARACTERS} is the most; shorten it")
+                raise ValueError(
+                    f"{len(question) + len(answer)} characters, {MAX_CHARACTERS} is the most; shorten it"
+                )
             for name in (kind, source):
                 if len(name) > 80 or not name.isprintable():
-                    raise ValueError(f"the type or source {name[:80]!r} names a metric; shorten it, make it printable")
+                    raise ValueError(
+                        f"the type or source {name[:80]!r} names a metric; shorten it, make it printable"
+                    )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         answers = tuple("" if text is None else str(text) for text in cells[3]) if listed else ()
@@ -107,18 +132,31 @@ class Problems(Sequence):
 
 
 def load_problems(
-    path: str | Path, split: str = "train", image_key: str = "images", problem_key: str = "problem",
-    answer_key: str = "answer", type_key: str = "type", source_key: str = "data_source", video_key: str = "videos",
-) -> Problems:  # fmt: skip
+    path: str | Path,
+    split: str = "train",
+    image_key: str = "images",
+    problem_key: str = "problem",
+    answer_key: str = "answer",
+    type_key: str = "type",
+    source_key: str = "data_source",
+    video_key: str = "videos",
+) -> Problems:
     """Open a data set; its images stay compressed until a prompt is made.
 
-    `path` is a parquet file, a folder or a glob of them, or a data set of the hub such as "hiyouga/geometry3k". Of a
-    folder or a hub data set the files named after the split are taken ("train-00000-of-00001.parquet"); all, if none is
-    named after any. The keys name the columns; images (one or a list, see image_bytes), videos (a list; each a file in
-    the same forms, or the list of its frames), type and source may be absent. Raises ValueError for no such file or
-    split, a missing column, or no rows.
+    `path` is a parquet file, a folder or a glob of them, or a data set of the hub such as
+    "hiyouga/geometry3k". Of a folder or a hub data set the files named after the split are taken
+    ("train-00000-of-00001.parquet"); all, if none is named after any. The keys name the columns;
+    images (one or a list, see image_bytes), videos (a list; each a file in the same forms, or the
+    list of its frames), type and source may be absent. Raises ValueError for no such file or split,
+    a missing column, or no rows.
     """
-    keys = dict(zip(COLUMNS, (image_key, video_key, problem_key, answer_key, type_key, source_key), strict=True))
+    keys = dict(
+        zip(
+            COLUMNS,
+            (image_key, video_key, problem_key, answer_key, type_key, source_key),
+            strict=True,
+        )
+    )
     tables = [(file, _read_table(file, keys)) for file in _find_files(str(path), split)]
     if not any(table.num_rows for _, table in tables):
         raise ValueError(f"{path}: no rows; choose another file")
@@ -137,7 +175,9 @@ def _find_files(path: str, split: str) -> list[Path]:
         try:
             folder = Path(snapshot_download(path, repo_type="dataset", allow_patterns="*.parquet"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: no such file or folder, and not to be had from the hub: {error}") from error
+            raise ValueError(
+                f"{path}: no such file or folder, and not to be had from the hub: {error}"
+            ) from error
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.parquet"))
 
     def named(words: str) -> list[str]:  # "test" must not take testmini-00000.parquet
@@ -145,7 +185,9 @@ def _find_files(path: str, split: str) -> list[Path]:
 
     chosen = named(re.escape(split))
     if not names or (not chosen and named("train|validation|val|dev|test")):
-        raise ValueError(f"{path}: no parquet file of split {split!r} among {names}; choose another split or file")
+        raise ValueError(
+            f"{path}: no parquet file of split {split!r} among {names}; choose another split or file"
+        )
     return [folder / name for name in chosen or names]
 
 
@@ -156,69 +198,114 @@ def _read_table(file: Path, keys: dict[str, str]) -> pa.Table:
         present = {ours: theirs for ours, theirs in keys.items() if theirs in schema.names}
         table = pq.read_table(file, columns=list(present.values()))
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{file} is not a whole parquet file ({error}); convert it, or download it again") from error
+        raise ValueError(
+            f"{file} is not a whole parquet file ({error}); convert it, or download it again"
+        ) from error
     # text-only rows have no image column; where one has the usual name, another image_key is a slip
     needed = ["problem", "answer", *(["image"] if {"image", "images"} & set(schema.names) else [])]
     for ours in needed:
         if ours not in present:
-            raise ValueError(f"{file}: no column {keys[ours]!r} among {schema.names}; name it with {ours}_key")
+            raise ValueError(
+                f"{file}: no column {keys[ours]!r} among {schema.names}; name it with {ours}_key"
+            )
         kind = schema.field(keys[ours]).type
         inner = getattr(kind, "value_type", kind) if ours == "answer" else kind
         if ours not in ("image", "video") and (pa.types.is_nested(inner) or "binary" in str(inner)):
             wanted = "text, or a list of texts for an answer" if ours == "answer" else "text"
-            raise ValueError(f"{file}: column {keys[ours]!r} is {kind}, but a {ours} is {wanted}; store it so")
+            raise ValueError(
+                f"{file}: column {keys[ours]!r} is {kind}, but a {ours} is {wanted}; store it so"
+            )
     return pa.table({ours: table[theirs] for ours, theirs in present.items()})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Images
 
 
 def image_bytes(value: Any, folder: Path) -> bytes:
-    """The compressed bytes of one image: of bytes, {bytes, path}, a path inside `folder`, base64 or a data URL.
+    """The compressed bytes of one image: of bytes, {bytes, path}, a path inside `folder`, base64 or
+    a data URL.
 
-    A path that leads out of the parquet file's folder, by a link too, is refused: a data set from elsewhere must not
-    read this machine's other files. Raises ValueError for that, for a missing file and for anything else.
+    A path that leads out of the parquet file's folder, by a link too, is refused: a data set from
+    elsewhere must not read this machine's other files. Raises ValueError for that, for a missing
+    file and for anything else.
     """
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str):
-        raise ValueError(f"the image is a {type(value).__name__}, not bytes, a path, base64 or a data URL; convert it")
+        raise ValueError(
+            f"the image is a {type(value).__name__}, not bytes, a path, base64 or a data URL; convert it"
+        )
     try:
         if value.startswith("data:"):
             value = value[value.index(";base64,") + len(";base64,") :]
         elif "." in value:  # base64 has no dot, the file name of an image has one
             file = (folder / value).resolve()
             if not file.is_relative_to(folder.resolve()):
-                raise ValueError("the path leads out of the parquet file's folder; move the image into it")
-            if not file.is_file() or file.stat().st_size > MAX_FILE_BYTES:  # to open a pipe would wait for ever
-                raise ValueError(f"there is no plain file of at most {MAX_FILE_BYTES} bytes; put one there")
+                raise ValueError(
+                    "the path leads out of the parquet file's folder; move the image into it"
+                )
+            if (
+                not file.is_file() or file.stat().st_size > MAX_FILE_BYTES
+            ):  # to open a pipe would wait for ever
+                raise ValueError(
+                    f"there is no plain file of at most {MAX_FILE_BYTES} bytes; put one there"
+                )
             return file.read_bytes()
         return base64.b64decode("".join(value.split()), validate=True)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links that lead to each other
-        raise ValueError(f"image {value[:80]!r} is not a file's path, base64 or a base64 data URL: {error}") from error
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # RuntimeError: links that lead to each other
+        raise ValueError(
+            f"image {value[:80]!r} is not a file's path, base64 or a base64 data URL: {error}"
+        ) from error
 
 
 def _stored_bytes(value: Any, folder: Path) -> bytes | tuple[bytes, ...]:
     """Of an image or a video file the bytes, of a list of frames those of each."""
-    return tuple(image_bytes(v, folder) for v in value) if isinstance(value, list) else image_bytes(value, folder)
+    return (
+        tuple(image_bytes(v, folder) for v in value)
+        if isinstance(value, list)
+        else image_bytes(value, folder)
+    )
 
 
 def decode_image(raw: bytes) -> Image.Image:
-    """Bytes -> RGB picture: upright (EXIF), white where transparent, 16-bit grey scaled to 8. ValueError if broken."""
+    """Bytes -> RGB picture: upright (EXIF), white where transparent, 16-bit grey scaled to 8.
+    ValueError if broken."""
     try:
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
-        if math.prod(image.size) > MAX_IMAGE_PIXELS:  # known from the header; a few bytes can unfold to any size
-            raise ValueError(f"{image.width} x {image.height} pixels, {MAX_IMAGE_PIXELS} is the most")
+        if (
+            math.prod(image.size) > MAX_IMAGE_PIXELS
+        ):  # known from the header; a few bytes can unfold to any size
+            raise ValueError(
+                f"{image.width} x {image.height} pixels, {MAX_IMAGE_PIXELS} is the most"
+            )
         image = ImageOps.exif_transpose(image)
         image.load()  # the whole of it, so that a truncated file shows here
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"{len(raw)} bytes are not a readable image ({error}); repair or remove the row") from error
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        EOFError,
+        struct.error,
+        Image.DecompressionBombError,
+    ) as error:
+        raise ValueError(
+            f"{len(raw)} bytes are not a readable image ({error}); repair or remove the row"
+        ) from error
     if image.mode == "F":
-        raise ValueError("the image holds floats, and which one is white is unknown; store it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # Pillow's own conversion cuts 16 bits off at 255: nearly all white
+        raise ValueError(
+            "the image holds floats, and which one is white is unknown; store it with 8 or 16 bits"
+        )
+    if image.mode.startswith(
+        "I"
+    ):  # Pillow's own conversion cuts 16 bits off at 255: nearly all white
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -227,24 +314,33 @@ def decode_image(raw: bytes) -> Image.Image:
 
 
 def resize_image(image: Image.Image, min_pixels: int, max_pixels: int, factor: int) -> Image.Image:
-    """The one resize, bicubic: sides become multiples of `factor`, width * height falls in [min_pixels, max_pixels].
+    """The one resize, bicubic: sides become multiples of `factor`, width * height falls in
+    [min_pixels, max_pixels].
 
-    `factor` is the side of an image token in pixels (28 for Qwen2.5-VL), 1 where there is no such grid. A picture that
-    fits comes back itself: a second call changes nothing, and neither does Qwen's processor. Raises as resized_size.
+    `factor` is the side of an image token in pixels (28 for Qwen2.5-VL), 1 where there is no such
+    grid. A picture that
+    fits comes back itself: a second call changes nothing, and neither does Qwen's processor. Raises
+        as resized_size.
     """
     size = resized_size(*image.size, min_pixels, max_pixels, factor)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def resized_size(width: int, height: int, min_pixels: int, max_pixels: int, factor: int) -> tuple[int, int]:
-    """(width, height) that `resize_image` gives, pixels: Qwen's smart_resize, or the nearest valid size.
+def resized_size(
+    width: int, height: int, min_pixels: int, max_pixels: int, factor: int
+) -> tuple[int, int]:
+    """(width, height) that `resize_image` gives, pixels: Qwen's smart_resize, or the nearest valid
+    size.
 
-    The rule alone does not always leave its own result alone: with bounds close together its floor or ceil lands
-    outside them, and 6000 x 30 (aspect 200) becomes 5992 x 28 (aspect 214), which it then refuses.
-    Raises ValueError for an aspect ratio over 200, and if no size on the grid lies within the bounds.
+    The rule alone does not always leave its own result alone: with bounds close together its floor
+    or ceil lands outside them, and 6000 x 30 (aspect 200) becomes 5992 x 28 (aspect 214), which it
+    then refuses. Raises ValueError for an aspect ratio over 200, and if no size on the grid lies
+    within the bounds.
     """
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ValueError(f"the image is {width} x {height}, longer than {MAX_ASPECT} to 1; crop it or remove the row")
+        raise ValueError(
+            f"the image is {width} x {height}, longer than {MAX_ASPECT} to 1; crop it or remove the row"
+        )
     columns, rows = round(width / factor), round(height / factor)
     if columns * rows * factor**2 > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -252,15 +348,23 @@ def resized_size(width: int, height: int, min_pixels: int, max_pixels: int, fact
     elif columns * rows * factor**2 < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
         columns, rows = (math.ceil(side * grow / factor) for side in (width, height))
-    fewest, most = max(1, math.ceil(min_pixels / factor**2)), max_pixels // factor**2  # image tokens
+    fewest, most = (
+        max(1, math.ceil(min_pixels / factor**2)),
+        max_pixels // factor**2,
+    )  # image tokens
     if fewest <= columns * rows <= most and max(columns, rows) <= MAX_ASPECT * min(columns, rows):
         return columns * factor, rows * factor
     sizes = []
     for rows in range(1, most + 1):
-        least, last = max(math.ceil(fewest / rows), math.ceil(rows / MAX_ASPECT)), min(most // rows, rows * MAX_ASPECT)
+        least, last = (
+            max(math.ceil(fewest / rows), math.ceil(rows / MAX_ASPECT)),
+            min(most // rows, rows * MAX_ASPECT),
+        )
         if least <= last:
             columns = min(max(round(width / factor), least), last)
-            misfit = math.hypot(math.log(columns * factor / width), math.log(rows * factor / height))
+            misfit = math.hypot(
+                math.log(columns * factor / width), math.log(rows * factor / height)
+            )
             sizes.append((misfit, columns * factor, rows * factor))
     if not sizes:
         bounds = f"min_pixels={min_pixels} to max_pixels={max_pixels}; set them further apart"
@@ -280,11 +384,15 @@ class VideoLimits:
     max_pixels: int = 128 * 28 * 28
 
 
-def decode_video(video: bytes | tuple[bytes, ...], limits: VideoLimits) -> tuple[list[Image.Image], float]:
-    """The frames that are seen, RGB, evenly spread over the video, and how many of them make a second.
+def decode_video(
+    video: bytes | tuple[bytes, ...], limits: VideoLimits
+) -> tuple[list[Image.Image], float]:
+    """The frames that are seen, RGB, evenly spread over the video, and how many of them make a
+    second.
 
-    `video` is a file (mp4, webm and whatever else FFmpeg reads) or its frames, compressed, which follow one another at
-    limits.fps; more than limits.max_frames are thinned out. Raises ValueError for what is no video.
+    `video` is a file (mp4, webm and whatever else FFmpeg reads) or its frames, compressed, which
+    follow one another at limits.fps; more than limits.max_frames are thinned out. Raises ValueError
+    for what is no video.
     """
     if isinstance(video, tuple):
         kept = min(len(video), limits.max_frames)
@@ -297,25 +405,35 @@ def decode_video(video: bytes | tuple[bytes, ...], limits: VideoLimits) -> tuple
             wanted = min(max(1, round(seconds * limits.fps)), limits.max_frames)
             for frame in container.decode(video=0) if seconds and container.streams.video else ():
                 start = start if shown else frame.time
-                while shown and len(frames) < wanted and len(frames) * seconds / wanted < frame.time - start - 1e-6:
+                while (
+                    shown
+                    and len(frames) < wanted
+                    and len(frames) * seconds / wanted < frame.time - start - 1e-6
+                ):
                     frames.append(shown)  # what is on the screen at this fraction of the video
                 shown = frame
     except av.FFmpegError as error:
-        raise ValueError(f"{len(video)} bytes are not a readable video ({error}); repair or remove the row") from error
+        raise ValueError(
+            f"{len(video)} bytes are not a readable video ({error}); repair or remove the row"
+        ) from error
     if shown is None:
-        raise ValueError(f"{len(video)} bytes hold no video of known duration; repair or remove the row")
+        raise ValueError(
+            f"{len(video)} bytes hold no video of known duration; repair or remove the row"
+        )
     frames += [shown] * (wanted - len(frames))
-    return [f.to_image().rotate(f.rotation, expand=True) for f in frames], wanted / seconds  # upright, as filmed
-
-
+    return [
+        f.to_image().rotate(f.rotation, expand=True) for f in frames
+    ], wanted / seconds  # upright, as filmed
 
 
 def with_images(problems: Sequence[Problem], index: int, view: str) -> Problem:
-    """problems[index] with its "own" images, "blank" (white) ones, or "shuffled": those of another problem.
+    """problems[index] with its "own" images, "blank" (white) ones, or "shuffled": those of another
+    problem.
 
-    What a model still answers with these, it answers without looking. Images keep their sizes, so prompts their
-    lengths; other problems' images are stretched to them, and repeated where there are fewer. Raises ValueError, naming
-    the row, for "shuffled" where no other problem has another image.
+    What a model still answers with these, it answers without looking. Images keep their sizes, so
+    prompts their lengths; other problems' images are stretched to them, and repeated where there
+    are fewer. Raises ValueError, naming the row, for "shuffled" where no other problem has another
+    image.
     """
     problem, total = problems[index], len(problems)
     if view == "own" or not (problem.images or problem.videos):
@@ -323,17 +441,31 @@ def with_images(problems: Sequence[Problem], index: int, view: str) -> Problem:
     images = [decode_image(raw) for raw in problem.images]
     if view == "blank":
         clips = (decode_video(video, VideoLimits())[0] for video in problem.videos)
-        white = [tuple(png(Image.new("RGB", x.size, "white")) for x in pictures) for pictures in (images, *clips)]
+        white = [
+            tuple(png(Image.new("RGB", x.size, "white")) for x in pictures)
+            for pictures in (images, *clips)
+        ]
         return replace(problem, images=white[0], videos=tuple(white[1:]))
     # from half the set away on, as neighbours in a data set often share a figure
     others = (problems[(index + total // 2 + i) % total] for i in range(total))
     own = problem.images, problem.videos
     held = ((p, (p.images, p.videos)) for p in others)
-    donor = next((p for p, its in held if its != own and all(b or not a for a, b in zip(own, its, strict=True))), None)
+    donor = next(
+        (
+            p
+            for p, its in held
+            if its != own and all(b or not a for a, b in zip(own, its, strict=True))
+        ),
+        None,
+    )
     if donor is None:
-        raise ValueError(f"{problem.where}: no other problem has an image to swap with; evaluate more problems")
+        raise ValueError(
+            f"{problem.where}: no other problem has an image to swap with; evaluate more problems"
+        )
     theirs = zip(itertools.cycle(donor.images), images)
-    swapped = tuple(png(decode_image(raw).resize(image.size)) for raw, image in theirs) if images else ()
+    swapped = (
+        tuple(png(decode_image(raw).resize(image.size)) for raw, image in theirs) if images else ()
+    )
     videos = tuple(donor.videos[i % len(donor.videos)] for i in range(len(problem.videos)))
     return replace(problem, images=swapped, videos=videos)
 
@@ -353,7 +485,7 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Prompts
 
 
@@ -363,27 +495,42 @@ class Prompt:
 
     problem: Problem
     ids: Tensor  # (P,) int64, image tokens expanded
-    short_ids: Tensor  # one token for each image, as vLLM wants it, whose own processor expands them
+    short_ids: (
+        Tensor  # one token for each image, as vLLM wants it, whose own processor expands them
+    )
     images: list[Image.Image]  # RGB, resized
-    inputs: dict[str, Tensor]  # all else the processor returned: pixel_values, image_grid_thw, mm_token_type_ids (1, P)
-    videos: list[tuple[np.ndarray, dict]] = field(default_factory=list)  # frames (F, height, width, 3) and their timing
+    inputs: dict[
+        str, Tensor
+    ]  # all else the processor returned: pixel_values, image_grid_thw, mm_token_type_ids (1, P)
+    videos: list[tuple[np.ndarray, dict]] = field(
+        default_factory=list
+    )  # frames (F, height, width, 3) and their timing
     positions: Tensor | None = None  # (3 or 1, P), filled in by the actor
 
 
 def make_prompt(
-    problem: Problem, processor: Any, min_pixels: int, max_pixels: int, instruction: str = INSTRUCTION,
-    video: VideoLimits = VideoLimits(), later: bool = False,
-) -> Prompt:  # fmt: skip
-    """Write the problem as one user turn, images where their placeholders stand, and turn it into ids and pixels.
+    problem: Problem,
+    processor: Any,
+    min_pixels: int,
+    max_pixels: int,
+    instruction: str = INSTRUCTION,
+    video: VideoLimits = VideoLimits(),
+    later: bool = False,
+) -> Prompt:
+    """Write the problem as one user turn, images where their placeholders stand, and turn it into
+    ids and pixels.
 
-    With `later`, as a turn that follows a response in a conversation: only what the chat template puts after the
-    response's end token. The bounds on each image must lie within those that the processor was loaded with. Raises
-    ValueError, naming the row, for an unreadable image or video, more or fewer placeholders than images, a special
-    token in the question, a processor that resizes the images once more, and a template that cannot be continued.
+    With `later`, as a turn that follows a response in a conversation: only what the chat template
+    puts after the response's end token. The bounds on each image must lie within those that the
+    processor was loaded with. Raises ValueError, naming the row, for an unreadable image or video,
+    more or fewer placeholders than images, a special token in the question, a processor that
+    resizes the images once more, and a template that cannot be continued.
     """
     vision, tokenizer = processor.image_processor, processor.tokenizer
     try:
-        messages = [{"role": "user", "content": _content(problem, special_tokens(tokenizer), instruction)}]
+        messages = [
+            {"role": "user", "content": _content(problem, special_tokens(tokenizer), instruction)}
+        ]
         images = [decode_image(raw) for raw in problem.images]
         factor = vision.patch_size * vision.merge_size if hasattr(vision, "merge_size") else 1
         if factor > 1:  # others cut an image into tiles of a fixed size, and are bounded in that
@@ -396,12 +543,17 @@ def make_prompt(
     media = {"images": images} if images else {}
     if videos:
         frames, timing = zip(*videos, strict=True)
-        media |= {"videos": list(frames), "videos_kwargs": {"video_metadata": list(timing), **AS_THEY_ARE}}
+        media |= {
+            "videos": list(frames),
+            "videos_kwargs": {"video_metadata": list(timing), **AS_THEY_ARE},
+        }
     inputs = dict(processor(text=[text], add_special_tokens=False, return_tensors="pt", **media))
     if "image_grid_thw" in inputs:
         sizes = [image.size for image in images]
         grid = inputs["image_grid_thw"].tolist()
-        seen = [(columns * vision.patch_size, rows * vision.patch_size) for _, rows, columns in grid]
+        seen = [
+            (columns * vision.patch_size, rows * vision.patch_size) for _, rows, columns in grid
+        ]
         if seen != sizes:
             raise ValueError(
                 f"{problem.where}: the processor resized {sizes} once more, to {seen}, so the sampler could see other "
@@ -412,15 +564,25 @@ def make_prompt(
     return Prompt(problem, inputs.pop("input_ids")[0], short_ids, images, inputs, videos)
 
 
-AS_THEY_ARE = {"do_resize": False, "do_sample_frames": False}  # what a processor is told about frames of a video
+AS_THEY_ARE = {
+    "do_resize": False,
+    "do_sample_frames": False,
+}  # what a processor is told about frames of a video
 
 
-def _timed_frames(video: bytes | tuple[bytes, ...], limits: VideoLimits, factor: int) -> tuple[np.ndarray, dict]:
-    """Frames (F, height, width, 3), reduced to the limits, with their timing as transformers and vLLM want it."""
+def _timed_frames(
+    video: bytes | tuple[bytes, ...], limits: VideoLimits, factor: int
+) -> tuple[np.ndarray, dict]:
+    """Frames (F, height, width, 3), reduced to the limits, with their timing as transformers and
+    vLLM want it."""
     frames, fps = decode_video(video, limits)
-    frames = np.stack([np.asarray(resize_image(frame, 1, limits.max_pixels, factor)) for frame in frames])
+    frames = np.stack(
+        [np.asarray(resize_image(frame, 1, limits.max_pixels, factor)) for frame in frames]
+    )
     total = len(frames)
-    return frames, dict(fps=fps, total_num_frames=total, duration=total / fps, frames_indices=list(range(total)))
+    return frames, dict(
+        fps=fps, total_num_frames=total, duration=total / fps, frames_indices=list(range(total))
+    )
 
 
 def _render(messages: list[dict], processor: Any) -> str:
@@ -442,22 +604,31 @@ def _later_turn(messages: list[dict], processor: Any) -> str:
 
 
 def special_tokens(tokenizer) -> list[str]:
-    """Every token that a tokenizer takes for control; its own `all_special_tokens` misses some of Idefics3's."""
+    """Every token that a tokenizer takes for control; its own `all_special_tokens` misses some of
+    Idefics3's."""
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def split_turns(problem: Problem) -> list[Problem]:
-    """The turns of a scripted conversation: one for each line of the question, with the images that stand in it."""
+    """The turns of a scripted conversation: one for each line of the question, with the images that
+    stand in it."""
     images, videos = iter(problem.images), iter(problem.videos)
     return [
-        replace(problem, question=line, images=tuple(itertools.islice(images, line.count(IMAGE))),
-                videos=tuple(itertools.islice(videos, line.count(VIDEO))))
+        replace(
+            problem,
+            question=line,
+            images=tuple(itertools.islice(images, line.count(IMAGE))),
+            videos=tuple(itertools.islice(videos, line.count(VIDEO))),
+        )
         for line in problem.question.split("\n")
-    ]  # fmt: skip
+    ]
 
 
-def _content(problem: Problem, special_tokens: Sequence[str], instruction: str) -> list[dict[str, str]]:
-    """The chat message's content: the question cut at its placeholders, and the instruction after it."""
+def _content(
+    problem: Problem, special_tokens: Sequence[str], instruction: str
+) -> list[dict[str, str]]:
+    """The chat message's content: the question cut at its placeholders, and the instruction after
+    it."""
     pieces = re.split(f"({IMAGE}|{VIDEO})", problem.question)
     for placeholder, held in ((IMAGE, problem.images), (VIDEO, problem.videos)):
         if (written := pieces.count(placeholder)) != len(held):
@@ -467,14 +638,18 @@ def _content(problem: Problem, special_tokens: Sequence[str], instruction: str) 
                 f"{kind}, and check {kind}_key"
             )
     texts = "\n".join(piece for piece in pieces if piece not in (IMAGE, VIDEO))
-    # A question with such a token could forge an image or end the user's turn; without, the text is only text.
+    # A question with such a token could forge an image or end the user's turn; without, the text is
+    # only text.
     if control := [token for token in special_tokens if token and token in texts]:
-        raise ValueError(f"the question holds {control}, which the model takes for control; remove it from the row")
+        raise ValueError(
+            f"the question holds {control}, which the model takes for control; remove it from the row"
+        )
     pieces[-1] += f"\n{instruction}" if instruction else ""
     return [
         {"type": piece[1:-1]} if piece in (IMAGE, VIDEO) else {"type": "text", "text": piece}
-        for piece in pieces if piece
-    ]  # fmt: skip
+        for piece in pieces
+        if piece
+    ]
 
 
 @dataclass(frozen=True)
@@ -489,25 +664,40 @@ class Report:
     def __str__(self) -> str:
         first = f"; the first: {self.bad[0]}" if self.bad else ""
         left_out = f"{self.overlong} overlong and {len(self.bad)} broken ones{first}"
-        return f"kept {self.kept} problems (longest prompt {self.longest} tokens), left out {left_out}"
+        return (
+            f"kept {self.kept} problems (longest prompt {self.longest} tokens), left out {left_out}"
+        )
 
 
 def usable_problems(
-    problems: Problems, processor: Any, min_pixels: int, max_pixels: int, max_prompt_tokens: int,
-    instruction: str = INSTRUCTION, skip_bad_rows: bool = False, video: VideoLimits = VideoLimits(),
-) -> tuple[Problems, Report]:  # fmt: skip
+    problems: Problems,
+    processor: Any,
+    min_pixels: int,
+    max_pixels: int,
+    max_prompt_tokens: int,
+    instruction: str = INSTRUCTION,
+    skip_bad_rows: bool = False,
+    video: VideoLimits = VideoLimits(),
+) -> tuple[Problems, Report]:
     """Make every prompt once before training, so that no row can stop a run on its second day.
 
-    Prompts over max_prompt_tokens are left out and counted, never truncated. Raises ValueError for broken rows (see
-    make_prompt; empty ones too), unless skip_bad_rows leaves them out and reports them, and if no row is left.
+    Prompts over max_prompt_tokens are left out and counted, never truncated. Raises ValueError for
+    broken rows (see make_prompt; empty ones too), unless skip_bad_rows leaves them out and reports
+    them, and if no row is left.
     """
     lengths, bad = {}, []
     for index in tqdm(range(len(problems)), "checking problems", disable=None):
         try:
             problem = problems[index]
-            if not all(text.strip() for text in (problem.question, *(problem.answers or [problem.answer]))):
-                raise ValueError(f"{problem.where}: the answer or the question is empty; fill it in or remove the row")
-            lengths[index] = len(make_prompt(problem, processor, min_pixels, max_pixels, instruction, video).ids)
+            if not all(
+                text.strip() for text in (problem.question, *(problem.answers or [problem.answer]))
+            ):
+                raise ValueError(
+                    f"{problem.where}: the answer or the question is empty; fill it in or remove the row"
+                )
+            lengths[index] = len(
+                make_prompt(problem, processor, min_pixels, max_pixels, instruction, video).ids
+            )
         except ValueError as error:
             bad.append(str(error))
     if bad and not skip_bad_rows:
@@ -520,17 +710,23 @@ def usable_problems(
             f"no problem is left: {len(bad)} are broken, and max_prompt_tokens={max_prompt_tokens} is below the other "
             f"prompts ({seen}); raise it, or lower max_pixels"
         )
-    return problems.select(kept), Report(len(kept), max(map(lengths.get, kept)), len(lengths) - len(kept), bad)
+    return problems.select(kept), Report(
+        len(kept), max(map(lengths.get, kept)), len(lengths) - len(kept), bad
+    )
 
 
 def batch_indices(seed: int, step: int, batch: int, total: int) -> list[int]:
-    """The problems of one step, from (seed, step) alone: a run that resumes neither replays nor skips any.
+    """The problems of one step, from (seed, step) alone: a run that resumes neither replays nor
+    skips any.
 
-    The steps, counted from 0 and laid end to end, visit each of `total` problems once per epoch, each epoch in its own
-    order; a batch may straddle two epochs. Raises ValueError for step < 0, batch < 1 or total < 1.
+    The steps, counted from 0 and laid end to end, visit each of `total` problems once per epoch,
+    each epoch in its own order; a batch may straddle two epochs. Raises ValueError for step < 0,
+    batch < 1 or total < 1.
     """
     if step < 0 or batch < 1 or total < 1:
-        raise ValueError(f"step={step}, batch={batch}, total={total}: steps count from 0, and no batch can be empty")
+        raise ValueError(
+            f"step={step}, batch={batch}, total={total}: steps count from 0, and no batch can be empty"
+        )
     places = (divmod(place, total) for place in range(step * batch, (step + 1) * batch))
     return [_epoch_order(seed, epoch, total)[place] for epoch, place in places]
 
@@ -540,7 +736,7 @@ def _epoch_order(seed: int, epoch: int, total: int) -> Sequence[int]:
     return random.Random(f"{seed} {epoch}").sample(range(total), total)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Figures to learn from
 
 CANVAS = 224  # pixels; figures are drawn on it and averaged down
@@ -553,27 +749,41 @@ FIGURES = {  # type -> (answers, wordings)
     "sides": (["3", "4", "6"], ["<image>How many sides?", "<image>Number of sides?"]),
     "colour": (list(COLOURS), ["<image>Which colour?", "<image>Name the colour."]),
     "larger": (list(COLOURS), ["<image>Which is larger?", "<image>Colour of the larger?"]),
-    "angle": (["acute", "right", "obtuse"], ["<image>Acute, right or obtuse?", "<image>What angle?"]),
-    "sum": (["6", "7", "8", "9", "10", "12"], ["<image><image>Sum of sides?", "<image>and<image>Sides in all?"]),
+    "angle": (
+        ["acute", "right", "obtuse"],
+        ["<image>Acute, right or obtuse?", "<image>What angle?"],
+    ),
+    "sum": (
+        ["6", "7", "8", "9", "10", "12"],
+        ["<image><image>Sum of sides?", "<image>and<image>Sides in all?"],
+    ),
 }
 
 
-def make_figures(out: str | Path, train: int = 2000, test: int = 300, seed: int = 0, size: int = 56) -> None:
-    """Write out/train.parquet and out/test.parquet: a visual task that a tiny model learns, with nothing to download.
+def make_figures(
+    out: str | Path, train: int = 2000, test: int = 300, seed: int = 0, size: int = 56
+) -> None:
+    """Write out/train.parquet and out/test.parquet: a visual task that a tiny model learns, with
+    nothing to download.
 
-    `train` and `test` rows of five types of question in equal parts, and the answers of a type equally often; pictures
-    are `size` pixels square. A picture's checksum says whether it belongs to train or to test, so none is in both.
-    The same arguments give the same bytes. Raises ValueError for a file without rows or a size outside 16 to 224.
+    `train` and `test` rows of five types of question in equal parts, and the answers of a type
+    equally often; pictures are `size` pixels square. A picture's checksum says whether it belongs
+    to train or to test, so none is in both. The same arguments give the same bytes. Raises
+    ValueError for a file without rows or a size outside 16 to 224.
     """
     if min(train, test) < 1 or not 16 <= size <= CANVAS:
-        raise ValueError(f"train={train}, test={test}, size={size}: a file needs a row, a side 16 to {CANVAS} pixels")
+        raise ValueError(
+            f"train={train}, test={test}, size={size}: a file needs a row, a side 16 to {CANVAS} pixels"
+        )
     for split, total in (("train", train), ("test", test)):
         rng, rows = random.Random(f"{seed} {split}"), []
         for number in range(total):
             kind = list(FIGURES)[number % len(FIGURES)]
             answers, wordings = FIGURES[kind]
             answer, pictures = answers[number // len(FIGURES) % len(answers)], []
-            while not pictures or any((zlib.crc32(picture) % 4 == 0) != (split == "test") for picture in pictures):
+            while not pictures or any(
+                (zlib.crc32(picture) % 4 == 0) != (split == "test") for picture in pictures
+            ):
                 pictures = _draw(rng, kind, answer, size)
             rows.append((pictures, rng.choice(wordings), answer, kind))
         rng.shuffle(rows)
@@ -582,16 +792,23 @@ def make_figures(out: str | Path, train: int = 2000, test: int = 300, seed: int 
 
 def _write_rows(rows: list[tuple[list[bytes], str, str, str]], file: Path) -> None:
     """Rows of (images, problem, answer, type) as Geometry3K stores them."""
-    names, image = ("images", "problem", "answer", "type"), pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    names, image = (
+        ("images", "problem", "answer", "type"),
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    )
     images, *texts = zip(*rows, strict=True)
     cells = [[{"bytes": picture, "path": None} for picture in pictures] for pictures in images]
     file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(dict(zip(names, [pa.array(cells, pa.list_(image)), *texts], strict=True))), file)
+    pq.write_table(
+        pa.table(dict(zip(names, [pa.array(cells, pa.list_(image)), *texts], strict=True))), file
+    )
 
 
 def _draw(rng: random.Random, kind: str, answer: str, size: int) -> list[bytes]:
     """PNG pictures, size x size, for which `answer` is right."""
-    canvases = [Image.new("RGB", (CANVAS, CANVAS), "white") for _ in range(2 if kind == "sum" else 1)]
+    canvases = [
+        Image.new("RGB", (CANVAS, CANVAS), "white") for _ in range(2 if kind == "sum" else 1)
+    ]
     pen, last_pen = ImageDraw.Draw(canvases[0]), ImageDraw.Draw(canvases[-1])
     colour, other = rng.sample(list(COLOURS), 2)
     if kind == "sides":
@@ -612,7 +829,9 @@ def _draw(rng: random.Random, kind: str, answer: str, size: int) -> list[bytes]:
     return [png(canvas.resize((size, size), Image.Resampling.BOX)) for canvas in canvases]
 
 
-def _polygon(rng: random.Random, pen, sides: int, colour: str, x: int = 50, y: int = 50, radius: int = 42) -> None:
+def _polygon(
+    rng: random.Random, pen, sides: int, colour: str, x: int = 50, y: int = 50, radius: int = 42
+) -> None:
     """A regular polygon, a disc for 0 sides, about (x, y); lengths in % of the canvas."""
     left, top, reach = ((length + rng.uniform(-4, 4)) * CANVAS / 100 for length in (x, y, radius))
     if sides:
@@ -623,27 +842,51 @@ def _polygon(rng: random.Random, pen, sides: int, colour: str, x: int = 50, y: i
 
 def _angle(rng: random.Random, pen, kind: str, colour: str) -> None:
     """Two rays, 45% of the canvas long; the kinds are 35 degrees apart."""
-    half = math.radians({"acute": rng.uniform(25, 55), "right": 90, "obtuse": rng.uniform(125, 155)}[kind]) / 2
+    half = (
+        math.radians(
+            {"acute": rng.uniform(25, 55), "right": 90, "obtuse": rng.uniform(125, 155)}[kind]
+        )
+        / 2
+    )
     turn, length = math.radians(rng.uniform(-TILT, TILT)) - half, 0.45 * CANVAS
     back = length * math.cos(half) / 2  # from the middle of the canvas to the vertex
-    x, y = (CANVAS * (0.5 + rng.uniform(-0.03, 0.03)) - back * along for along in (math.cos(turn), math.sin(turn)))
-    ends = [(x + length * math.cos(turn + side), y + length * math.sin(turn + side)) for side in (-half, half)]
+    x, y = (
+        CANVAS * (0.5 + rng.uniform(-0.03, 0.03)) - back * along
+        for along in (math.cos(turn), math.sin(turn))
+    )
+    ends = [
+        (x + length * math.cos(turn + side), y + length * math.sin(turn + side))
+        for side in (-half, half)
+    ]
     pen.line([ends[0], (x, y), ends[1]], COLOURS[colour], width=round(0.12 * CANVAS), joint="curve")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A conversation to learn from
 
-CODE = {"red": "a", "green": "b", "blue": "c", "yellow": "d", "black": "e"}  # a square's colour -> its letter
+CODE = {
+    "red": "a",
+    "green": "b",
+    "blue": "c",
+    "yellow": "d",
+    "black": "e",
+}  # a square's colour -> its letter
 CODEWORD_TURNS = "<image><image>Next?\n<image>Spell it."
 
 
-def make_codewords(out: str | Path, train: int = 500, test: int = 100, seed: int = 0, size: int = 56) -> None:
-    """Write out/train.parquet and out/test.parquet for rollout.Codeword: squares over two turns that spell a word.
+def make_codewords(
+    out: str | Path, train: int = 500, test: int = 100, seed: int = 0, size: int = 56
+) -> None:
+    """Write out/train.parquet and out/test.parquet for rollout.Codeword: squares over two turns
+    that spell a word.
 
-    The code is never told. A fifth of the words of three letters is for `test` alone. Images are `size` pixels square.
+    The code is never told. A fifth of the words of three letters is for `test` alone. Images are
+    `size` pixels square.
     """
-    words, colours = list(itertools.product(CODE.values(), repeat=3)), {code: colour for colour, code in CODE.items()}
+    words, colours = (
+        list(itertools.product(CODE.values(), repeat=3)),
+        {code: colour for colour, code in CODE.items()},
+    )
     random.Random(seed).shuffle(words)
     for split, total, chosen in (("train", train, words[25:]), ("test", test, words[:25])):
         rng, rows = random.Random(f"{seed} {split}"), []
@@ -666,10 +909,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Draw a small data set of figures to learn from.")
     parser.add_argument("out", type=Path, help="folder for train.parquet and test.parquet")
     for name, default, meaning in (
-        ("train", 2000, "rows of train.parquet"), ("test", 300, "rows of test.parquet"),
-        ("seed", 0, "another seed draws other figures"), ("size", 56, "side of a picture, pixels"),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning}; default {default}")
+        ("train", 2000, "rows of train.parquet"),
+        ("test", 300, "rows of test.parquet"),
+        ("seed", 0, "another seed draws other figures"),
+        ("size", 56, "side of a picture, pixels"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{meaning}; default {default}"
+        )
     make_figures(**vars(parser.parse_args()))
 
 

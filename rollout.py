@@ -1,20 +1,24 @@
 """Sampling responses, and what they say about a model.
 
-    prompts [Prompt] --engine.generate--> groups [[Rollout] * n], with token ids and sampler_logprobs
-    engine.sync(actor) --> the engine samples from the actor's weights
-    problems --evaluate--> accuracy with its standard error, pass@k, maj@n, format, by kind; and every response
+    prompts [Prompt] --engine.generate--> groups [[Rollout] * n], with token ids and
+    sampler_logprobs engine.sync(actor) --> the engine samples from the actor's weights problems
+    --evaluate--> accuracy with its standard error, pass@k, maj@n, format, by kind; and every
+    response
 
-Two engines with one interface. `VLLMEngine` runs vLLM in the trainer's own processes, the way real runs sample;
-`HFEngine` runs `model.generate` on the trainer's weights, where there is no vLLM. Both sample from the trained
-distribution: the policy's softmax at the run's temperature, without the banned vision tokens and with no top-k, top-p
-or repetition penalty, whatever the model's generation config says. Tokens stay ids from here to the loss; text is
-decoded for the rewards and the reader alone.
+Two engines with one interface. `VLLMEngine` runs vLLM in the trainer's own processes, the way real
+runs sample; `HFEngine` runs `model.generate` on the trainer's weights, where there is no vLLM. Both
+sample from the trained distribution: the policy's softmax at the run's temperature, without the
+banned vision tokens and with no top-k, top-p or repetition penalty, whatever the model's generation
+config says. Tokens stay ids from here to the loss; text is decoded for the rewards and the reader
+alone.
 
-    python rollout.py --model DIR --data FILE --out responses.jsonl       evaluates a model without training it
+    python rollout.py --model DIR --data FILE --out responses.jsonl       evaluates a model without
+    training it
 
 Not here: what a response is worth (reward.py), when to sample and sync (train.py).
 
-Legend  B prompts of a call, n responses per prompt, P longest prompt, R tokens of a response, V vocabulary
+Legend  B prompts of a call, n responses per prompt, P longest prompt, R tokens of a response, V
+vocabulary
 """
 
 import argparse
@@ -37,7 +41,16 @@ from typing import NamedTuple
 
 import data
 import reward
-from model import Actor, as_turns, gather_objects, lay_out, left_pad, prompts_of, start_processes, this_rank
+from model import (
+    Actor,
+    as_turns,
+    gather_objects,
+    lay_out,
+    left_pad,
+    prompts_of,
+    start_processes,
+    this_rank,
+)
 
 import numpy as np
 import torch
@@ -51,15 +64,19 @@ VLLM_CPU_CACHE = 512 * 2**20  # bytes of key-value cache in every process, where
 
 @dataclass
 class Rollout:
-    """A response and what the sampler thought of it. It ends with the end token unless it was cut at the limit.
+    """A response and what the sampler thought of it. It ends with the end token unless it was cut
+    at the limit.
 
-    In a conversation the response is all that the policy wrote, turn after turn, each with its end token.
+    In a conversation the response is all that the policy wrote, turn after turn, each with its end
+    token.
     """
 
     response: Tensor  # (R,) int64 ids
     sampler_logprobs: Tensor  # (R,) float32 nats
     truncated: bool
-    observations: list["Observation"] = field(default_factory=list)  # what an environment said between the turns
+    observations: list["Observation"] = field(
+        default_factory=list
+    )  # what an environment said between the turns
     reward: float | None = None  # an environment's, summed over its steps
 
     @property
@@ -68,7 +85,8 @@ class Rollout:
         return len(self.response) + sum(o.tokens for o in self.observations)
 
     def turns(self, observe) -> list:
-        """The response as Actor.logprobs takes it, observations in their places; observe: Problem -> Prompt."""
+        """The response as Actor.logprobs takes it, observations in their places; observe: Problem
+        -> Prompt."""
         first, *later = self.response.tensor_split([o.place for o in self.observations])
         pairs = zip(self.observations, later, strict=True)
         return [first, *(turn for o, ids in pairs for turn in (observe(o.problem), ids))]
@@ -79,29 +97,34 @@ class Rollout:
         return tokenizer.decode(self.response[start : None if self.truncated else -1])
 
     def __reduce__(self):
-        """Travel between ranks as arrays, which pickle a hundred times faster than small tensors."""
+        """Travel between ranks as arrays, which pickle a hundred times faster than small
+        tensors."""
         arrays = self.response.numpy(), self.sampler_logprobs.numpy()
         return _rollout, (*arrays, self.truncated, self.observations, self.reward)
 
 
 class Observation(NamedTuple):
-    """What an environment said: after how many of the policy's tokens, in how many of its own, and what."""
+    """What an environment said: after how many of the policy's tokens, in how many of its own, and
+    what."""
 
     place: int
     tokens: int
-    problem: data.Problem  # compressed, to travel between ranks; its pixels are made again where they are needed
+    problem: (
+        data.Problem
+    )  # compressed, to travel between ranks; its pixels are made again where they are needed
 
 
 def _rollout(response, sampler_logprobs, *rest):
     return Rollout(torch.from_numpy(response), torch.from_numpy(sampler_logprobs), *rest)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # transformers
 
 
 class TrainedDistribution(LogitsProcessor):
-    """Turns logits into the log-probs of the trained distribution, and remembers those of the tokens drawn."""
+    """Turns logits into the log-probs of the trained distribution, and remembers those of the
+    tokens drawn."""
 
     def __init__(self, temperature: float, banned_ids: list[int]):
         self.temperature, self.banned_ids = temperature, banned_ids
@@ -112,7 +135,9 @@ class TrainedDistribution(LogitsProcessor):
         if self.last is not None:
             self.record(input_ids[:, -1])
         banned = torch.tensor(self.banned_ids, dtype=torch.long, device=scores.device)
-        self.last = (scores.float() / self.temperature).index_fill(-1, banned, -torch.inf).log_softmax(-1)
+        self.last = (
+            (scores.float() / self.temperature).index_fill(-1, banned, -torch.inf).log_softmax(-1)
+        )
         return self.last
 
     def record(self, tokens: Tensor) -> None:
@@ -123,7 +148,8 @@ class TrainedDistribution(LogitsProcessor):
 class HFEngine:
     """`model.generate` on the trainer's own weights: nothing to sync, and always there.
 
-    Every prompt and image is prefilled once; its key-value cache is then repeated for the n responses.
+    Every prompt and image is prefilled once; its key-value cache is then repeated for the n
+    responses.
 
     Args:
         max_response_tokens: a longer response is cut.
@@ -133,15 +159,19 @@ class HFEngine:
     def __init__(self, actor: Actor, max_response_tokens: int, rows: int = 1024):
         self.actor, self.max_response_tokens, self.rows = actor, max_response_tokens, rows
 
-    def generate(self, prompts: list, n: int, seed: int, greedy: bool = False) -> list[list[Rollout]]:
+    def generate(
+        self, prompts: list, n: int, seed: int, greedy: bool = False
+    ) -> list[list[Rollout]]:
         """Draw n responses for each of this rank's prompts; all ranks call this together.
 
         Args:
-            prompts: any mixture of text-only ones and ones with images, or conversations so far: lists of turns, see
-                model.lay_out. Ranks may bring different numbers.
+            prompts: any mixture of text-only ones and ones with images, or conversations so far:
+                lists of turns, see model.lay_out. Ranks may bring different numbers.
             n: responses per prompt.
-            seed: fixes the draw, equal on all ranks; the same prompts, weights and seed give the same responses.
-            greedy: take the likeliest token instead of drawing; sampler_logprobs stay those of the distribution.
+            seed: fixes the draw, equal on all ranks; the same prompts, weights and seed give the
+                same responses.
+            greedy: take the likeliest token instead of drawing; sampler_logprobs stay those of the
+                distribution.
 
         Returns:
             One list of n Rollouts per prompt, in the order of the prompts.
@@ -155,28 +185,48 @@ class HFEngine:
 
     def _generate(self, prompts, n, greedy):
         actor, device = self.actor, self.actor.device
-        rows, positions, _ = zip(*(lay_out(as_turns(prompt), actor.positions) for prompt in prompts), strict=True)
+        rows, positions, _ = zip(
+            *(lay_out(as_turns(prompt), actor.positions) for prompt in prompts), strict=True
+        )
         ids = left_pad(rows, actor.pad_id).to(device)  # (B, P)
         mask = left_pad([torch.ones_like(row) for row in rows], 0).to(device)
         positions = left_pad(positions, 0).transpose(0, 1).to(device)  # (3 or 1, B, P)
         positions = positions if len(positions) > 1 else positions[0]
         cache = actor.model(
-            input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[..., :-1], use_cache=True,
-            logits_to_keep=1, **actor.multi_modal_inputs(prompts_of(prompts)),
-            **{name: types[:, :-1] for name, types in actor.token_types([as_turns(p) for p in prompts]).items()},
-        ).past_key_values  # fmt: skip
+            input_ids=ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=positions[..., :-1],
+            use_cache=True,
+            logits_to_keep=1,
+            **actor.multi_modal_inputs(prompts_of(prompts)),
+            **{
+                name: types[:, :-1]
+                for name, types in actor.token_types([as_turns(p) for p in prompts]).items()
+            },
+        ).past_key_values
         cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(n))
         distribution = TrainedDistribution(actor.temperature, actor.banned_ids)
-        # every sampling setting is spelled out: generate() fills in what is missing from the model's generation config
+        # every sampling setting is spelled out: generate() fills in what is missing from the
+        # model's generation config
         config = GenerationConfig(
-            do_sample=not greedy, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-            max_new_tokens=self.max_response_tokens, eos_token_id=actor.eos_ids, pad_token_id=actor.pad_id,
-        )  # fmt: skip
+            do_sample=not greedy,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            max_new_tokens=self.max_response_tokens,
+            eos_token_id=actor.eos_ids,
+            pad_token_id=actor.pad_id,
+        )
         out = actor.model.generate(
-            ids.repeat_interleave(n, 0), attention_mask=mask.repeat_interleave(n, 0), past_key_values=cache,
-            position_ids=positions.repeat_interleave(n, -2), generation_config=config,
-            logits_processor=[distribution], synced_gpus=False,  # weights are whole: no rank has to wait for another
-        )  # fmt: skip
+            ids.repeat_interleave(n, 0),
+            attention_mask=mask.repeat_interleave(n, 0),
+            past_key_values=cache,
+            position_ids=positions.repeat_interleave(n, -2),
+            generation_config=config,
+            logits_processor=[distribution],
+            synced_gpus=False,  # weights are whole: no rank has to wait for another
+        )
         distribution.record(out[:, -1])
         responses = out[:, ids.shape[1] :].cpu()  # (B n, R)
         logprobs = torch.stack(distribution.drawn, 1).cpu()
@@ -184,7 +234,9 @@ class HFEngine:
         lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, responses.shape[1]).tolist()
         rollouts = [
             Rollout(response[:length], logps[:length], truncated=not end.any())
-            for response, logps, end, length in zip(responses, logprobs, ended, lengths, strict=True)
+            for response, logps, end, length in zip(
+                responses, logprobs, ended, lengths, strict=True
+            )
         ]
         return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
 
@@ -202,15 +254,16 @@ class HFEngine:
         """Nothing to end."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # vLLM
 
 
 class VLLMEngine:
     """vLLM inside the trainer's processes: one engine per rank, or one per `tp` consecutive ranks.
 
-    vLLM's "external launcher" runs one worker in every rank and schedules the same requests in each, so all ranks of
-    a tp group make the same calls in the same order. torch.distributed must be up, with a single process too.
+    vLLM's "external launcher" runs one worker in every rank and schedules the same requests in
+    each, so all ranks of a tp group make the same calls in the same order. torch.distributed must
+    be up, with a single process too.
 
     Args:
         actor: whose temperature, banned tokens, end tokens and processor sampling follows.
@@ -224,15 +277,34 @@ class VLLMEngine:
     """
 
     def __init__(
-        self, actor: Actor, model: str, *, dtype: torch.dtype, tp: int, memory_fraction: float, eager: bool,
-        max_prompt_tokens: int, max_response_tokens: int, max_images: int, max_videos: int = 0,
-    ):  # fmt: skip
+        self,
+        actor: Actor,
+        model: str,
+        *,
+        dtype: torch.dtype,
+        tp: int,
+        memory_fraction: float,
+        eager: bool,
+        max_prompt_tokens: int,
+        max_response_tokens: int,
+        max_images: int,
+        max_videos: int = 0,
+    ):
         if dist.get_world_size() % tp:
-            raise ValueError(f"--rollout_tp {tp} does not divide the {dist.get_world_size()} processes of this run")
-        self.actor, self.dtype, self.max_response_tokens, self.asleep = actor, dtype, max_response_tokens, False
+            raise ValueError(
+                f"--rollout_tp {tp} does not divide the {dist.get_world_size()} processes of this run"
+            )
+        self.actor, self.dtype, self.max_response_tokens, self.asleep = (
+            actor,
+            dtype,
+            max_response_tokens,
+            False,
+        )
         set_vllm_environment()
         with kept_globals(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # vLLM looks at every attribute of torch, deprecated or not
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # vLLM looks at every attribute of torch, deprecated or not
             from vllm import LLM
             from vllm.distributed import get_tp_group, get_world_group
             from vllm.platforms import current_platform
@@ -242,16 +314,29 @@ class VLLMEngine:
             if not self.cuda:
                 name_shared_memory()
             longest = max_prompt_tokens + max_response_tokens
-            as_they_are = actor.image_bounds  # of the trainer's size, so vLLM's own resize leaves images as they are
+            as_they_are = (
+                actor.image_bounds
+            )  # of the trainer's size, so vLLM's own resize leaves images as they are
             if max_videos:
                 as_they_are = {"images_kwargs": as_they_are, "videos_kwargs": data.AS_THEY_ARE}
-            # a prompt cut into chunks would make vLLM rewind a request's random state, which only a GPU's can
-            no_chunks = {} if self.cuda else dict(enable_chunked_prefill=False, max_num_batched_tokens=longest + 8192)
+            # a prompt cut into chunks would make vLLM rewind a request's random state, which only a
+            # GPU's can
+            no_chunks = (
+                {}
+                if self.cuda
+                else dict(enable_chunked_prefill=False, max_num_batched_tokens=longest + 8192)
+            )
             self.llm = LLM(
-                model, dtype=str(dtype).removeprefix("torch."), max_model_len=longest, **no_chunks,
-                distributed_executor_backend="external_launcher", tensor_parallel_size=tp,
-                enforce_eager=eager or not self.cuda, enable_sleep_mode=self.cuda,
-                gpu_memory_utilization=memory_fraction, kv_cache_memory_bytes=None if self.cuda else VLLM_CPU_CACHE,
+                model,
+                dtype=str(dtype).removeprefix("torch."),
+                max_model_len=longest,
+                **no_chunks,
+                distributed_executor_backend="external_launcher",
+                tensor_parallel_size=tp,
+                enforce_eager=eager or not self.cuda,
+                enable_sleep_mode=self.cuda,
+                gpu_memory_utilization=memory_fraction,
+                kv_cache_memory_bytes=None if self.cuda else VLLM_CPU_CACHE,
                 limit_mm_per_prompt={"image": max_images, "video": max_videos},
                 mm_processor_kwargs=as_they_are,
                 mm_processor_cache_gb=0,  # each prompt is submitted once, and its n responses share its images anyway
@@ -259,55 +344,89 @@ class VLLMEngine:
                 logprobs_mode="processed_logprobs",  # of the distribution sampled from: after bans and temperature
                 generation_config="vllm",  # not the model's own, whose repetition penalty is not the trained policy's
                 use_tqdm_on_load=False,
-            )  # fmt: skip
+            )
             gc.unfreeze()  # vLLM froze the heap, the trainer's objects too: nothing of it would ever be collected
             # at exit vLLM would destroy the default process group, which is the trainer's
             self.llm.llm_engine.engine_core._finalizer.detach()
             self.tp_group, self.world_group = get_tp_group().cpu_group, get_world_group().cpu_group
 
-    def generate(self, prompts: list, n: int, seed: int, greedy: bool = False) -> list[list[Rollout]]:
-        """Draw n responses for each of this rank's prompts; arguments and result as in HFEngine.generate.
+    def generate(
+        self, prompts: list, n: int, seed: int, greedy: bool = False
+    ) -> list[list[Rollout]]:
+        """Draw n responses for each of this rank's prompts; arguments and result as in
+        HFEngine.generate.
 
-        A prompt and its images are computed once for its n responses. The samples depend on the seed and on the
-        prompt's place among the prompts of all ranks, so not on how many ranks share them.
+        A prompt and its images are computed once for its n responses. The samples depend on the
+        seed and on the prompt's place among the prompts of all ranks, so not on how many ranks
+        share them.
 
         Raises:
             ValueError: greedy with n > 1, n times the same response.
-            RuntimeError: asleep; vLLM saw another prompt than the trainer will; an empty or unfinished response.
+            RuntimeError: asleep; vLLM saw another prompt than the trainer will; an empty or
+                unfinished response.
         """
         if self.asleep:
-            raise RuntimeError("generate while vLLM sleeps: its weights are gone, call sync(actor) first")
+            raise RuntimeError(
+                "generate while vLLM sleeps: its weights are gone, call sync(actor) first"
+            )
         if greedy and n != 1:
-            raise ValueError(f"greedy with n={n}: greedy responses to one prompt are all the same, use n=1")
+            raise ValueError(
+                f"greedy with n={n}: greedy responses to one prompt are all the same, use n=1"
+            )
         prompts, mine, first = self._gather_prompts(prompts)
         with kept_globals():
-            outputs = self.llm.generate(*self._requests(prompts, first, n, seed, greedy), use_tqdm=False)
-        return [self._rollouts(prompt, output, n) for prompt, output in zip(prompts[mine], outputs[mine], strict=True)]
+            outputs = self.llm.generate(
+                *self._requests(prompts, first, n, seed, greedy), use_tqdm=False
+            )
+        return [
+            self._rollouts(prompt, output, n)
+            for prompt, output in zip(prompts[mine], outputs[mine], strict=True)
+        ]
 
     def _gather_prompts(self, prompts):
-        """The prompts of the whole tp group, which of them are this rank's, and how many come before the group."""
+        """The prompts of the whole tp group, which of them are this rank's, and how many come
+        before the group."""
         counts, shares = [None] * dist.get_world_size(), [None] * dist.get_world_size(self.tp_group)
         dist.all_gather_object(counts, len(prompts), group=self.world_group)
-        dist.all_gather_object(shares, [vllm_prompt(as_turns(prompt)) for prompt in prompts], group=self.tp_group)
+        dist.all_gather_object(
+            shares, [vllm_prompt(as_turns(prompt)) for prompt in prompts], group=self.tp_group
+        )
         rank, place = dist.get_rank(), dist.get_rank(self.tp_group)
         first = sum(counts[: rank - place])
         start = sum(counts[:rank]) - first
-        return [pair for share in shares for pair in share], slice(start, start + len(prompts)), first
+        return (
+            [pair for share in shares for pair in share],
+            slice(start, start + len(prompts)),
+            first,
+        )
 
     def _requests(self, prompts, first, n, seed, greedy):
-        """vLLM's inputs: one request per prompt, whose n responses it seeds with seed, seed + 1, ... seed + n - 1."""
+        """vLLM's inputs: one request per prompt, whose n responses it seeds with seed, seed + 1,
+        ... seed + n - 1."""
         from vllm import SamplingParams
 
         actor, params = self.actor, []
-        # one seed for all would give every prompt the same noise; n apart, no two responses of a step share a seed
+        # one seed for all would give every prompt the same noise; n apart, no two responses of a
+        # step share a seed
         start = int(np.random.SeedSequence(seed).generate_state(1)[0])
         for i in range(first, first + len(prompts)):
-            params.append(SamplingParams(
-                n=n, temperature=0.0 if greedy else actor.temperature, top_p=1.0, top_k=0, min_p=0.0,
-                max_tokens=self.max_response_tokens, seed=start + i * n, stop_token_ids=actor.eos_ids, ignore_eos=True,
-                logit_bias={token: -math.inf for token in actor.banned_ids}, logprobs=0, flat_logprobs=True,
-                detokenize=False,
-            ))  # fmt: skip
+            params.append(
+                SamplingParams(
+                    n=n,
+                    temperature=0.0 if greedy else actor.temperature,
+                    top_p=1.0,
+                    top_k=0,
+                    min_p=0.0,
+                    max_tokens=self.max_response_tokens,
+                    seed=start + i * n,
+                    stop_token_ids=actor.eos_ids,
+                    ignore_eos=True,
+                    logit_bias={token: -math.inf for token in actor.banned_ids},
+                    logprobs=0,
+                    flat_logprobs=True,
+                    detokenize=False,
+                )
+            )
         return [request for _, request in prompts], params
 
     def _rollouts(self, prompt, output, n):
@@ -318,17 +437,25 @@ class VLLMEngine:
             )
         reasons = [response.finish_reason for response in output.outputs]
         if len(reasons) != n or not set(reasons) <= {"stop", "length"}:
-            raise RuntimeError(f"vLLM finished a prompt with {reasons} instead of {n} times stop or length")
+            raise RuntimeError(
+                f"vLLM finished a prompt with {reasons} instead of {n} times stop or length"
+            )
         rollouts = []
         for response in output.outputs:
-            ids, logprobs = torch.tensor(response.token_ids), torch.tensor(response.logprobs.logprobs)
+            ids, logprobs = (
+                torch.tensor(response.token_ids),
+                torch.tensor(response.logprobs.logprobs),
+            )
             if len(ids) == 0 or ids.shape != logprobs.shape or not logprobs.isfinite().all():
-                raise RuntimeError(f"vLLM returned {len(ids)} tokens with log-probs {logprobs.tolist()[:8]}")
+                raise RuntimeError(
+                    f"vLLM returned {len(ids)} tokens with log-probs {logprobs.tolist()[:8]}"
+                )
             rollouts.append(Rollout(ids, logprobs, truncated=response.finish_reason == "length"))
         return rollouts
 
     def sync(self, actor: Actor) -> dict[str, float]:
-        """Make vLLM's policy the actor's: wake up, load every weight, forget what was computed with the old ones.
+        """Make vLLM's policy the actor's: wake up, load every weight, forget what was computed with
+        the old ones.
 
         Collective. Frozen weights are sent too, because the deep sleep on a GPU drops them all.
 
@@ -336,8 +463,8 @@ class VLLMEngine:
             Gigabytes sent to vLLM, gigabytes per second, and seconds of waking up.
 
         Raises:
-            ValueError, RuntimeError: a name that vLLM does not know, or a weight of vLLM's that nothing was written
-                to; the engine is not usable after that.
+            ValueError, RuntimeError: a name that vLLM does not know, or a weight of vLLM's that
+                nothing was written to; the engine is not usable after that.
         """
         start, sent = time.perf_counter(), 0
 
@@ -357,18 +484,25 @@ class VLLMEngine:
         finally:
             for _ in weights:  # if this rank failed, the others still wait for its shards
                 pass
-        # keys, values and image features are the old weights'; the processor's cache holds pixels only, and is off
+        # keys, values and image features are the old weights'; the processor's cache holds pixels
+        # only, and is off
         if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache, which holds keys and values of the old weights")
+            raise RuntimeError(
+                "vLLM kept its prefix cache, which holds keys and values of the old weights"
+            )
         self.llm.llm_engine.reset_encoder_cache()
         seconds = time.perf_counter() - start - woke
         start = time.perf_counter()
         self.wake()
-        return {"gigabytes": sent / 1e9, "gigabytes_per_second": sent / 1e9 / seconds,
-                "wake_seconds": woke + time.perf_counter() - start}  # fmt: skip
+        return {
+            "gigabytes": sent / 1e9,
+            "gigabytes_per_second": sent / 1e9 / seconds,
+            "wake_seconds": woke + time.perf_counter() - start,
+        }
 
     def sleep(self) -> None:
-        """Give the memory of weights and cache back to the trainer; `sync` wakes the engine. Nothing on a CPU."""
+        """Give the memory of weights and cache back to the trainer; `sync` wakes the engine.
+        Nothing on a CPU."""
         if self.cuda and not self.asleep:
             self.llm.sleep(level=2)
             self.asleep = True
@@ -380,7 +514,8 @@ class VLLMEngine:
             self.asleep = False
 
     def close(self) -> None:
-        """Free vLLM's memory and process groups, but not the default one. Another engine can be built afterwards."""
+        """Free vLLM's memory and process groups, but not the default one. Another engine can be
+        built afterwards."""
         from vllm.distributed.parallel_state import destroy_model_parallel
 
         core = self.llm.llm_engine.engine_core.engine_core
@@ -394,22 +529,33 @@ class VLLMEngine:
 
 
 def vllm_prompt(turns: list) -> tuple[list[int], dict]:
-    """A conversation so far as the trainer sees it (its token ids) and as vLLM wants it (a TokensPrompt).
+    """A conversation so far as the trainer sees it (its token ids) and as vLLM wants it (a
+    TokensPrompt).
 
-    vLLM gets one token for each image and expands it itself; what the policy wrote goes in as the ids that were drawn.
+    vLLM gets one token for each image and expands it itself; what the policy wrote goes in as the
+    ids that were drawn.
     """
-    whole, short = ([i for t in turns for i in (t if isinstance(t, Tensor) else getattr(t, name)).tolist()]
-                    for name in ("ids", "short_ids"))  # fmt: skip
+    whole, short = (
+        [i for t in turns for i in (t if isinstance(t, Tensor) else getattr(t, name)).tolist()]
+        for name in ("ids", "short_ids")
+    )
     prompts = prompts_of(turns)
-    media = {"image": [x for p in prompts for x in p.images], "video": [x for p in prompts for x in p.videos]}
-    return whole, {"prompt_token_ids": short, "multi_modal_data": {kind: held for kind, held in media.items() if held}}
+    media = {
+        "image": [x for p in prompts for x in p.images],
+        "video": [x for p in prompts for x in p.videos],
+    }
+    return whole, {
+        "prompt_token_ids": short,
+        "multi_modal_data": {kind: held for kind, held in media.items() if held},
+    }
 
 
 def load_weights(worker, weights: Iterator[tuple[str, Tensor]]) -> None:
-    """Run inside vLLM's worker: write the weights in place, in every backend's own layout, and miss none.
+    """Run inside vLLM's worker: write the weights in place, in every backend's own layout, and miss
+    none.
 
-    vLLM itself refuses a name that it does not know, but only logs what is missing, and a half-loaded layer (q and k
-    without v) becomes garbage.
+    vLLM itself refuses a name that it does not know, but only logs what is missing, and a
+    half-loaded layer (q and k without v) becomes garbage.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -422,7 +568,9 @@ def load_weights(worker, weights: Iterator[tuple[str, Tensor]]) -> None:
         missing -= original(weights)
         for name, layer in model.named_modules():
             info = get_layerwise_info(layer)
-            padded = isinstance(layer, VocabParallelEmbedding)  # one tensor, and rows beyond the vocabulary
+            padded = isinstance(
+                layer, VocabParallelEmbedding
+            )  # one tensor, and rows beyond the vocabulary
             if info.can_load() and 0 < info.load_numel < info.load_numel_total and not padded:
                 missing.add(f"{name} ({info.load_numel} of {info.load_numel_total} elements)")
         if missing:
@@ -439,25 +587,33 @@ def load_weights(worker, weights: Iterator[tuple[str, Tensor]]) -> None:
 
 
 def set_vllm_environment() -> None:
-    """What vLLM reads from the environment when it is imported first; a value that the user has exported wins."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process; external_launcher needs it
+    """What vLLM reads from the environment when it is imported first; a value that the user has
+    exported wins."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
+        "0"  # the engine in this process; external_launcher needs it
+    )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it has read its level
+    logging.getLogger("vllm").setLevel(
+        os.environ["VLLM_LOGGING_LEVEL"]
+    )  # it warns before it has read its level
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("RANK", "0")  # torchrun sets these two
     os.environ.setdefault("LOCAL_RANK", "0")
-    # vLLM sets torch's threads and float32 precision for the whole process: let it set what is there already
+    # vLLM sets torch's threads and float32 precision for the whole process: let it set what is
+    # there already
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     os.environ.setdefault("VLLM_FLOAT32_MATMUL_PRECISION", torch.get_float32_matmul_precision())
 
 
 @contextlib.contextmanager
 def kept_globals():
-    """Put back what vLLM changes for the whole process, so that the trainer beside it is not affected.
+    """Put back what vLLM changes for the whole process, so that the trainer beside it is not
+    affected.
 
-    That is: all random states (vLLM seeds them when it starts and draws from torch's with every token), torch's
-    thread setter (the CPU backend replaces it), and two environment variables (LD_PRELOAD would be inherited by the
-    processes that the trainer starts; LOCAL_WORLD_SIZE is torchrun's).
+    That is: all random states (vLLM seeds them when it starts and draws from torch's with every
+    token), torch's thread setter (the CPU backend replaces it), and two environment variables
+    (LD_PRELOAD would be inherited by the processes that the trainer starts; LOCAL_WORLD_SIZE is
+    torchrun's).
     """
     variables = {name: os.environ.get(name) for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE")}
     set_num_threads, python, numpy = torch.set_num_threads, random.getstate(), np.random.get_state()
@@ -475,26 +631,31 @@ def kept_globals():
 
 
 def register_architecture(model: str) -> None:
-    """Hand vLLM its own model class. One that it knows by name only it inspects in a new process, which costs seconds
-    and imports a torchvision that may not load."""
+    """Hand vLLM its own model class. One that it knows by name only it inspects in a new process,
+    which costs seconds and imports a torchvision that may not load."""
     from vllm import ModelRegistry
     from vllm.transformers_utils.config import get_config
 
-    for name in set(get_config(model, trust_remote_code=False).architectures) & set(ModelRegistry.models):
+    for name in set(get_config(model, trust_remote_code=False).architectures) & set(
+        ModelRegistry.models
+    ):
         ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 def name_shared_memory() -> None:
     """Give the shared memory in which vLLM's CPU ranks of a tp group meet a name of this run.
 
-    Under the external launcher the name is the same in every run, so a killed run leaves it occupied ("create shm in
-    SHMManager failed. errno: 17"), and two runs on one machine would share it.
+    Under the external launcher the name is the same in every run, so a killed run leaves it
+    occupied ("create shm in SHMManager failed. errno: 17"), and two runs on one machine would share
+    it.
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as shared
 
     run, make_group_name = [secrets.token_hex(4)], shared.make_group_name
     dist.broadcast_object_list(run)
-    shared.make_group_name = staticmethod(lambda communicator: run[0] + make_group_name(communicator).lstrip("/"))
+    shared.make_group_name = staticmethod(
+        lambda communicator: run[0] + make_group_name(communicator).lstrip("/")
+    )
 
 
 def choose_engine(wanted: str) -> tuple[str, str]:
@@ -515,14 +676,20 @@ def choose_engine(wanted: str) -> tuple[str, str]:
         with kept_globals(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             from vllm.platforms import current_platform
-        if not (current_platform.is_cuda() if torch.cuda.is_available() else current_platform.is_cpu()):
+        if not (
+            current_platform.is_cuda() if torch.cuda.is_available() else current_platform.is_cpu()
+        ):
             problem = f"the installed vLLM is built for {current_platform.device_name or 'no device of this machine'}"
     if problem and wanted == "vllm":
         raise ValueError(f"--engine vllm cannot run: {problem}")
-    return ("hf", problem) if problem else ("vllm", "asked for" if wanted == "vllm" else "installed")
+    return (
+        ("hf", problem) if problem else ("vllm", "asked for" if wanted == "vllm" else "installed")
+    )
 
 
-def build_engine(wanted: str, actor: Actor, model: str, **settings) -> tuple[HFEngine | VLLMEngine, str]:
+def build_engine(
+    wanted: str, actor: Actor, model: str, **settings
+) -> tuple[HFEngine | VLLMEngine, str]:
     """The engine that was asked for, or the best that this machine has, and a sentence on why.
 
     Args:
@@ -536,50 +703,72 @@ def build_engine(wanted: str, actor: Actor, model: str, **settings) -> tuple[HFE
     return HFEngine(actor, settings["max_response_tokens"]), f"rollout engine hf: {why}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Conversations
 
 
 class Conversations:
-    """An engine whose responses are whole conversations: policy and environment take turns until the latter ends.
+    """An engine whose responses are whole conversations: policy and environment take turns until
+    the latter ends.
 
-    An environment is a class that is made from a problem. `first` is the Problem that the policy reads first; the
-    method `step(text)` takes what it wrote and gives the Problem that it reads next, with the images that arrive then,
-    or None at the end, and a reward, which is summed over the steps. All but `generate` is the engine's.
+    An environment is a class that is made from a problem. `first` is the Problem that the policy
+    reads first; the method `step(text)` takes what it wrote and gives the Problem that it reads
+    next, with the images that arrive then, or None at the end, and a reward, which is summed over
+    the steps. All but `generate` is the engine's.
 
     Args:
         observe: Problem -> Prompt of a later turn.
-        max_prompt_tokens: a conversation that is longer before a turn ends there and is marked truncated.
+        max_prompt_tokens: a conversation that is longer before a turn ends there and is marked
+            truncated.
     """
 
-    def __init__(self, engine: "HFEngine | VLLMEngine", environment: type, observe, max_prompt_tokens: int):
-        self.engine, self.environment, self.observe, self.limit = engine, environment, observe, max_prompt_tokens
+    def __init__(
+        self, engine: "HFEngine | VLLMEngine", environment: type, observe, max_prompt_tokens: int
+    ):
+        self.engine, self.environment, self.observe, self.limit = (
+            engine,
+            environment,
+            observe,
+            max_prompt_tokens,
+        )
 
     def __getattr__(self, name: str):
         return getattr(self.engine, name)
 
-    def generate(self, prompts: list, n: int, seed: int, greedy: bool = False) -> list[list[Rollout]]:
+    def generate(
+        self, prompts: list, n: int, seed: int, greedy: bool = False
+    ) -> list[list[Rollout]]:
         """Let n copies of each prompt's environment talk with the policy; as HFEngine.generate.
 
-        A conversation goes on from its token ids, never from text, and the engine sees all of it in every turn. All
-        ranks call the engine equally often, with nothing if their own conversations have ended.
+        A conversation goes on from its token ids, never from text, and the engine sees all of it in
+        every turn. All ranks call the engine equally often, with nothing if their own conversations
+        have ended.
         """
         groups = self.engine.generate(prompts, n, seed, greedy)
-        live = [(prompt, rollout, self.environment(prompt.problem))
-                for prompt, group in zip(prompts, groups, strict=True) for rollout in group]  # fmt: skip
+        live = [
+            (prompt, rollout, self.environment(prompt.problem))
+            for prompt, group in zip(prompts, groups, strict=True)
+            for rollout in group
+        ]
         for turn in itertools.count(1):
             live = [talk for talk in live if self._goes_on(*talk)]
             if not any(gather_objects(bool(live))):
                 return groups
             so_far = [[prompt, *rollout.turns(self.observe)[:-1]] for prompt, rollout, _ in live]
-            for (_, rollout, _), [new] in zip(live, self.engine.generate(so_far, 1, seed + turn, greedy), strict=True):
+            for (_, rollout, _), [new] in zip(
+                live, self.engine.generate(so_far, 1, seed + turn, greedy), strict=True
+            ):
                 rollout.response = torch.cat([rollout.response, new.response])
-                rollout.sampler_logprobs = torch.cat([rollout.sampler_logprobs, new.sampler_logprobs])
+                rollout.sampler_logprobs = torch.cat(
+                    [rollout.sampler_logprobs, new.sampler_logprobs]
+                )
                 rollout.truncated = new.truncated
 
     def _goes_on(self, prompt, rollout, environment) -> bool:
         """Let the environment answer the last turn, unless that was cut, which earns nothing."""
-        problem, earned = (None, 0.0) if rollout.truncated else environment.step(rollout.text(self.tokenizer))
+        problem, earned = (
+            (None, 0.0) if rollout.truncated else environment.step(rollout.text(self.tokenizer))
+        )
         rollout.reward = (rollout.reward or 0.0) + earned
         if problem is None:
             return False
@@ -594,9 +783,11 @@ class Conversations:
 
 
 class Codeword:
-    """Coloured squares stand for letters: every turn shows some, and the last response has to box them, "a c b".
+    """Coloured squares stand for letters: every turn shows some, and the last response has to box
+    them, "a c b".
 
-    The problems are rows of `data.make_codewords`. The reward is the share of letters that are right in their places.
+    The problems are rows of `data.make_codewords`. The reward is the share of letters that are
+    right in their places.
     """
 
     def __init__(self, problem: data.Problem):
@@ -612,12 +803,13 @@ class Codeword:
 ENVIRONMENTS = {"codeword": Codeword}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Evaluation
 
 
 def score(rollouts, problems, n: int, tokenizer, weights: dict, grader) -> dict[str, Tensor]:
-    """(P, n) scores of n responses to each of P problems: every named reward, and "reward", their weighted sum.
+    """(P, n) scores of n responses to each of P problems: every named reward, and "reward", their
+    weighted sum.
 
     P may be 0: a rank has no problem where there are more ranks than problems.
     """
@@ -631,9 +823,18 @@ def score(rollouts, problems, n: int, tokenizer, weights: dict, grader) -> dict[
 
 
 def evaluate(
-    engine, problems, make_prompt, n: int, seed: int, weights: dict, grader, rows: int = 0, view: str = "own",
-):  # fmt: skip
-    """Answer problems with the whole pipeline: images, template, engine, grader. All ranks call this together.
+    engine,
+    problems,
+    make_prompt,
+    n: int,
+    seed: int,
+    weights: dict,
+    grader,
+    rows: int = 0,
+    view: str = "own",
+):
+    """Answer problems with the whole pipeline: images, template, engine, grader. All ranks call
+    this together.
 
     Args:
         problems: sequence of Problems, the same on all ranks; each rank answers its share.
@@ -643,45 +844,74 @@ def evaluate(
         view: own, blank or shuffled images, see `data.with_images`.
 
     Returns:
-        Metrics (see `summarize`) and a record of every response, on every rank, problem after problem.
+        Metrics (see `summarize`) and a record of every response, on every rank, problem after
+        problem.
     """
-    rank, world, tokenizer, records = dist.get_rank(), dist.get_world_size(), engine.actor.processor.tokenizer, []
-    per_call, total = 256 * world, min(rows or len(problems), len(problems))  # equally many calls on every rank
-    for start in tqdm(range(0, total, per_call), f"{view} images", leave=False, disable=rank > 0 or None):
+    rank, world, tokenizer, records = (
+        dist.get_rank(),
+        dist.get_world_size(),
+        engine.actor.processor.tokenizer,
+        [],
+    )
+    per_call, total = (
+        256 * world,
+        min(rows or len(problems), len(problems)),
+    )  # equally many calls on every rank
+    for start in tqdm(
+        range(0, total, per_call), f"{view} images", leave=False, disable=rank > 0 or None
+    ):
         indices = range(start + rank, min(start + per_call, total), world)
         chosen = [data.with_images(problems, i, view) for i in indices]
         rollouts = engine.generate([make_prompt(p) for p in chosen], n, seed + start, greedy=n == 1)
         scores = score(rollouts, chosen, n, tokenizer, weights, grader)
         mine = [
-            dict(row=i, type=problem.type or "none", images=len(problem.images), source=problem.source,
-                 question=problem.question, answer=problem.gold, response=r.text(tokenizer), tokens=len(r.response),
-                 truncated=r.truncated, **{k: float(v[p, j]) for k, v in scores.items()})
-            for p, (i, problem) in enumerate(zip(indices, chosen, strict=True)) for j, r in enumerate(rollouts[p])
-        ]  # fmt: skip
+            dict(
+                row=i,
+                type=problem.type or "none",
+                images=len(problem.images),
+                source=problem.source,
+                question=problem.question,
+                answer=problem.gold,
+                response=r.text(tokenizer),
+                tokens=len(r.response),
+                truncated=r.truncated,
+                **{k: float(v[p, j]) for k, v in scores.items()},
+            )
+            for p, (i, problem) in enumerate(zip(indices, chosen, strict=True))
+            for j, r in enumerate(rollouts[p])
+        ]
         shares = gather_objects(mine)
         records += sorted((r for share in shares for r in share), key=lambda r: r["row"])
     return summarize(records, n), records
 
 
 def summarize(records: list[dict], n: int) -> dict[str, float]:
-    """Metrics of an evaluation: accuracy with its standard error, pass@k and maj@n, means, and accuracy by kind.
+    """Metrics of an evaluation: accuracy with its standard error, pass@k and maj@n, means, and
+    accuracy by kind.
 
-    The standard error is over problems, each the mean of its n responses. pass@k is the unbiased estimate of the
-    chance that one of k responses is right (arXiv:2107.03374, equation 1); maj@n the accuracy of the majority.
-    Accuracy by type, number of images and source is there where these differ, but in no more than 20 ways.
+    The standard error is over problems, each the mean of its n responses. pass@k is the unbiased
+    estimate of the chance that one of k responses is right (arXiv:2107.03374, equation 1); maj@n
+    the accuracy of the majority. Accuracy by type, number of images and source is there where these
+    differ, but in no more than 20 ways.
 
     Args:
         records: n for each problem, problem after problem.
     """
-    right = torch.tensor([r["accuracy"] for r in records], dtype=torch.float64).view(-1, n)  # (P, n)
+    right = torch.tensor([r["accuracy"] for r in records], dtype=torch.float64).view(
+        -1, n
+    )  # (P, n)
     accuracy = right.mean(1)
     error = accuracy.std(correction=min(1, len(accuracy) - 1)) / len(accuracy) ** 0.5
     metrics = {"accuracy": accuracy.mean().item(), "accuracy_se": error.item()}
     if n > 1:
         for k in (2**i for i in range(1, n.bit_length())):
-            missed = [math.comb(n - int(c), k) / math.comb(n, k) for c in (right >= 0.5).sum(1)]  # some are in between
+            missed = [
+                math.comb(n - int(c), k) / math.comb(n, k) for c in (right >= 0.5).sum(1)
+            ]  # some are in between
             metrics[f"pass@{k}"] = 1 - sum(missed) / len(missed)
-        metrics[f"maj@{n}"] = sum(majority(records[i : i + n]) for i in range(0, len(records), n)) / len(accuracy)
+        metrics[f"maj@{n}"] = sum(
+            majority(records[i : i + n]) for i in range(0, len(records), n)
+        ) / len(accuracy)
     for name in ("reward", "format", "truncated", "tokens"):
         metrics[name] = sum(r[name] for r in records) / len(records)
     for key in ("type", "images", "source"):
@@ -689,16 +919,22 @@ def summarize(records: list[dict], n: int) -> dict[str, float]:
         for r in records:
             kinds[r[key]].append(r["accuracy"])
         if 1 < len(kinds) <= 20:
-            metrics |= {f"accuracy/{key}/{kind}": sum(v) / len(v) for kind, v in sorted(kinds.items())}
+            metrics |= {
+                f"accuracy/{key}/{kind}": sum(v) / len(v) for kind, v in sorted(kinds.items())
+            }
     return metrics
 
 
 def majority(records: list[dict]) -> float:
-    """Accuracy of the answer boxed most often in the responses to one problem, as `reward.normalise` spells it.
+    """Accuracy of the answer boxed most often in the responses to one problem, as
+    `reward.normalise` spells it.
 
-    Of equally frequent ones the first given wins. A response without a box has no vote; without any vote it is 0.
+    Of equally frequent ones the first given wins. A response without a box has no vote; without any
+    vote it is 0.
     """
-    votes = collections.defaultdict(list)  # answers over 300 characters are wrong in any case, and slow to normalise
+    votes = collections.defaultdict(
+        list
+    )  # answers over 300 characters are wrong in any case, and slow to normalise
     for r in records:
         if (answer := reward.last_boxed(r["response"])) is not None:
             votes[reward.normalise(answer[:300])].append(r["accuracy"])
@@ -706,68 +942,109 @@ def majority(records: list[dict]) -> float:
 
 
 def token_texts(tokenizer, ids: Tensor) -> list[str]:
-    """What each token adds to the text; a character spread over several tokens comes with the last of them."""
+    """What each token adds to the text; a character spread over several tokens comes with the last
+    of them."""
     texts, held = [], []
     for token in ids.tolist():
         text = tokenizer.decode(held := [*held, token])
-        held = held if text.endswith("\ufffd") and len(held) < 4 else []  # UTF-8 has no longer characters
+        held = (
+            held if text.endswith("\ufffd") and len(held) < 4 else []
+        )  # UTF-8 has no longer characters
         texts.append("" if held else text)
     return texts
 
 
 def describe(metrics: dict[str, float]) -> str:
     """An evaluation in one line."""
-    rest = ", ".join(f"{k} {v:.3g}" for k, v in metrics.items() if k not in ("accuracy", "accuracy_se"))
+    rest = ", ".join(
+        f"{k} {v:.3g}" for k, v in metrics.items() if k not in ("accuracy", "accuracy_se")
+    )
     return f"accuracy {metrics['accuracy']:.3f} +- {metrics['accuracy_se']:.3f}, {rest}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Evaluate a model on a data set, and keep every response.")
+    parser = argparse.ArgumentParser(
+        description="Evaluate a model on a data set, and keep every response."
+    )
     parser.add_argument("--model", required=True, help="Hugging Face directory or hub name")
     parser.add_argument("--data", required=True, help="parquet file, folder, glob or hub data set")
-    parser.add_argument("--images", default="own", choices=data.VIEWS, help="blank and shuffled: how much it looks")
-    parser.add_argument("--skip_bad_rows", action="store_true", help="leave broken rows out instead of stopping")
+    parser.add_argument(
+        "--images", default="own", choices=data.VIEWS, help="blank and shuffled: how much it looks"
+    )
+    parser.add_argument(
+        "--skip_bad_rows", action="store_true", help="leave broken rows out instead of stopping"
+    )
     for name, default, meaning in (
-        ("split", "test", "split of --data, where it has splits"), ("image_key", "images", "column of images"),
-        ("problem_key", "problem", "column of questions"), ("answer_key", "answer", "column of gold answers"),
-        ("type_key", "type", "column of types; may be absent"), ("video_key", "videos", "column of videos"),
-        ("source_key", "data_source", "column of data sources; may be absent"), ("rows", 0, "problems used; 0: all"),
+        ("split", "test", "split of --data, where it has splits"),
+        ("image_key", "images", "column of images"),
+        ("problem_key", "problem", "column of questions"),
+        ("answer_key", "answer", "column of gold answers"),
+        ("type_key", "type", "column of types; may be absent"),
+        ("video_key", "videos", "column of videos"),
+        ("source_key", "data_source", "column of data sources; may be absent"),
+        ("rows", 0, "problems used; 0: all"),
         ("instruction", data.INSTRUCTION, "appended to every question"),
-        ("min_pixels", 56 * 56, "smaller images are enlarged"), ("max_pixels", 1280 * 28 * 28, "larger ones reduced"),
+        ("min_pixels", 56 * 56, "smaller images are enlarged"),
+        ("max_pixels", 1280 * 28 * 28, "larger ones reduced"),
         ("max_prompt_tokens", 2048, "problems with longer prompts are left out"),
-        ("max_response_tokens", 2048, "longer responses are cut"), ("engine", "auto", "vllm, hf or auto"),
-        ("samples", 1, "responses per problem; 1 takes the likeliest tokens"), ("seed", 0, "fixes what is drawn"),
+        ("max_response_tokens", 2048, "longer responses are cut"),
+        ("engine", "auto", "vllm, hf or auto"),
+        ("samples", 1, "responses per problem; 1 takes the likeliest tokens"),
+        ("seed", 0, "fixes what is drawn"),
         ("temperature", 1.0, "of the distribution, for more than one sample"),
         ("rollout_tp", 1, "ranks that share one vLLM engine"),
         ("rewards", "accuracy=0.9,format=0.1", "named rewards with their weights"),
         ("out", "responses.jsonl", "file for the responses, one JSON object per line"),
-    ):  # fmt: skip
+    ):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=meaning)
     args = parser.parse_args()
     device = start_processes()
-    dtype, pixels = torch.bfloat16 if device.type == "cuda" else torch.float32, (args.min_pixels, args.max_pixels)
+    dtype, pixels = (
+        torch.bfloat16 if device.type == "cuda" else torch.float32,
+        (args.min_pixels, args.max_pixels),
+    )
     actor = Actor.from_pretrained(args.model, dtype, pixels, temperature=args.temperature)
     keys = {key: value for key, value in vars(args).items() if key.endswith("_key")}
     problems, kept = data.usable_problems(
-        data.load_problems(args.data, args.split, **keys), actor.processor, *pixels, args.max_prompt_tokens,
-        args.instruction, args.skip_bad_rows,
-    )  # fmt: skip
+        data.load_problems(args.data, args.split, **keys),
+        actor.processor,
+        *pixels,
+        args.max_prompt_tokens,
+        args.instruction,
+        args.skip_bad_rows,
+    )
     engine, why = build_engine(
-        args.engine, actor, args.model, tp=args.rollout_tp, memory_fraction=0.9, eager=False,
-        max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens,
-        max_images=max(len(p.images) for p in problems), max_videos=max(len(p.videos) for p in problems),
-    )  # fmt: skip
+        args.engine,
+        actor,
+        args.model,
+        tp=args.rollout_tp,
+        memory_fraction=0.9,
+        eager=False,
+        max_prompt_tokens=args.max_prompt_tokens,
+        max_response_tokens=args.max_response_tokens,
+        max_images=max(len(p.images) for p in problems),
+        max_videos=max(len(p.videos) for p in problems),
+    )
     if isinstance(engine, HFEngine):
         actor.model.to(device)
     with reward.Grader() as grader:
         metrics, records = evaluate(
-            engine, problems, lambda p: data.make_prompt(p, actor.processor, *pixels, args.instruction), args.samples,
-            args.seed, reward.parse_weights(args.rewards), grader, args.rows, args.images,
-        )  # fmt: skip
+            engine,
+            problems,
+            lambda p: data.make_prompt(p, actor.processor, *pixels, args.instruction),
+            args.samples,
+            args.seed,
+            reward.parse_weights(args.rewards),
+            grader,
+            args.rows,
+            args.images,
+        )
     if dist.get_rank() == 0:
         with open(args.out, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        print(f"{args.data}: {kept}\n{why}\n{args.images} images: {describe(metrics)}\nresponses in {args.out}")
+        print(
+            f"{args.data}: {kept}\n{why}\n{args.images} images: {describe(metrics)}\nresponses in {args.out}"
+        )
     engine.close()
     dist.destroy_process_group()
 

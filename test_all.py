@@ -4,8 +4,9 @@
     pytest test_all.py -m slow      kills, restarts and many steps: 5 minutes
     pytest test_all.py -m bench -s  the benchmark
 
-Nothing is downloaded and nothing of ours is mocked. Tests that need vLLM, or the Geometry3K sample beside the project,
-are skipped with the reason where these are missing. The last lines run what torchrun starts for the tests of 2 ranks.
+Nothing is downloaded and nothing of ours is mocked. Tests that need vLLM, or the Geometry3K sample
+beside the project, are skipped with the reason where these are missing. The last lines run what
+torchrun starts for the tests of 2 ranks.
 """
 
 import base64
@@ -46,7 +47,15 @@ import model
 import reward
 import rollout
 import train
-from reward import Grader, Judge, Response, compute_rewards, format_reward, last_boxed, parse_weights
+from reward import (
+    Grader,
+    Judge,
+    Response,
+    compute_rewards,
+    format_reward,
+    last_boxed,
+    parse_weights,
+)
 
 import av
 import numpy as np
@@ -67,7 +76,7 @@ def close(got, expected, atol=1e-6):
     torch.testing.assert_close(got, expected, atol=atol, rtol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # grpo.py: every formula against numbers worked out by hand
 
 
@@ -108,25 +117,38 @@ def test_advantages_refuse_a_group_of_one():
 )
 def test_clipped_loss_by_hand(ratio, advantage, loss, clipped):
     logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
-    got, cut = grpo.policy_loss(logprobs, torch.zeros(1), torch.tensor([advantage]), torch.tensor([1]), 0.2, 0.3)
+    got, cut = grpo.policy_loss(
+        logprobs, torch.zeros(1), torch.tensor([advantage]), torch.tensor([1]), 0.2, 0.3
+    )
     close(got, torch.tensor([loss]))
     assert cut.tolist() == [clipped]
     # d(-r A)/dlogp = -r A where nothing is cut, else 0
-    close(torch.autograd.grad(got.sum(), logprobs)[0], torch.tensor([0.0 if clipped else -ratio * advantage]))
+    close(
+        torch.autograd.grad(got.sum(), logprobs)[0],
+        torch.tensor([0.0 if clipped else -ratio * advantage]),
+    )
 
 
 def test_sequence_ratio_is_the_geometric_mean_over_each_response():
     # response 1: log ratios 0.1 and 0.3, mean 0.2; response 2: -0.1
     logprobs = torch.tensor([0.1, 0.3, -0.1])
     got, _ = grpo.policy_loss(
-        logprobs, torch.zeros(3), torch.tensor([1.0, 1.0, 1.0]), torch.tensor([2, 1]), 1.0, 1.0, ratio="sequence"
+        logprobs,
+        torch.zeros(3),
+        torch.tensor([1.0, 1.0, 1.0]),
+        torch.tensor([2, 1]),
+        1.0,
+        1.0,
+        ratio="sequence",
     )
     close(got, -torch.tensor([0.2, 0.2, -0.1]).exp())
 
 
 def test_token_weights_by_hand():
     lengths = torch.tensor([1, 3])
-    weights = functools.partial(grpo.token_weights, lengths, total_tokens=4, total_responses=2, max_response_tokens=10)
+    weights = functools.partial(
+        grpo.token_weights, lengths, total_tokens=4, total_responses=2, max_response_tokens=10
+    )
     close(weights("token"), torch.tensor([1, 1, 1, 1]) / 4)
     close(weights("sequence"), torch.tensor([1 / 2, 1 / 6, 1 / 6, 1 / 6]))
     close(weights("constant"), torch.tensor([1, 1, 1, 1]) / 20)
@@ -149,8 +171,14 @@ def test_importance_weights_by_hand():
     old, sampler = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([-1.0, 1.0, 0.5])
     lengths = torch.tensor([2, 1])
     # token ratios e, 1/e, e^-0.5, capped at 2; sequence ratios e^(1 - 1) = 1 and e^-0.5
-    close(grpo.importance_weights(old, sampler, lengths, 2.0), torch.tensor([2.0, math.exp(-1), math.exp(-0.5)]))
-    close(grpo.importance_weights(old, sampler, lengths, 2.0, "sequence"), torch.tensor([1.0, 1.0, math.exp(-0.5)]))
+    close(
+        grpo.importance_weights(old, sampler, lengths, 2.0),
+        torch.tensor([2.0, math.exp(-1), math.exp(-0.5)]),
+    )
+    close(
+        grpo.importance_weights(old, sampler, lengths, 2.0, "sequence"),
+        torch.tensor([1.0, 1.0, math.exp(-0.5)]),
+    )
     close(grpo.importance_weights(old, sampler, lengths, 2.0, "none"), torch.ones(3))
 
 
@@ -169,7 +197,7 @@ def test_an_unknown_variant_is_refused_by_name(call):
         call(torch.zeros(2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # data.py
 
 MIN_PIXELS, MAX_PIXELS, FACTOR = 28 * 28, 28 * 28 * 64, 28
@@ -191,7 +219,9 @@ def build_processor(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS):
         Qwen2VLVideoProcessor,
     )
 
-    symbols = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    symbols = {
+        symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     tokenizer = Tokenizer(models.BPE(vocab=symbols, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -233,7 +263,10 @@ def write(folder, name="train.parquet", **columns):
     """A parquet file of the given columns, None for a missing one; returns its path."""
     total = len(next(values for values in columns.values() if values is not None))
     columns = {"problem": ["<image>What?"] * total, "answer": ["4"] * total, **columns}
-    pq.write_table(pa.table({key: values for key, values in columns.items() if values is not None}), folder / name)
+    pq.write_table(
+        pa.table({key: values for key, values in columns.items() if values is not None}),
+        folder / name,
+    )
     return folder / name
 
 
@@ -271,7 +304,13 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path):
     (tmp_path / "inside_too" / "b.png").write_bytes(red())
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     (folder / "linked").symlink_to(tmp_path)
-    for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "linked/secret.png", "../inside_too/b.png"):
+    for name in (
+        "../secret.png",
+        str(tmp_path / "secret.png"),
+        "link.png",
+        "linked/secret.png",
+        "../inside_too/b.png",
+    ):
         rows = data.load_problems(write(folder, images=[["a.png"], [name]]))
         with pytest.raises(ValueError, match=r"train\.parquet row 1: .*leads out"):
             rows[1]
@@ -283,7 +322,16 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", ["missing.png", "no base64!", "data:image/png,raw", "nul\0.png", "x" * 5000 + ".png", "/etc/passwd", "."]
+    "value",
+    [
+        "missing.png",
+        "no base64!",
+        "data:image/png,raw",
+        "nul\0.png",
+        "x" * 5000 + ".png",
+        "/etc/passwd",
+        ".",
+    ],
 )
 def test_image_text_that_is_nothing_known_is_refused(tmp_path, value):
     with pytest.raises(ValueError, match="row 0: image"):
@@ -299,7 +347,11 @@ def test_a_row_keeps_its_texts_types_and_place(tmp_path):
     kinds, images = [["Triangle", "Circle"]], [[red(), red()]]
     write(tmp_path, "train-1.parquet", problem=["c"], answer=[3], type=kinds, images=images)
     rows = data.load_problems(tmp_path)
-    assert [p.where for p in rows] == ["train-0.parquet row 0", "train-0.parquet row 1", "train-1.parquet row 0"]
+    assert [p.where for p in rows] == [
+        "train-0.parquet row 0",
+        "train-0.parquet row 1",
+        "train-1.parquet row 0",
+    ]
     assert [(p.question, p.answer, p.type, len(p.images)) for p in rows] == [
         ("a", "1", "", 0),
         ("", "2", "", 0),
@@ -313,20 +365,43 @@ def test_a_row_keeps_its_texts_types_and_place(tmp_path):
 
 
 def test_columns_may_have_other_names(tmp_path):
-    file = write(tmp_path, problem=None, answer=None, q=["a<image>"], a=["7"], image=[red()], kind=["k"], from_=["s"])
-    names = dict(image_key="image", problem_key="q", answer_key="a", type_key="kind", source_key="from_")
+    file = write(
+        tmp_path,
+        problem=None,
+        answer=None,
+        q=["a<image>"],
+        a=["7"],
+        image=[red()],
+        kind=["k"],
+        from_=["s"],
+    )
+    names = dict(
+        image_key="image", problem_key="q", answer_key="a", type_key="kind", source_key="from_"
+    )
     row = data.load_problems(file, **names)[0]
-    assert (row.question, row.answer, row.images, row.type, row.source) == ("a<image>", "7", (red(),), "k", "s")
+    assert (row.question, row.answer, row.images, row.type, row.source) == (
+        "a<image>",
+        "7",
+        (red(),),
+        "k",
+        "s",
+    )
 
 
 def test_an_answer_may_be_a_list_and_a_row_names_its_source(tmp_path, processor):
-    rows = data.load_problems(write(tmp_path, answer=[["4", "four"], ["5"], None], data_source=["vqa", None, "x"]))
+    rows = data.load_problems(
+        write(tmp_path, answer=[["4", "four"], ["5"], None], data_source=["vqa", None, "x"])
+    )
     assert [(p.answer, p.gold, p.source) for p in rows] == [
         ("4,four", ("4", "four"), "vqa"), ("5", ("5",), "train.parquet"), ("", "", "x")
     ]  # fmt: skip
     for cell in ([], [None], ["4", " "]):
-        rows = data.load_problems(write(tmp_path, problem=["?"], answer=pa.array([cell], pa.list_(pa.string()))))
-        with pytest.raises(ValueError, match=r"train\.parquet row 0: the answer or the question is empty"):
+        rows = data.load_problems(
+            write(tmp_path, problem=["?"], answer=pa.array([cell], pa.list_(pa.string())))
+        )
+        with pytest.raises(
+            ValueError, match=r"train\.parquet row 0: the answer or the question is empty"
+        ):
             data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, 999)
 
 
@@ -335,7 +410,11 @@ def test_a_folder_gives_the_files_of_the_split(tmp_path):
         return sorted({row.source for row in data.load_problems(tmp_path, split)})
 
     (tmp_path / "data").mkdir()
-    for name in ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/testmini.parquet"):
+    for name in (
+        "data/train-00000-of-00002.parquet",
+        "data/train-00001-of-00002.parquet",
+        "data/testmini.parquet",
+    ):
         write(tmp_path, name, problem=["a"])
     assert names("train") == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
     assert names("testmini") == ["testmini.parquet"]
@@ -359,15 +438,25 @@ def test_what_cannot_be_loaded_says_what_is_there(tmp_path):
     with pytest.raises(ValueError, match=r"'images'.*image_key"):  # not taken for text-only data
         data.load_problems(write(tmp_path, image=[red()]))
     for column, value in (("problem", ["4"]), ("answer", [["4"]]), ("answer", {"a": "4"})):
-        with pytest.raises(ValueError, match=rf"'{column}' is (list|struct).*but .* {column} is text"):
+        with pytest.raises(
+            ValueError, match=rf"'{column}' is (list|struct).*but .* {column} is text"
+        ):
             data.load_problems(write(tmp_path, **{column: [value]}))
     with pytest.raises(ValueError, match="no rows"):
-        data.load_problems(write(tmp_path, problem=pa.array([], pa.string()), answer=pa.array([], pa.string())))
+        data.load_problems(
+            write(tmp_path, problem=pa.array([], pa.string()), answer=pa.array([], pa.string()))
+        )
     (tmp_path / "broken.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(ValueError, match=r"broken\.parquet is not a whole parquet file"):
         data.load_problems(tmp_path / "broken.parquet")
     (tmp_path / "empty").mkdir()
-    for path in (tmp_path / "empty", tmp_path / "none.parquet", "data/none.parquet", f"{tmp_path}/*.jsonl", "a/b/c"):
+    for path in (
+        tmp_path / "empty",
+        tmp_path / "none.parquet",
+        "data/none.parquet",
+        f"{tmp_path}/*.jsonl",
+        "a/b/c",
+    ):
         with pytest.raises(ValueError, match="no "):
             data.load_problems(path)
     with pytest.raises(ValueError, match="no such file or folder, and not to be had from the hub"):
@@ -381,7 +470,11 @@ def test_transparency_is_laid_on_white():
     # red at alpha 128: 255, and 0 * 128/255 + 255 * 127/255 = 127
     half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
     assert data.decode_image(encode(half)).getpixel((0, 0)) == (255, 127, 127)
-    assert data.decode_image(encode(Image.new("LA", (4, 4), (0, 0)))).getpixel((0, 0)) == (255, 255, 255)
+    assert data.decode_image(encode(Image.new("LA", (4, 4), (0, 0)))).getpixel((0, 0)) == (
+        255,
+        255,
+        255,
+    )
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([0, 0, 0, 0, 0, 255])
     palette.putpixel((1, 0), 1)
@@ -414,7 +507,9 @@ def test_exif_turns_the_picture_upright():
 
 
 def test_what_is_not_an_image_is_a_value_error():
-    whole = encode(Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)))
+    whole = encode(
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+    )
     floats = encode(Image.new("F", (4, 4)), "TIFF")
     for raw in (b"", b"hello", whole[:60], whole[: len(whole) // 2], floats):
         with pytest.raises(ValueError):
@@ -430,7 +525,13 @@ def random_cases(total):
             continue
         factor = rng.choice([28, 32])
         low = rng.randint(1, 300)
-        yield width, height, low * factor**2, (low * rng.choice([1, 2, 4]) + rng.randint(0, 999)) * factor**2, factor
+        yield (
+            width,
+            height,
+            low * factor**2,
+            (low * rng.choice([1, 2, 4]) + rng.randint(0, 999)) * factor**2,
+            factor,
+        )
 
 
 def test_resized_size_is_on_the_grid_within_bounds_and_left_alone_by_qwens_rule():
@@ -485,8 +586,8 @@ def test_blank_and_shuffled_images_keep_sizes_and_lose_content():
     rows = [problem("<image><image>", grey(10, (60, 40), (40, 90))), problem("What?", ()),
             problem(images=grey(50, (28, 28))), problem("<image><image><image>", grey(90, *[(56, 56)] * 3)),
             problem(images=grey(50, (28, 28)))]  # fmt: skip
-    # shuffled: the first from two rows on, round the end, that has images and others: rows 2, none, 0 (4 has the same),
-    # 0 (two for three), and 3 (1 has none, 2 the same)
+    # shuffled: the first from two rows on, round the end, that has images and others: rows 2, none,
+    # 0 (4 has the same), 0 (two for three), and 3 (1 has none, 2 the same)
     seen = {"own": [[10, 10], [], [50], [90] * 3, [50]], "blank": [[255, 255], [], [255], [255] * 3, [255]],
             "shuffled": [[50, 50], [], [10], [10] * 3, [90]]}  # fmt: skip
     for view in data.VIEWS:
@@ -494,7 +595,9 @@ def test_blank_and_shuffled_images_keep_sizes_and_lose_content():
             changed = data.with_images(rows, i, view)
             images = [data.decode_image(raw) for raw in changed.images]
             assert [image.getpixel((0, 0))[0] for image in images] == seen[view][i], (view, i)
-            assert [image.size for image in images] == [data.decode_image(raw).size for raw in row.images]
+            assert [image.size for image in images] == [
+                data.decode_image(raw).size for raw in row.images
+            ]
             assert dataclasses.replace(changed, images=()) == dataclasses.replace(row, images=())
     with pytest.raises(ValueError, match="row 17: no other problem has an image"):
         data.with_images([rows[1], rows[2], rows[4]], 1, "shuffled")
@@ -505,7 +608,9 @@ def test_blank_and_shuffled_images_keep_sizes_and_lose_content():
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_a_prompt_holds_as_many_image_tokens_as_its_images_have_tiles(processor, count):
-    sizes = [(56, 56), (84, 28), (28, 112)][:count]  # 4, 3 and 4 tiles of 28 x 28; four 14-pixel patches in each
+    sizes = [(56, 56), (84, 28), (28, 112)][
+        :count
+    ]  # 4, 3 and 4 tiles of 28 x 28; four 14-pixel patches in each
     tiles = [4, 3, 4][:count]
     prompt = data.make_prompt(
         problem("".join(f"{i}<image>" for i in range(count)) + "end", tuple(red(*size) for size in sizes)),
@@ -520,14 +625,18 @@ def test_a_prompt_holds_as_many_image_tokens_as_its_images_have_tiles(processor,
     assert prompt.inputs["mm_token_type_ids"].sum() == sum(tiles)
     if count:
         assert prompt.inputs["pixel_values"].shape == (4 * sum(tiles), 3 * 2 * 14 * 14)
-    seen = "".join(f"{i}<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for i, n in enumerate(tiles))
+    seen = "".join(
+        f"{i}<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for i, n in enumerate(tiles)
+    )
     text = f"<|im_start|>user\n{seen}end\nAnswer.<|im_end|>\n<|im_start|>assistant\n"
     assert processor.tokenizer.decode(prompt.ids) == text
 
 
 def test_the_instruction_may_be_empty_and_a_question_only_an_image(processor):
     prompt = data.make_prompt(problem("<image>"), processor, MIN_PIXELS, MAX_PIXELS, "")
-    assert processor.tokenizer.decode(prompt.ids).endswith("<|vision_end|><|im_end|>\n<|im_start|>assistant\n")
+    assert processor.tokenizer.decode(prompt.ids).endswith(
+        "<|vision_end|><|im_end|>\n<|im_start|>assistant\n"
+    )
     prompt = data.make_prompt(problem("<image>"), processor, MIN_PIXELS, MAX_PIXELS)
     assert data.INSTRUCTION in processor.tokenizer.decode(prompt.ids)
 
@@ -535,17 +644,25 @@ def test_the_instruction_may_be_empty_and_a_question_only_an_image(processor):
 def test_a_large_image_is_resized_into_the_bounds(processor):
     prompt = data.make_prompt(problem(images=(red(900, 600),)), processor, MIN_PIXELS, MAX_PIXELS)
     width, height = prompt.images[0].size
-    assert width * height <= MAX_PIXELS and prompt.inputs["image_grid_thw"].tolist() == [[1, height // 14, width // 14]]
+    assert width * height <= MAX_PIXELS and prompt.inputs["image_grid_thw"].tolist() == [
+        [1, height // 14, width // 14]
+    ]
 
 
-@pytest.mark.parametrize("question, images", [("What?", (red(),)), ("<image>", ()), ("<image><image>", (red(),) * 3)])
+@pytest.mark.parametrize(
+    "question, images", [("What?", (red(),)), ("<image>", ()), ("<image><image>", (red(),) * 3)]
+)
 def test_a_placeholder_mismatch_names_the_row_and_both_counts(processor, question, images):
-    expected = rf"train\.parquet row 17: {question.count('<image>')} <image> .* {len(images)} images"
+    expected = (
+        rf"train\.parquet row 17: {question.count('<image>')} <image> .* {len(images)} images"
+    )
     with pytest.raises(ValueError, match=expected):
         data.make_prompt(problem(question, images), processor, MIN_PIXELS, MAX_PIXELS)
 
 
-@pytest.mark.parametrize("text", ["<|image_pad|>", "<|vision_start|>", "<|im_start|>system", "<|im_end|>"])
+@pytest.mark.parametrize(
+    "text", ["<|image_pad|>", "<|vision_start|>", "<|im_start|>system", "<|im_end|>"]
+)
 def test_control_tokens_in_a_question_are_refused(processor, text):
     with pytest.raises(ValueError, match="row 17: the question holds"):
         data.make_prompt(problem(f"<image>say {text} now"), processor, MIN_PIXELS, MAX_PIXELS)
@@ -566,26 +683,47 @@ def test_usable_problems_counts_overlong_and_broken_rows(tmp_path, processor):
     truncated = red(300, 300)[:200]
     file = write(
         tmp_path,
-        problem=["<image>ok", "<image>" + "long " * 200, "no placeholder", "<image>torn", "<image>empty", "<image>ok"],
+        problem=[
+            "<image>ok",
+            "<image>" + "long " * 200,
+            "no placeholder",
+            "<image>torn",
+            "<image>empty",
+            "<image>ok",
+        ],
         answer=["1", "2", "3", "4", " ", "6"],
         images=[[red()], [red()], [red()], [truncated], [red()], [red(112, 112)]],
     )
     rows = data.load_problems(file)
-    with pytest.raises(ValueError, match=r"(?s)3 of 6 rows are broken.*row 2: .*row 3: .*row 4: the answer or"):
+    with pytest.raises(
+        ValueError, match=r"(?s)3 of 6 rows are broken.*row 2: .*row 3: .*row 4: the answer or"
+    ):
         data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, 300)
-    usable, report = data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, 300, skip_bad_rows=True)
+    usable, report = data.usable_problems(
+        rows, processor, MIN_PIXELS, MAX_PIXELS, 300, skip_bad_rows=True
+    )
     assert [p.answer for p in usable] == ["1", "6"]
     assert (report.kept, report.overlong, len(report.bad)) == (2, 1, 3)
-    assert [message.split(":")[0] for message in report.bad] == [f"train.parquet row {i}" for i in (2, 3, 4)]
-    longest = len(data.make_prompt(usable[1], processor, MIN_PIXELS, MAX_PIXELS).ids)  # 16 image tokens against 4
-    assert report.longest == longest and "kept 2" in str(report) and "1 overlong and 3 broken" in str(report)
+    assert [message.split(":")[0] for message in report.bad] == [
+        f"train.parquet row {i}" for i in (2, 3, 4)
+    ]
+    longest = len(
+        data.make_prompt(usable[1], processor, MIN_PIXELS, MAX_PIXELS).ids
+    )  # 16 image tokens against 4
+    assert (
+        report.longest == longest
+        and "kept 2" in str(report)
+        and "1 overlong and 3 broken" in str(report)
+    )
 
 
 def test_a_prompt_of_exactly_the_limit_is_kept_and_none_left_is_refused(tmp_path, processor):
     rows = data.load_problems(write(tmp_path, images=[[red()], [red()]]))
     length = len(data.make_prompt(rows[0], processor, MIN_PIXELS, MAX_PIXELS).ids)
     assert len(data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, length)[0]) == 2
-    with pytest.raises(ValueError, match=f"max_prompt_tokens={length - 1} .*{length} to {length} tokens"):
+    with pytest.raises(
+        ValueError, match=f"max_prompt_tokens={length - 1} .*{length} to {length} tokens"
+    ):
         data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, length - 1)
     with pytest.raises(ValueError, match="2 are broken"):
         broken = data.load_problems(write(tmp_path, images=[[], []]))
@@ -595,7 +733,11 @@ def test_a_prompt_of_exactly_the_limit_is_kept_and_none_left_is_refused(tmp_path
 @pytest.mark.skipif(not GEO3K.exists(), reason="Geo3K rows are not here")
 def test_real_geo3k_rows_become_prompts(processor):
     rows = data.load_problems(GEO3K / "validation.parquet")
-    assert (len(rows), len(data.load_problems(GEO3K)), len(data.load_problems(GEO3K, "validation"))) == (60, 360, 60)
+    assert (
+        len(rows),
+        len(data.load_problems(GEO3K)),
+        len(data.load_problems(GEO3K, "validation")),
+    ) == (60, 360, 60)
     assert all(len(p.images) == 1 and p.answer and p.type for p in rows)
     usable, report = data.usable_problems(rows[:20], processor, MIN_PIXELS, MAX_PIXELS, 10_000)
     assert len(usable) == report.kept == 20 and not report.bad and report.overlong == 0
@@ -606,8 +748,12 @@ def test_real_geo3k_rows_become_prompts(processor):
 
 @pytest.mark.parametrize("batch, total", [(3, 7), (4, 4), (10, 4), (1, 5), (5, 1)])
 def test_steps_end_to_end_visit_every_problem_once_per_epoch(batch, total):
-    stream = [index for step in range(total * 2) for index in data.batch_indices(0, step, batch, total)]
-    epochs = [stream[start : start + total] for start in range(0, len(stream), total)]  # 2 * batch of them
+    stream = [
+        index for step in range(total * 2) for index in data.batch_indices(0, step, batch, total)
+    ]
+    epochs = [
+        stream[start : start + total] for start in range(0, len(stream), total)
+    ]  # 2 * batch of them
     assert len(epochs) == 2 * batch and all(sorted(epoch) == list(range(total)) for epoch in epochs)
 
 
@@ -616,7 +762,9 @@ def test_a_step_depends_on_seed_and_step_alone():
     data._epoch_order.cache_clear()
     assert data.batch_indices(5, 40, 8, 100) == late  # without the steps before
     assert data.batch_indices(6, 40, 8, 100) != late
-    assert data.batch_indices(5, 0, 100, 100) != data.batch_indices(5, 1, 100, 100)  # each epoch in its own order
+    assert data.batch_indices(5, 0, 100, 100) != data.batch_indices(
+        5, 1, 100, 100
+    )  # each epoch in its own order
     # a known order: a change of it would make an old run's resume replay some rows and skip others
     assert data.batch_indices(0, 0, 5, 5) == [2, 4, 3, 0, 1]
     for step, batch, total in ((-1, 1, 1), (0, 0, 1), (0, 1, 0)):
@@ -639,17 +787,24 @@ def test_the_same_seed_draws_the_same_files_and_another_seed_others(tmp_path, fi
     data.make_figures(tmp_path / "other", train=20, test=20, seed=4)
     for name in ("train.parquet", "test.parquet"):
         assert (tmp_path / "again" / name).read_bytes() == (figures / name).read_bytes()
-    first = {raw for p in data.load_problems(tmp_path / "other" / "train.parquet") for raw in p.images}
+    first = {
+        raw for p in data.load_problems(tmp_path / "other" / "train.parquet") for raw in p.images
+    }
     assert not first & {raw for p in data.load_problems(figures) for raw in p.images}
 
 
 def test_no_picture_is_in_both_train_and_test(tmp_path, figures):
     data.make_figures(tmp_path, train=100, test=100, size=16)
     for folder in (figures, tmp_path):
-        train, test = ({raw for p in data.load_problems(folder, s) for raw in p.images} for s in ("train", "test"))
+        train, test = (
+            {raw for p in data.load_problems(folder, s) for raw in p.images}
+            for s in ("train", "test")
+        )
         assert train and test and not train & test
         # by construction, not by chance: a picture's own bytes say where it belongs
-        assert all(zlib.crc32(raw) % 4 for raw in train) and not any(zlib.crc32(raw) % 4 for raw in test)
+        assert all(zlib.crc32(raw) % 4 for raw in train) and not any(
+            zlib.crc32(raw) % 4 for raw in test
+        )
 
 
 def test_types_and_their_answers_are_balanced(figures):
@@ -657,7 +812,9 @@ def test_types_and_their_answers_are_balanced(figures):
     assert Counter(p.type for p in rows) == dict.fromkeys(data.FIGURES, 84)
     for kind, (answers, _) in data.FIGURES.items():
         # 84 rows over 3, 6, 6, 3 and 6 answers: all divide it
-        assert Counter(p.answer for p in rows if p.type == kind) == dict.fromkeys(answers, 84 // len(answers))
+        assert Counter(p.answer for p in rows if p.type == kind) == dict.fromkeys(
+            answers, 84 // len(answers)
+        )
 
 
 def test_figures_show_what_their_answers_say(figures):
@@ -666,7 +823,9 @@ def test_figures_show_what_their_answers_say(figures):
         assert len(row.images) == row.question.count("<image>") == (2 if row.type == "sum" else 1)
         pictures = [data.decode_image(raw) for raw in row.images]
         assert all(picture.size == (56, 56) for picture in pictures)
-        pixels = Counter(names.get(rgb) for rgb in pictures[0].get_flattened_data())  # None: white and edges
+        pixels = Counter(
+            names.get(rgb) for rgb in pictures[0].get_flattened_data()
+        )  # None: white and edges
         pixels.pop(None)
         if row.type in ("colour", "larger"):
             assert pixels.most_common(1)[0][0] == row.answer
@@ -676,11 +835,15 @@ def test_figures_show_what_their_answers_say(figures):
 
 
 def count_sides(picture):
-    """Sides of a filled regular polygon, from its area over its reach squared: n/2 sin(2 pi / n), 1.30 2 2.38 2.60."""
+    """Sides of a filled regular polygon, from its area over its reach squared: n/2 sin(2 pi / n),
+    1.30 2 2.38 2.60."""
     grey = 1 - np.asarray(picture.convert("L")) / 255
     cover = grey / grey.max()
     y, x = np.nonzero(cover > 0.5)
-    y0, x0 = (cover.sum(1) @ np.arange(56) / cover.sum(), cover.sum(0) @ np.arange(56) / cover.sum())
+    y0, x0 = (
+        cover.sum(1) @ np.arange(56) / cover.sum(),
+        cover.sum(0) @ np.arange(56) / cover.sum(),
+    )
     reach = np.hypot(y - y0, x - x0).max() + 0.4
     ratio = cover.sum() / reach**2
     return min(range(3, 7), key=lambda n: abs(n / 2 * math.sin(2 * math.pi / n) - ratio))
@@ -693,9 +856,20 @@ def test_figures_refuse_empty_files_and_unreadable_sizes(tmp_path):
 
 
 def test_the_command_line_writes_both_files(tmp_path):
-    command = [sys.executable, str(HERE / "data.py"), str(tmp_path / "out"), "--train", "10", "--test", "5"]
+    command = [
+        sys.executable,
+        str(HERE / "data.py"),
+        str(tmp_path / "out"),
+        "--train",
+        "10",
+        "--test",
+        "5",
+    ]
     subprocess.run(command, check=True, capture_output=True)
-    assert (len(data.load_problems(tmp_path / "out")), len(data.load_problems(tmp_path / "out", "test"))) == (10, 5)
+    assert (
+        len(data.load_problems(tmp_path / "out")),
+        len(data.load_problems(tmp_path / "out", "test")),
+    ) == (10, 5)
 
 
 def test_importing_data_needs_no_transformers():
@@ -703,7 +877,7 @@ def test_importing_data_needs_no_transformers():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # reward.py
 
 # (gold, answers that are right, answers that are wrong), by hand
@@ -711,27 +885,69 @@ ANSWERS = [
     (r"2 \sqrt { 221 }", [r"2\sqrt{221}", r"\sqrt{884}"], [r"2\sqrt{22}", "221", "2"]),
     (r"6 \sqrt 2", [r"6\sqrt{2}", r"\sqrt{72}", r"6\sqrt2", "6√2", "6sqrt(2)"], []),
     (r"\sqrt{13}", [r"\sqrt 13"], []),
-    (r"\frac { 25 } { 14 }", [r"\dfrac{25}{14}", "25/14", r"\frac{50}{28}", r"1\frac{11}{14}"], ["1.79"]),
+    (
+        r"\frac { 25 } { 14 }",
+        [r"\dfrac{25}{14}", "25/14", r"\frac{50}{28}", r"1\frac{11}{14}"],
+        ["1.79"],
+    ),
     ("0.5", [r"\frac12", "50%", ".5"], []),
-    (r"4 \frac { 4 } { 11 }", [r"\frac{48}{11}", "48/11", "4 4/11"], [r"\frac{16}{11}", r"-4\frac{4}{11}"]),
+    (
+        r"4 \frac { 4 } { 11 }",
+        [r"\frac{48}{11}", "48/11", "4 4/11"],
+        [r"\frac{16}{11}", r"-4\frac{4}{11}"],
+    ),
     ("3 : 4", ["3:4", "6:8", r"3\colon4"], ["4:3"]),
     ("3:4", [r"\frac{3}{4}", "3 to 4", r"3 \text{ to } 4"], ["3"]),
     (r"\frac { \sqrt 3 } { 4 } : 1", [r"\sqrt{3}:4"], []),
-    ("x < 60",
-     ["x < 60", "60 > x", r"x \lt 60", "x<60.", r"(-\infty, 60)"],
-     ["60", "x > 60", r"x \le 60", "x <= 60", "x = 60", "x < 140"]),
+    (
+        "x < 60",
+        ["x < 60", "60 > x", r"x \lt 60", "x<60.", r"(-\infty, 60)"],
+        ["60", "x > 60", r"x \le 60", "x <= 60", "x = 60", "x < 140"],
+    ),
     ("x <= 60", [r"x \leq 60", r"x\leqslant 60"], ["x < 60"]),
     (r"x \le 60", ["x ≤ 60"], []),
-    ("109",
-     ["109°", r"109^\circ", r"109^{\circ}", "109 degrees", r"109 \text{ degrees}", r"109\degree",
-      "109º", "109˚", "109^o", "109 deg."],
-     ["108°"]),
+    (
+        "109",
+        [
+            "109°",
+            r"109^\circ",
+            r"109^{\circ}",
+            "109 degrees",
+            r"109 \text{ degrees}",
+            r"109\degree",
+            "109º",
+            "109˚",
+            "109^o",
+            "109 deg.",
+        ],
+        ["108°"],
+    ),
     (r"109^\circ", ["109"], []),
-    ("10",
-     [r"10 \text{ units}", "10 cm", r"10\,\text{cm}", "10cm", r"10 \text{ cm}^2", "10 cm^2", "10 cm²",
-      r"10\text{ cm}^{2}", "10 m", r"10 \text{ square units}", r"10\ \mathrm{mm}", "10 in.", "10 inches",
-      "10 kg", "10 seconds", "10 m/s", "10 dollars", "10 hrs", r"10 \text{ radians}"],
-     ["10 kangaroos", "10 k"]),
+    (
+        "10",
+        [
+            r"10 \text{ units}",
+            "10 cm",
+            r"10\,\text{cm}",
+            "10cm",
+            r"10 \text{ cm}^2",
+            "10 cm^2",
+            "10 cm²",
+            r"10\text{ cm}^{2}",
+            "10 m",
+            r"10 \text{ square units}",
+            r"10\ \mathrm{mm}",
+            "10 in.",
+            "10 inches",
+            "10 kg",
+            "10 seconds",
+            "10 m/s",
+            "10 dollars",
+            "10 hrs",
+            r"10 \text{ radians}",
+        ],
+        ["10 kangaroos", "10 k"],
+    ),
     (r"48 \pi", [r"48\pi \text{ cm}^2", r"48\pi", r"48 \pi \text{ units}^2"], ["150.8"]),
     ("3x", [], ["3x+2m"]),
     ("2", [], ["2m"]),
@@ -748,31 +964,85 @@ ANSWERS = [
     ("4", ["x = 4", "x=4", r"x = \frac{8}{2} = 4"], []),
     ("45", [r"\angle ABC = 45", r"m\angle A = 45", r"m \angle ABC = 45^\circ"], []),
     ("x = 4", ["4", "y = 4"], []),
-    ("15",
-     ["AB = CD = 15", "15.", r"\$15", "$15$", r"\left(15\right)", "015", r"\frac{30}{2}", r"3 \times 5", "{15}",
-      "15\\"],
-     ["14=15", "5 = 14 = 15", r"5 \approx 15", "1.5e1", "5, 14, 15, 35", "5 or 14", "5 or 15", "15 or 5",
-      r"15 \text{ or } 5", r"15 \text{ (or 5)}", r"\{5,14,15,35\}", "5;15", "5 15", r"\pm 15", "[0,100]",
-      "5/14/15", "5,15", "", None, "   ", "x", "15x", r"\frac{15}", "15}", r"\infty", r"\frac{1}{0}",
-      r"\frac{0}{0}", "answer: 15", "final answer is $15$"]),
+    (
+        "15",
+        [
+            "AB = CD = 15",
+            "15.",
+            r"\$15",
+            "$15$",
+            r"\left(15\right)",
+            "015",
+            r"\frac{30}{2}",
+            r"3 \times 5",
+            "{15}",
+            "15\\",
+        ],
+        [
+            "14=15",
+            "5 = 14 = 15",
+            r"5 \approx 15",
+            "1.5e1",
+            "5, 14, 15, 35",
+            "5 or 14",
+            "5 or 15",
+            "15 or 5",
+            r"15 \text{ or } 5",
+            r"15 \text{ (or 5)}",
+            r"\{5,14,15,35\}",
+            "5;15",
+            "5 15",
+            r"\pm 15",
+            "[0,100]",
+            "5/14/15",
+            "5,15",
+            "",
+            None,
+            "   ",
+            "x",
+            "15x",
+            r"\frac{15}",
+            "15}",
+            r"\infty",
+            r"\frac{1}{0}",
+            r"\frac{0}{0}",
+            "answer: 15",
+            "final answer is $15$",
+        ],
+    ),
     ("24", [r"\text{Area} = 24 \text{ cm}^2"], []),
     ("5", ["x_1 = 5"], []),
     ("8", ["7.99999999", r"\sqrt{64}", "8.0"], ["2x = 8", "8.3", "7.9999", r"\sqrt{65}"]),
     ("7", [r"\overline{AB} = 7"], []),
     ("8.6", [r"\sqrt{74} \approx 8.6", r"\sqrt{74}"], [r"\sqrt{76}", "-8.6", r"-\sqrt{74}"]),
-    (r"\sqrt{74}", [r"\sqrt{74} \approx 8.6", r"x = \sqrt{74} = 8.6"], [r"\sqrt{74} \approx 8.7", "8.6"]),
+    (
+        r"\sqrt{74}",
+        [r"\sqrt{74} \approx 8.6", r"x = \sqrt{74} = 8.6"],
+        [r"\sqrt{74} \approx 8.7", "8.6"],
+    ),
     ("50", ["50%", r"50\%"], ["0.5"]),
     ("50%", ["50 percent", "50", "0.5", "50%", r"\frac{1}{2}"], ["5000%", "40%", "0.5%"]),
     ("red", ["red", "Red", r"\text{red}"], ["blue", "der"]),
-    ("not enough information",
-     [r"\text{Not enough information}", "not  enough information."],
-     ["enough information", "15"]),
-    (r"\angle 3 \cong \angle Z",
-     [r"\angle 3 \cong \angle Z", r"\angle3\cong\angle Z", r"\angle Z \cong \angle 3", "∠3 ≅ ∠Z"],
-     [r"\angle 3 \cong \angle Y"]),
-    (r"\angle 2 and \angle 6",
-     [r"\angle 6 \text{ and } \angle 2", r"\angle 2, \angle 6"],
-     [r"\angle 2 \cong \angle 6", r"\angle 2"]),
+    (
+        "not enough information",
+        [r"\text{Not enough information}", "not  enough information."],
+        ["enough information", "15"],
+    ),
+    (
+        r"\angle 3 \cong \angle Z",
+        [
+            r"\angle 3 \cong \angle Z",
+            r"\angle3\cong\angle Z",
+            r"\angle Z \cong \angle 3",
+            "∠3 ≅ ∠Z",
+        ],
+        [r"\angle 3 \cong \angle Y"],
+    ),
+    (
+        r"\angle 2 and \angle 6",
+        [r"\angle 6 \text{ and } \angle 2", r"\angle 2, \angle 6"],
+        [r"\angle 2 \cong \angle 6", r"\angle 2"],
+    ),
     ("a + b = 90", ["a+b=90", "90 = a + b", "b + a = 90"], ["a + b > 90", "90"]),
     ("m + n - 180", ["n+m-180"], ["m+n+180"]),
     ("20 y^2 - 10 y", ["10y(2y-1)"], ["20y^2"]),
@@ -803,7 +1073,9 @@ def grader():
 
 def running(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"  # Z: ended, not yet collected
+    return (
+        stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    )  # Z: ended, not yet collected
 
 
 def gone(pids: list[int], seconds: float) -> bool:
@@ -876,18 +1148,33 @@ def test_answers_are_judged_as_a_careful_teacher_would(grader):
 
 def test_listing_the_choices_earns_nothing(grader):
     separators = r", ; & | ~ ' : / _ = + - . or and to OR < > $,$ \, \; {,} \% % \\ \cup \cap \vee \mid \quad \approx"
-    separators += r" \equiv \pm \to \neq \le \in \iff \ldots \circ \max \text{,} \text{or} \phantom{0}"
+    separators += (
+        r" \equiv \pm \to \neq \le \in \iff \ldots \circ \max \text{,} \text{or} \phantom{0}"
+    )
     orders = list(itertools.permutations(["5", "14", "15", "35"]))
     hedges = [f" {s} ".join(order) for s in separators.split() for order in orders]
-    hedges += [form % s for s in separators.split() for form in ("5%s15", "15%s5", r"\{5%s15\}", "{5 %s 15}")]
+    hedges += [
+        form % s
+        for s in separators.split()
+        for form in ("5%s15", "15%s5", r"\{5%s15\}", "{5 %s 15}")
+    ]
     hedges += [r"\max(5, 14, 15)", r"15 \text{ (or 5)}", r"15 \text{ or } 5", "[0, 100]"]
-    right = [hedge for hedge, ok in zip(hedges, grader.grade([(hedge, "15") for hedge in hedges]), strict=True) if ok]
+    right = [
+        hedge
+        for hedge, ok in zip(hedges, grader.grade([(hedge, "15") for hedge in hedges]), strict=True)
+        if ok
+    ]
     assert right == []
 
 
 def test_without_rounding_a_decimal_gold_takes_only_its_value():
     with Grader(workers=1, rounding=False) as exact:
-        pairs = [("57.14", "57.1"), (r"\sqrt{74}", "8.6"), ("57.10", "57.1"), (r"\frac{43}{5}", "8.6")]
+        pairs = [
+            ("57.14", "57.1"),
+            (r"\sqrt{74}", "8.6"),
+            ("57.10", "57.1"),
+            (r"\frac{43}{5}", "8.6"),
+        ]
         assert exact.grade(pairs) == [False, False, True, True]
 
 
@@ -896,7 +1183,12 @@ def test_every_geo3k_gold_is_itself_and_none_of_its_wrong_choices():
     rows = [json.loads(line) for line in (GEO3K / "answers.jsonl").read_text().splitlines()]
     assert len(rows) == 2401
     own = [(row["answer"], row["answer"]) for row in rows]
-    pairs = [(choice, row["answer"]) for row in rows for choice in row["choices"] if choice != row["answer"]]
+    pairs = [
+        (choice, row["answer"])
+        for row in rows
+        for choice in row["choices"]
+        if choice != row["answer"]
+    ]
     assert len(pairs) == 7198  # 2401 * 3, less five choices that repeat the gold
     with Grader() as grader:
         grader.shortcut = False  # parsed and compared for real, not found equal as strings
@@ -950,7 +1242,11 @@ def test_an_answer_that_breaks_its_worker_is_wrong_and_only_that_one(monkeypatch
     monkeypatch.setattr(reward, "normalise", lambda text: {"bad": ("two", "words")}.get(text, text))
     monkeypatch.setattr(reward, "quick_verdict", lambda *args: None)
     with Grader(workers=1) as one:
-        assert one.grade([(r"\sqrt{4}", "2"), ("bad", "2"), (r"\sqrt{9}", "3")]) == [True, False, True]
+        assert one.grade([(r"\sqrt{4}", "2"), ("bad", "2"), (r"\sqrt{9}", "3")]) == [
+            True,
+            False,
+            True,
+        ]
         assert (one.crashes, one.timeouts) == (1, 0)
 
 
@@ -961,7 +1257,13 @@ def test_a_worker_that_cannot_start_is_an_error_not_a_wrong_answer(monkeypatch):
 
 
 def test_equal_pairs_are_graded_once_and_verdicts_keep_their_order():
-    pairs = [(r"\sqrt{16}", "4"), ("x", "4"), (r"\sqrt{16}", "4"), (None, "4"), (r"\sqrt {16}", "5")] * 100
+    pairs = [
+        (r"\sqrt{16}", "4"),
+        ("x", "4"),
+        (r"\sqrt{16}", "4"),
+        (None, "4"),
+        (r"\sqrt {16}", "5"),
+    ] * 100
     with Grader() as fresh:
         assert fresh.grade(pairs) == [True, False, True, False, False] * 100
         assert len(fresh.seconds) == 2  # sqrt(16) against 4 and against 5
@@ -975,7 +1277,8 @@ def test_long_answers_are_wrong_unread():
 
 @pytest.mark.parametrize("end", ["exit", "killed idle", "killed grading"])
 def test_no_worker_outlives_its_parent(end):
-    # a busy worker has its kernel timer of 2 * 0.5 + 1 seconds, one still importing Math-Verify ends after that
+    # a busy worker has its kernel timer of 2 * 0.5 + 1 seconds, one still importing Math-Verify
+    # ends after that
     script = f"""
 import os, sys, threading
 sys.path.insert(0, {str(HERE)!r})
@@ -989,7 +1292,9 @@ if {end!r} == "killed grading":
     threading.Timer(0.2, os.kill, (os.getpid(), 9)).start()
     grader.grade([({ENDLESS!r}, "15")])
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
     pids = [int(pid) for pid in done.stdout.split()]
     assert pids and gone(pids, 10), done.stderr
 
@@ -1022,7 +1327,11 @@ def rewards(text, responses, problems, grader=None):
 
 def score(name, answer, gold):
     """What a boxed answer earns by one reward."""
-    asked = problem(answer=gold) if isinstance(gold, str) else dataclasses.replace(problem(), answers=gold)
+    asked = (
+        problem(answer=gold)
+        if isinstance(gold, str)
+        else dataclasses.replace(problem(), answers=gold)
+    )
     return rewards(f"{name}=1", [rf"\boxed{{{answer}}}"], [asked])["reward"][0]
 
 
@@ -1035,7 +1344,12 @@ def test_reward_is_the_weighted_sum_of_its_named_parts(grader):
 
 def test_a_response_cut_at_the_limit_has_no_format(grader):
     text = r"<think>look</think>\boxed{15}"
-    got = rewards("accuracy=0.9,format=0.1", [text, Response(text + "}}}", truncated=True)], ["15", "15"], grader)
+    got = rewards(
+        "accuracy=0.9,format=0.1",
+        [text, Response(text + "}}}", truncated=True)],
+        ["15", "15"],
+        grader,
+    )
     assert got == {"accuracy": [1.0, 1.0], "format": [1.0, 0.0], "reward": [1.0, 0.9]}
 
 
@@ -1052,7 +1366,12 @@ def test_cheats_get_no_accuracy(grader):
     ]  # fmt: skip
     for name in ("accuracy", "exact", "numeric", "choice", "per_image"):
         gold = "C" if name == "choice" else "15"
-        got = rewards(f"{name}=1", [cheat.replace("15", gold) for cheat in cheats], [gold] * len(cheats), grader)
+        got = rewards(
+            f"{name}=1",
+            [cheat.replace("15", gold) for cheat in cheats],
+            [gold] * len(cheats),
+            grader,
+        )
         assert got["reward"] == [0.0] * len(cheats), name
 
 
@@ -1094,8 +1413,19 @@ def test_vqa_rewards_by_hand(name, gold, right, wrong):
 def test_overlong_is_daposs_equation_13():
     # limit 20, buffer 8: 0 up to 12 tokens, -1/8 for each token more, -1 from 20 on
     cut = [Response("x", tokens=n) for n in (1, 12, 13, 16, 20, 25)]
-    assert rewards("exact=0,overlong(20,8)=1", cut, ["x"] * 6)["reward"] == [0, 0, -0.125, -0.5, -1, -1]
-    for text, response in (("overlong(20,8)=1", "x"), ("overlong(20,0)=1", cut[0]), ("overlong(8,20)=1", cut[0])):
+    assert rewards("exact=0,overlong(20,8)=1", cut, ["x"] * 6)["reward"] == [
+        0,
+        0,
+        -0.125,
+        -0.5,
+        -1,
+        -1,
+    ]
+    for text, response in (
+        ("overlong(20,8)=1", "x"),
+        ("overlong(20,0)=1", cut[0]),
+        ("overlong(8,20)=1", cut[0]),
+    ):
         with pytest.raises(ValueError, match="0 < buffer <= limit, and responses of known length"):
             rewards("exact=0," + text, [response], ["x"])
 
@@ -1119,8 +1449,12 @@ def test_several_images_earn_a_share_for_each(grader):
     }  # fmt: skip
     responses = [rf"\boxed{{{answer}}}" for answer in earned] + ["2, 0.5, red"]
     got = rewards("per_image=1", responses, [asked] * len(responses), grader)
-    assert got["reward"] == pytest.approx([*earned.values(), 0]) and got["accuracy"] == got["reward"]
-    large = dataclasses.replace(problem("<image><image>?"), answers=("4,000", "5"))  # semicolons keep the comma
+    assert (
+        got["reward"] == pytest.approx([*earned.values(), 0]) and got["accuracy"] == got["reward"]
+    )
+    large = dataclasses.replace(
+        problem("<image><image>?"), answers=("4,000", "5")
+    )  # semicolons keep the comma
     assert rewards("per_image=1", [r"\boxed{4,000; 5}"], [large], grader)["reward"] == [1]
     assert rewards("per_image=1", [r"\boxed{4,000}"], ["4,000"], grader)["reward"] == [1]
 
@@ -1158,9 +1492,13 @@ def short(response):
 """)
     asked = dataclasses.replace(problem("<image><image>?"), answers=("red", "blue"))
     weights = f"{file}:both=0.5,{file}:both(9)=3,{file}:one=-1"
-    got = rewards(f"exact=0;x:{weights}", [Response("a", tokens=20)], [dataclasses.replace(asked, source="x")])
+    got = rewards(
+        f"exact=0;x:{weights}", [Response("a", tokens=20)], [dataclasses.replace(asked, source="x")]
+    )
     assert got["reward"] == [0.5 - 2] and got["accuracy"] == [1]  # named first
-    assert rewards(f"{file}:one=1", ["a"], [problem(answer="abc")])["reward"] == [3]  # a text stays one
+    assert rewards(f"{file}:one=1", ["a"], [problem(answer="abc")])["reward"] == [
+        3
+    ]  # a text stays one
     with pytest.raises(ValueError, match=r"bad' is nan for train.parquet row 17"):
         rewards(f"{file}:bad=1", ["a"], ["4"])
     for name in (f"{file}:none", f"{file}:short", f"{tmp_path}/none.py:one"):
@@ -1187,9 +1525,13 @@ def test_unknown_rewards_and_bad_weights_are_refused():
 def test_length_and_truncation_of_a_rollout_reach_its_rewards(actor, grader):
     tokenizer = actor.processor.tokenizer
     ids = tokenizer(r"<think>I look.</think>\boxed{4}").input_ids
-    ended = rollout.Rollout(torch.tensor([*ids, tokenizer.eos_token_id]), torch.zeros(len(ids) + 1), False)
+    ended = rollout.Rollout(
+        torch.tensor([*ids, tokenizer.eos_token_id]), torch.zeros(len(ids) + 1), False
+    )
     cut = rollout.Rollout(torch.tensor(ids), torch.zeros(len(ids)), True)
-    weights = parse_weights("accuracy=1,format=1,overlong(1000,1000)=1000")  # minus one for each token
+    weights = parse_weights(
+        "accuracy=1,format=1,overlong(1000,1000)=1000"
+    )  # minus one for each token
     got = rollout.score([[ended, cut]], [problem()], 2, tokenizer, weights, grader)
     close(got["reward"], torch.tensor([[2.0 - len(ids) - 1, 1.0 - len(ids)]]))
 
@@ -1197,7 +1539,10 @@ def test_length_and_truncation_of_a_rollout_reach_its_rewards(actor, grader):
 def test_weights_for_a_source_that_no_problem_has_stop_the_start(tmp_path, tiny, processes):
     file, held_out = (str(write(tmp_path, f"{split}.parquet", problem=["?"] * 2, data_source=["vqa", "chartqa"]))
                       for split in ("train", "test"))  # fmt: skip
-    for rewards, unknown in (("exact=1;charts:numeric=1", "charts"), ("exact=1;chartqa:numeric=1;x:exact=1", "x")):
+    for rewards, unknown in (
+        ("exact=1;charts:numeric=1", "charts"),
+        ("exact=1;chartqa:numeric=1;x:exact=1", "x"),
+    ):
         places = dict(data=file, test_data=held_out)
         settings = train.Settings(model=str(tiny[False]), instruction="", rewards=rewards, **places)
         with pytest.raises(ValueError, match=rf"no problem has: \['{unknown}'\]; see --source_key"):
@@ -1213,7 +1558,8 @@ def test_responses_and_problems_must_pair_up():
 
 
 class Endpoint(http.server.BaseHTTPRequestHandler):
-    """Chat completions as the test's `answer(number, request)` gives them: a text, or the HTTP status of garbage."""
+    """Chat completions as the test's `answer(number, request)` gives them: a text, or the HTTP
+    status of garbage."""
 
     def do_POST(self):
         server = self.server
@@ -1226,7 +1572,9 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
         answer = server.answer(number, request)
         with server.lock:
             server.busy -= 1
-        body = json.dumps({"choices": [{"message": {"role": "assistant", "content": answer}}]}).encode()
+        body = json.dumps(
+            {"choices": [{"message": {"role": "assistant", "content": answer}}]}
+        ).encode()
         with contextlib.suppress(ConnectionError):  # who asked may have given up
             self.send_response(answer if isinstance(answer, int) else 200)
             self.send_header("Content-Type", "application/json")
@@ -1252,20 +1600,26 @@ def endpoint(monkeypatch):
 
 def judged(judge, responses, asked=None):
     with Grader(judge=judge) as grader:
-        return rewards("judge=1", responses, [asked or problem("<image>Why {so}?")] * len(responses), grader)["reward"]
+        return rewards(
+            "judge=1", responses, [asked or problem("<image>Why {so}?")] * len(responses), grader
+        )["reward"]
 
 
 def test_the_judge_sees_question_gold_response_and_images_once(endpoint):
     endpoint.answer = lambda number, request: r"fine: \boxed{0.25}"
     judge = Judge(endpoint.url, "wise", concurrency=1)
-    asked = dataclasses.replace(problem("<image>Why {so}?"), images=(red(), encode(Image.new("RGB", (8, 8)), "JPEG")))
+    asked = dataclasses.replace(
+        problem("<image>Why {so}?"), images=(red(), encode(Image.new("RGB", (8, 8)), "JPEG"))
+    )
     told = "<think>secret plan</think> because {it} is"
     assert judged(judge, [told, told, "<think>endless", "  "], asked) == [0.25, 0.25, 0, 0]
     assert judged(judge, [told], asked) == [0.25]
     [(path, key, request)] = endpoint.requests  # the others were known, or had nothing to judge
     assert (path, key, request["model"]) == ("/v1/chat/completions", "Bearer secret", "wise")
     text, *images = request["messages"][0]["content"]
-    assert all(part in text["text"] for part in ("Why {so}?", "Reference answer: 4", "because {it} is"))
+    assert all(
+        part in text["text"] for part in ("Why {so}?", "Reference answer: 4", "because {it} is")
+    )
     assert "secret plan" not in text["text"]
     urls = [image["image_url"]["url"].split(",") for image in images]
     assert [url[0] for url in urls] == ["data:image/png;base64", "data:image/jpeg;base64"]
@@ -1301,11 +1655,15 @@ def test_a_judge_without_a_score_stops_the_run_or_earns_nothing(endpoint, answer
 
     endpoint.answer = reply
     options = dict(retries=0, timeout=0.4 if answer == "late" else 5)
-    with pytest.raises(RuntimeError, match=r"judge wise at http://127.*gave no score.*--judge_strict"):
+    with pytest.raises(
+        RuntimeError, match=r"judge wise at http://127.*gave no score.*--judge_strict"
+    ):
         judged(Judge(endpoint.url, "wise", **options), ["bad", "good"])
     lenient = Judge(endpoint.url, "wise", strict=False, **options)
     assert judged(lenient, ["bad", "good", "bad"]) == [0, 1, 0] and lenient.failures == 1
-    assert judged(lenient, ["bad"]) == [0] and lenient.failures == 2  # a failure is not remembered as a verdict
+    assert (
+        judged(lenient, ["bad"]) == [0] and lenient.failures == 2
+    )  # a failure is not remembered as a verdict
 
 
 def test_a_judge_must_be_named_before_it_is_asked():
@@ -1358,15 +1716,22 @@ def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, proce
     golds = [["3", "three"], ["4"], ["red"]]
     file = write(tmp_path, problem=["?"] * 3, answer=None, gold=golds, data_source=["a", "b", "b"])
     assert "gradable golds: 4 of 4;" in audit(file, "--answer_key", "gold", check=True).stdout
-    engine, weights = rollout.HFEngine(actor, max_response_tokens=4), parse_weights("accuracy=1;b:exact=1")
+    engine, weights = (
+        rollout.HFEngine(actor, max_response_tokens=4),
+        parse_weights("accuracy=1;b:exact=1"),
+    )
     problems = data.load_problems(file, answer_key="gold")
     with Grader() as grader:
         _, records = rollout.evaluate(engine, problems, functools.partial(
             data.make_prompt, processor=actor.processor, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS
         ), 2, 0, weights, grader)  # fmt: skip
     records = json.loads(json.dumps(records))
-    assert [(r["source"], r["answer"]) for r in records[::2]] == list(zip("abb", golds, strict=True))
-    records[1]["response"] = records[5]["response"] = r"\boxed{The red.}"  # what was recorded is wrong of the last
+    assert [(r["source"], r["answer"]) for r in records[::2]] == list(
+        zip("abb", golds, strict=True)
+    )
+    records[1]["response"] = records[5]["response"] = (
+        r"\boxed{The red.}"  # what was recorded is wrong of the last
+    )
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     out = audit(tmp_path / "r.jsonl", "--rewards", "accuracy=1;b:exact=1", check=True).stdout
     assert [line for line in out.splitlines() if "row" in line] == [
@@ -1394,7 +1759,7 @@ def test_the_audit_refuses_files_that_it_cannot_read(tmp_path):
         assert done.returncode == 2 and name in done.stderr and "Traceback" not in done.stderr
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # model.py: scoring
 
 
@@ -1403,7 +1768,10 @@ def tiny(tmp_path_factory):
     """Directories of random tiny Qwen2.5-VLs, by whether the embeddings are tied."""
     folder = tmp_path_factory.mktemp("models")
     texts = ["How many sides? Which colour? <think>I look.</think>\\boxed{4}<|im_end|>"] * 2
-    return {tied: model.build_tiny(folder / f"tied-{tied}", texts, tie_embeddings=tied) for tied in (True, False)}
+    return {
+        tied: model.build_tiny(folder / f"tied-{tied}", texts, tie_embeddings=tied)
+        for tied in (True, False)
+    }
 
 
 @pytest.fixture
@@ -1433,20 +1801,31 @@ def random_groups(actor, counts=(0, 1, 3), lengths=((3, 5), (4, 4, 1), (2, 9)), 
 @pytest.mark.parametrize("packing", ["shared", "packed", "padded"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_equal_the_plain_hugging_face_forward(actor, packing, temperature):
-    # plain: a padded batch of rows with 0, 1 and 3 images, positions by Hugging Face itself, all logits
+    # plain: a padded batch of rows with 0, 1 and 3 images, positions by Hugging Face itself, all
+    # logits
     groups = random_groups(actor)
     rows = [(prompt, response) for prompt, responses in groups for response in responses]
     longest = max(len(p.ids) + len(r) for p, r in rows)
-    ids, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.long)
+    ids, mask = (
+        torch.zeros(len(rows), longest, dtype=torch.long),
+        torch.zeros(len(rows), longest, dtype=torch.long),
+    )
     for i, (p, r) in enumerate(rows):
         whole = torch.cat([p.ids, r])
         ids[i, : len(whole)], mask[i, : len(whole)] = whole, 1
     image_id = actor.model.config.image_token_id
-    pixels = {k: torch.cat([p.inputs[k] for p, _ in rows if k in p.inputs]) for k in ("pixel_values", "image_grid_thw")}
+    pixels = {
+        k: torch.cat([p.inputs[k] for p, _ in rows if k in p.inputs])
+        for k in ("pixel_values", "image_grid_thw")
+    }
     with torch.no_grad():
         actor.use_packing("padded")
         logits = actor.model(
-            input_ids=ids, attention_mask=mask, mm_token_type_ids=(ids == image_id).int(), use_cache=False, **pixels
+            input_ids=ids,
+            attention_mask=mask,
+            mm_token_type_ids=(ids == image_id).int(),
+            use_cache=False,
+            **pixels,
         ).logits
         logits = (logits / temperature).index_fill(-1, torch.tensor(actor.banned_ids), -torch.inf)
         expected, entropy = [], []
@@ -1467,7 +1846,9 @@ def gradients(actor, groups, packing):
     logprobs, _ = actor.logprobs(groups)
     weights = torch.linspace(-1, 1, len(logprobs))
     (weights * logprobs).sum().backward()
-    return logprobs.detach(), {n: p.grad.clone() for n, p in actor.model.named_parameters() if p.grad is not None}
+    return logprobs.detach(), {
+        n: p.grad.clone() for n, p in actor.model.named_parameters() if p.grad is not None
+    }
 
 
 def assert_same_gradients(got, expected, tolerance=1e-5):
@@ -1499,13 +1880,18 @@ def test_shared_packed_and_padded_give_the_same_logprobs_and_gradients(tiny, pro
         layer.register_forward_pre_hook(lambda *_: calls.append(1))
         gradients(actor, groups, "shared")
         assert len(calls) == 2  # in the forward, and again in the backward
-        assert len(rollout.HFEngine(actor, 3).generate([groups[1][0]], 2, 0)[0]) == 2 and actor.model.training
+        assert (
+            len(rollout.HFEngine(actor, 3).generate([groups[1][0]], 2, 0)[0]) == 2
+            and actor.model.training
+        )
     assert_same_in_every_layout(actor, groups)
 
 
 def test_kept_features_of_a_frozen_tower_change_nothing(actor):
     groups = random_groups(actor, (0, 1, 3, 2), ((3, 5), (4, 4, 1), (2, 9), (6,)))
-    assert actor.image_features([p for p, _ in groups]) is None  # a trained tower has to run every time
+    assert (
+        actor.image_features([p for p, _ in groups]) is None
+    )  # a trained tower has to run every time
     actor.freeze("tower", "projector")
     features = actor.image_features([p for p, _ in groups])
     before = [f.clone() for f in features["image"].pooler_output]
@@ -1520,8 +1906,12 @@ def test_the_check_at_start_up_passes_and_refuses_a_wrong_layout(actor, monkeypa
     prompts = prompts_with(actor, 2, 0)
     assert actor.check_packing(prompts) < 1e-5
     assert all(p.grad is None for p in actor.model.parameters()) and actor.packing == "shared"
-    monkeypatch.setattr(model.Layout, "padded", lambda self, window, device: _everyone_sees_all(self))
-    with pytest.raises(RuntimeError, match=r"packing 'shared' is not exact for Qwen2_5_VLFor.*--packing padded"):
+    monkeypatch.setattr(
+        model.Layout, "padded", lambda self, window, device: _everyone_sees_all(self)
+    )
+    with pytest.raises(
+        RuntimeError, match=r"packing 'shared' is not exact for Qwen2_5_VLFor.*--packing padded"
+    ):
         actor.check_packing(prompts)
 
 
@@ -1573,7 +1963,10 @@ def test_weights_have_lora_merged_and_equal_a_plain_model(actor, tiny):
     weights = dict(actor.weights(torch.float32))
     layer = actor.model.model.language_model.layers[1].mlp.down_proj
     a, b = (getattr(layer, f"lora_{x}")["default"].weight for x in "AB")
-    close(weights["model.language_model.layers.1.mlp.down_proj.weight"], layer.base_layer.weight + 8 / 4 * b @ a)
+    close(
+        weights["model.language_model.layers.1.mlp.down_proj.weight"],
+        layer.base_layer.weight + 8 / 4 * b @ a,
+    )
     plain = model.Actor.from_pretrained(str(tiny[False]))
     plain.model.load_state_dict(weights)
     groups = random_groups(actor)
@@ -1611,14 +2004,21 @@ def test_without_lora_there_is_no_adapter_to_save(actor, tmp_path):
 
 
 def test_tied_weights_are_saved_once_from_a_gpu_too(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # on a GPU every call makes a new tensor
+    monkeypatch.setattr(
+        torch.Tensor, "cpu", torch.Tensor.clone
+    )  # on a GPU every call makes a new tensor
     model.Actor.from_pretrained(str(tiny[True])).save(tmp_path)
     saved, base = (load_file(folder / "model.safetensors") for folder in (tmp_path, tiny[True]))
-    assert saved.keys() == base.keys() and all(torch.equal(saved[name], w) for name, w in base.items())
+    assert saved.keys() == base.keys() and all(
+        torch.equal(saved[name], w) for name, w in base.items()
+    )
 
 
 def test_lora_refuses_targets_that_the_language_model_does_not_have(actor):
-    with pytest.raises(ValueError, match=r"--lora_targets qkv,fc1 names no linear layer.*down_proj, gate_proj, k_proj"):
+    with pytest.raises(
+        ValueError,
+        match=r"--lora_targets qkv,fc1 names no linear layer.*down_proj, gate_proj, k_proj",
+    ):
         actor.add_lora(4, 8.0, targets="qkv,fc1")
 
 
@@ -1628,7 +2028,9 @@ def test_dropout_of_the_adapters_acts_while_learning_only(actor):
     with torch.no_grad():
         assert torch.equal(actor.logprobs(groups)[0], actor.logprobs(groups)[0])
     assert not torch.equal(actor.logprobs(groups)[0], actor.logprobs(groups)[0])
-    assert actor.check_packing(prompts_with(actor, 2, 0)) < 1e-5  # which compares forwards, not draws
+    assert (
+        actor.check_packing(prompts_with(actor, 2, 0)) < 1e-5
+    )  # which compares forwards, not draws
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -1648,7 +2050,9 @@ def test_the_estimate_of_activations_is_what_a_forward_of_other_groups_keeps(act
 def test_a_response_does_not_see_the_others_of_its_pack(actor):
     groups = random_groups(actor)
     together, _ = actor.logprobs(groups)
-    alone = torch.cat([actor.logprobs([(prompt, [r])])[0] for prompt, responses in groups for r in responses])
+    alone = torch.cat(
+        [actor.logprobs([(prompt, [r])])[0] for prompt, responses in groups for r in responses]
+    )
     close(together, alone, atol=1e-5)
 
 
@@ -1669,7 +2073,9 @@ def test_a_sliding_window_hides_the_same_keys_as_in_the_padded_forward(tiny):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype, gap", [(torch.bfloat16, 0.02), (torch.float32, 1e-4)])  # float32: no such kernel
+@pytest.mark.parametrize(
+    "dtype, gap", [(torch.bfloat16, 0.02), (torch.float32, 1e-4)]
+)  # float32: no such kernel
 def test_shared_attention_equals_the_padded_forward_on_a_gpu(tiny, dtype, gap):
     actor = model.Actor.from_pretrained(str(tiny[False]), dtype)
     actor.model.cuda()
@@ -1697,11 +2103,14 @@ def test_chunked_logprobs_equal_log_softmax_with_gradients():
     got, entropy = model.ChunkedLogprobs.apply(h, weight, *args)
     close(got, expected)
     close(entropy, torch.distributions.Categorical(logits=logits).entropy())
-    assert torch.autograd.gradcheck(lambda h, w: model.ChunkedLogprobs.apply(h, w, *args)[0], (h, weight))
+    assert torch.autograd.gradcheck(
+        lambda h, w: model.ChunkedLogprobs.apply(h, w, *args)[0], (h, weight)
+    )
 
 
 def test_the_head_holds_one_chunk_of_logits_however_many_tokens():
-    # vocabulary 152k, float32: a chunk of 64 rows is 37 MiB, all logits of 640 rows would be 371 MiB
+    # vocabulary 152k, float32: a chunk of 64 rows is 37 MiB, all logits of 640 rows would be 371
+    # MiB
     code = (
         f"import sys, torch, resource; sys.path.insert(0, {str(HERE)!r}); import model; n = int(sys.argv[1])\n"
         "h, w = torch.randn(n, 16, requires_grad=True), torch.randn(152064, 16, requires_grad=True)\n"
@@ -1743,7 +2152,10 @@ def test_extract_multi_modal_inputs_reads_the_forward_signature():
             assert model.extract_multi_modal_inputs(network, batch).keys() == expected
             adapted = get_peft_model(network, LoraConfig(target_modules=["q_proj"]))
             assert model.extract_multi_modal_inputs(adapted, batch).keys() == expected
-            assert model.extract_multi_modal_inputs(torch.nn.DataParallel(network), batch).keys() == expected
+            assert (
+                model.extract_multi_modal_inputs(torch.nn.DataParallel(network), batch).keys()
+                == expected
+            )
     assert len(batch) == 13
 
 
@@ -1766,7 +2178,7 @@ def test_the_tiny_model_is_the_same_for_the_same_seed(tmp_path):
     assert weights[0] == weights[1] != weights[2]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # model.py: families
 
 CHATML = "<|im_start|>{role}\n", "<|im_end|>\n", "<|im_start|>assistant\n"
@@ -1806,7 +2218,9 @@ def chat_template(image, turn, images_first=False, start="", **_) -> str:
 
 def tiny_tokenizer(turn, special, named, **_):
     """model.tiny_processor's byte-level BPE with another family's special tokens."""
-    learned = json.loads(model.tiny_processor(["How many sides? Which colour?"]).tokenizer.backend_tokenizer.to_str())
+    learned = json.loads(
+        model.tiny_processor(["How many sides? Which colour?"]).tokenizer.backend_tokenizer.to_str()
+    )
     bos = dict(bos_token="<bos>", add_bos_token=True) if "<start_of_turn>" in turn[0] else {}
     tokenizer = hf.Qwen2Tokenizer(
         vocab=learned["model"]["vocab"], merges=[tuple(pair) for pair in learned["model"]["merges"]], unk_token=None,
@@ -1818,7 +2232,8 @@ def tiny_tokenizer(turn, special, named, **_):
 
 
 def tiny_family(name: str, folder: Path) -> Path:
-    """Write a random tiny model of a family, float32, and its processor; an image of 56 x 56 is 4 to 34 tokens."""
+    """Write a random tiny model of a family, float32, and its processor; an image of 56 x 56 is 4
+    to 34 tokens."""
     chat = CHATS[name]
     tokenizer = tiny_tokenizer(**chat)
     ids = {token.strip("<|>"): i for token, i in tokenizer.get_added_vocab().items()}
@@ -1827,13 +2242,34 @@ def tiny_family(name: str, folder: Path) -> Path:
         num_key_value_heads=2, head_dim=32, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, max_position_embeddings=4096,
     )  # fmt: skip
-    rope = dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4],
-                                 "mrope_interleaved": name == "qwen3_vl"})
-    tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=14)
+    rope = dict(
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [8, 4, 4],
+            "mrope_interleaved": name == "qwen3_vl",
+        }
+    )
+    tower = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        patch_size=14,
+    )
     qwen_tower = dict(depth=2, num_heads=2, patch_size=14)
-    qwen_ids = {f"{ours}_token_id": ids.get(theirs) for ours, theirs in (
-        ("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end"))}
-    deep = dict(hidden_size=32, intermediate_size=64, out_hidden_size=128, num_position_embeddings=64)
+    qwen_ids = {
+        f"{ours}_token_id": ids.get(theirs)
+        for ours, theirs in (
+            ("image", "image_pad"),
+            ("video", "video_pad"),
+            ("vision_start", "vision_start"),
+            ("vision_end", "vision_end"),
+        )
+    }
+    deep = dict(
+        hidden_size=32, intermediate_size=64, out_hidden_size=128, num_position_embeddings=64
+    )
     template = dict(chat_template=chat_template(**chat))
     grid, edges = [[28, 28], [28, 56], [56, 28], [56, 56]], dict(longest_edge=112)
     old_qwen = lambda: (hf.Qwen2VLImageProcessor(), tokenizer, hf.Qwen2VLVideoProcessor())  # noqa: E731
@@ -1884,12 +2320,16 @@ def tiny_family(name: str, folder: Path) -> Path:
             vision_config=dict(**siglip, image_size=56), mm_tokens_per_image=16, boi_token_index=ids["start_of_image"],
             eoi_token_index=ids["end_of_image"], image_token_index=ids["image_soft_token"]),
     }[name]()  # fmt: skip
-    config = AutoConfig.for_model(name, **config, tie_word_embeddings=name in ("gemma3", "qwen2_vl"))
+    config = AutoConfig.for_model(
+        name, **config, tie_word_embeddings=name in ("gemma3", "qwen2_vl")
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
         for p in network.parameters():
-            if p.ndim > 1:  # wide enough, and never 0 (Gemma 3's projector), so that the image matters
+            if (
+                p.ndim > 1
+            ):  # wide enough, and never 0 (Gemma 3's projector), so that the image matters
                 torch.nn.init.normal_(p, std=0.1)
     network.generation_config.eos_token_id = tokenizer.eos_token_id
     network.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -1915,7 +2355,8 @@ def family_folder(tmp_path_factory):
 
 
 def plain_logprobs(actor, groups):
-    """The Hugging Face forward of every prompt with its response alone, its own masks and positions, no padding."""
+    """The Hugging Face forward of every prompt with its response alone, its own masks and
+    positions, no padding."""
     rows = []
     for prompt, responses in groups:
         for response in responses:
@@ -1931,12 +2372,19 @@ def plain_logprobs(actor, groups):
 
 @pytest.mark.filterwarnings("ignore:layers of type")
 @pytest.mark.parametrize("name", CHATS)
-def test_a_family_is_scored_as_its_plain_forward_does_and_its_frozen_tower_stays(name, family_folder, processes):
+def test_a_family_is_scored_as_its_plain_forward_does_and_its_frozen_tower_stays(
+    name, family_folder, processes
+):
     actor = model.Actor.from_pretrained(str(family_folder(name)), packing="padded")
     groups = random_groups(actor, (0, 1, 3, 2), ((3, 5), (4, 4, 1), (2, 9), (6,)))
-    groups = [(p, [r.masked_fill(torch.isin(r, torch.tensor(actor.banned_ids)), 5) for r in rs]) for p, rs in groups]
+    groups = [
+        (p, [r.masked_fill(torch.isin(r, torch.tensor(actor.banned_ids)), 5) for r in rs])
+        for p, rs in groups
+    ]
     expected = plain_logprobs(actor, groups)
-    white = [data.with_images([p.problem for p, _ in groups], i, "blank") for i in range(len(groups))]
+    white = [
+        data.with_images([p.problem for p, _ in groups], i, "blank") for i in range(len(groups))
+    ]
     white = [(data.make_prompt(row, actor.processor, 28 * 28, 28 * 28 * 64, ""), rs)
              for row, (_, rs) in zip(white, groups, strict=True)]  # fmt: skip
     assert (plain_logprobs(actor, white) - expected).abs().mean() > 0.05  # the images matter
@@ -1964,12 +2412,16 @@ def test_a_family_is_scored_as_its_plain_forward_does_and_its_frozen_tower_stays
           plain_logprobs(actor, [(p, [r.response for r in rs]) for p, rs in drawn]), atol=2e-5)  # fmt: skip
 
     inputs = model.extract_multi_modal_inputs(actor.model, prompts_with(actor, 2)[0].inputs)
-    assert {k: None if model.is_per_token(k) else tuple(v.shape) for k, v in inputs.items()} == PIXELS[name]
+    assert {
+        k: None if model.is_per_token(k) else tuple(v.shape) for k, v in inputs.items()
+    } == PIXELS[name]
 
 
 @pytest.mark.filterwarnings("ignore:layers of type")
 @pytest.mark.parametrize("name", CHATS)
-def test_one_grpo_update_moves_a_familys_language_model_and_no_frozen_byte(name, family_folder, processes):
+def test_one_grpo_update_moves_a_familys_language_model_and_no_frozen_byte(
+    name, family_folder, processes
+):
     run, groups = small_run(family_folder(name), prepare=lambda actor: actor.freeze("tower"), minibatch_prompts=8,
                             max_sampler_gap=100.0, max_grad_norm=1e9)  # fmt: skip
     before = {n: model.full(p).detach().clone() for n, p in run.actor.model.named_parameters()}
@@ -1979,6 +2431,7 @@ def test_one_grpo_update_moves_a_familys_language_model_and_no_frozen_byte(name,
     moved = {run.actor.part(n) for n, p in run.actor.model.named_parameters()
              if not torch.equal(model.full(p), before[n])}  # fmt: skip
     assert moved == {"projector", "language"}
+
 
 @pytest.mark.parametrize("name", CHATS)
 def test_the_usual_names_sort_the_weights_of_every_family_as_its_entry_does(name, family_folder):
@@ -1993,7 +2446,9 @@ def test_an_unknown_family_works_by_the_usual_names_or_says_what_to_add(actor, m
     monkeypatch.delitem(model.FAMILIES, "qwen2_5_vl")
     assert model.family_of(actor.model) is model.USUAL
     monkeypatch.setattr(model, "USUAL", model.family("eyes", "nerve"))
-    with pytest.raises(ValueError, match=r"qwen2_5_vl is not in FAMILIES.*called one of \['eyes'\].*add an entry"):
+    with pytest.raises(
+        ValueError, match=r"qwen2_5_vl is not in FAMILIES.*called one of \['eyes'\].*add an entry"
+    ):
         model.family_of(actor.model)
 
 
@@ -2005,18 +2460,21 @@ def test_an_image_has_no_more_tokens_than_its_bound_allows(name, most, tokens, f
     actor = model.Actor.from_pretrained(str(family_folder(name)), pixels=(28 * 28, most))
     row = problem(images=(picture(0, 112, 112),))
     prompt = data.make_prompt(row, actor.processor, 28 * 28, most, "")
-    image_id = getattr(actor.model.config, "image_token_id", None) or actor.model.config.image_token_index
+    image_id = (
+        getattr(actor.model.config, "image_token_id", None) or actor.model.config.image_token_index
+    )
     assert (prompt.ids == image_id).sum() == tokens
     actor.logprobs([(prompt, [torch.tensor([5, 6])])])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # rollout.py: the transformers engine
 
 
 @pytest.fixture(scope="session")
 def processes():
-    """A process group of one, as train.py has; one for all tests, because vLLM remembers the first that it saw."""
+    """A process group of one, as train.py has; one for all tests, because vLLM remembers the first
+    that it saw."""
     model.start_processes()
     yield
     torch.distributed.destroy_process_group()
@@ -2028,28 +2486,44 @@ def test_sampler_logprobs_equal_the_trainers(actor, processes):
     groups = rollout.HFEngine(actor, max_response_tokens=12).generate(prompts, n=5, seed=0)
     assert [len(group) for group in groups] == [5, 5, 5, 5]
     with torch.no_grad():
-        logprobs, _ = actor.logprobs([(p, [r.response for r in g]) for p, g in zip(prompts, groups, strict=True)])
+        logprobs, _ = actor.logprobs(
+            [(p, [r.response for r in g]) for p, g in zip(prompts, groups, strict=True)]
+        )
     close(torch.cat([r.sampler_logprobs for g in groups for r in g]), logprobs, atol=1e-5)
 
 
-def test_vision_tokens_are_never_drawn_and_the_rest_is_uniform_when_the_head_is_zero(actor, processes):
+def test_vision_tokens_are_never_drawn_and_the_rest_is_uniform_when_the_head_is_zero(
+    actor, processes
+):
     torch.nn.init.zeros_(actor.model.lm_head.weight)
-    actor.model.generation_config.update(top_k=1, top_p=0.1, repetition_penalty=2.0)  # not the trained distribution
-    [group] = rollout.HFEngine(actor, max_response_tokens=30).generate(prompts_with(actor, 1), n=200, seed=0)
+    actor.model.generation_config.update(
+        top_k=1, top_p=0.1, repetition_penalty=2.0
+    )  # not the trained distribution
+    [group] = rollout.HFEngine(actor, max_response_tokens=30).generate(
+        prompts_with(actor, 1), n=200, seed=0
+    )
     tokens = torch.cat([r.response for r in group])
     allowed = actor.model.config.text_config.vocab_size - len(actor.banned_ids)
     assert not torch.isin(tokens, torch.tensor(actor.banned_ids)).any()
     assert len(tokens.unique()) > 0.95 * allowed
-    close(torch.cat([r.sampler_logprobs for r in group]), torch.full((len(tokens),), -math.log(allowed)), atol=1e-5)
+    close(
+        torch.cat([r.sampler_logprobs for r in group]),
+        torch.full((len(tokens),), -math.log(allowed)),
+        atol=1e-5,
+    )
 
 
 def test_a_response_ends_with_the_end_token_or_is_marked_truncated(actor, processes):
     torch.nn.init.zeros_(actor.model.lm_head.weight)
-    [group] = rollout.HFEngine(actor, max_response_tokens=200).generate(prompts_with(actor, 0), n=100, seed=1)
+    [group] = rollout.HFEngine(actor, max_response_tokens=200).generate(
+        prompts_with(actor, 0), n=100, seed=1
+    )
     [end] = actor.eos_ids
     assert {r.truncated for r in group} == {True, False}
     for r in group:
-        assert (r.response == end).sum() == (not r.truncated) and len(r.response) == len(r.sampler_logprobs)
+        assert (r.response == end).sum() == (not r.truncated) and len(r.response) == len(
+            r.sampler_logprobs
+        )
         assert len(r.response) == 200 if r.truncated else r.response[-1] == end
         assert "<|im_end|>" not in r.text(actor.processor.tokenizer)
 
@@ -2066,10 +2540,12 @@ def test_generation_is_fixed_by_its_seed_and_greedy_by_nothing(actor, processes)
     assert torch.equal(state, torch.get_rng_state())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # rollout.py: vLLM
 
-needs_vllm = pytest.mark.skipif(rollout.choose_engine("auto")[0] != "vllm", reason=rollout.choose_engine("auto")[1])
+needs_vllm = pytest.mark.skipif(
+    rollout.choose_engine("auto")[0] != "vllm", reason=rollout.choose_engine("auto")[1]
+)
 
 
 def vllm_engine(actor, folder, **changes):
@@ -2082,8 +2558,12 @@ def largest_gap(actor, engine, prompts, n=4, seed=0):
     """Largest |sampler_logprobs - logprobs| over n responses to each prompt."""
     groups = engine.generate(prompts, n, seed)
     with torch.no_grad():
-        logprobs, _ = actor.logprobs([(p, [r.response for r in g]) for p, g in zip(prompts, groups, strict=True)])
-    return (torch.cat([r.sampler_logprobs for g in groups for r in g]) - logprobs).abs().max().item()
+        logprobs, _ = actor.logprobs(
+            [(p, [r.response for r in g]) for p, g in zip(prompts, groups, strict=True)]
+        )
+    return (
+        (torch.cat([r.sampler_logprobs for g in groups for r in g]) - logprobs).abs().max().item()
+    )
 
 
 def perturb(actor, part="", scale=0.05, seed=0):
@@ -2097,17 +2577,22 @@ def perturb(actor, part="", scale=0.05, seed=0):
 @needs_vllm
 @pytest.mark.parametrize("tied", [True, False])
 def test_vllm_follows_the_trainer_through_every_kind_of_update(tiny, processes, tied):
-    actor = model.Actor.from_pretrained(str(tiny[tied]), pixels=(28 * 28, 28 * 28 * 64), temperature=0.7)
+    actor = model.Actor.from_pretrained(
+        str(tiny[tied]), pixels=(28 * 28, 28 * 28 * 64), temperature=0.7
+    )
     prompts = prompts_with(actor, 0, 1, 3)
     with contextlib.closing(vllm_engine(actor, tiny[tied])) as engine:
         assert largest_gap(actor, engine, prompts) < 1e-4
-        # "visual" with the same images: an encoder output cached under the old weights must not survive
+        # "visual" with the same images: an encoder output cached under the old weights must not
+        # survive
         for part in ("", "visual", "", "embed_tokens", "norm", "bias"):
             perturb(actor, part, 0.2 if part else 0.05)
             assert largest_gap(actor, engine, prompts) > 1e-2, f"{part!r} changed nothing"
             stats = engine.sync(actor)
             assert largest_gap(actor, engine, prompts) < 1e-4, part
-        assert stats["gigabytes"] == pytest.approx(4e-9 * sum(v.numel() for v in actor.model.state_dict().values()))
+        assert stats["gigabytes"] == pytest.approx(
+            4e-9 * sum(v.numel() for v in actor.model.state_dict().values())
+        )
         assert stats["gigabytes_per_second"] > 0
         with_lora(actor)
         assert largest_gap(actor, engine, prompts) > 1e-2
@@ -2149,8 +2634,15 @@ def test_vllm_samples_the_trained_distribution(tiny, processes):
         [group] = engine.generate(prompts[:1], 200, seed=0)
         tokens = torch.cat([r.response for r in group])
         allowed = actor.model.config.text_config.vocab_size - len(actor.banned_ids)
-        assert not torch.isin(tokens, torch.tensor(actor.banned_ids)).any() and len(tokens.unique()) > 0.95 * allowed
-        close(torch.cat([r.sampler_logprobs for r in group]), torch.full((len(tokens),), -math.log(allowed)), atol=1e-5)
+        assert (
+            not torch.isin(tokens, torch.tensor(actor.banned_ids)).any()
+            and len(tokens.unique()) > 0.95 * allowed
+        )
+        close(
+            torch.cat([r.sampler_logprobs for r in group]),
+            torch.full((len(tokens),), -math.log(allowed)),
+            atol=1e-5,
+        )
         assert {r.truncated for r in group} == {True, False}
         for r in group:
             assert len(r.response) == 24 if r.truncated else r.response[-1] in actor.eos_ids
@@ -2195,7 +2687,9 @@ def check_vllm_on_two_ranks(folder, tp):
     """Run by torchrun, with 2 ranks."""
     device = model.start_processes()
     actor = model.Actor.from_pretrained(folder, pixels=(28 * 28, 28 * 28 * 64))
-    prompts = prompts_with(actor, 0, 1, 3)[:: 1 if torch.distributed.get_rank() else 2]  # 2 on one rank, 3 on the other
+    prompts = prompts_with(actor, 0, 1, 3)[
+        :: 1 if torch.distributed.get_rank() else 2
+    ]  # 2 on one rank, 3 on the other
     engine = vllm_engine(actor, folder, tp=int(tp))
     actor.shard(device)
     optimizer = torch.optim.AdamW(actor.model.parameters(), lr=1e-2)
@@ -2223,26 +2717,42 @@ def test_an_engine_that_cannot_run_says_why():
             rollout.choose_engine("vllm")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Conversations
 
 
 def make(actor, question, *images, later=False):
-    return data.make_prompt(problem(question, images), actor.processor, 28 * 28, 28 * 28 * 64, "", later=later)
+    return data.make_prompt(
+        problem(question, images), actor.processor, 28 * 28, 28 * 28 * 64, "", later=later
+    )
 
 
 def two_turns(actor):
     """A hand-made trace that shows picture a three times and b once, the first two side by side."""
     a, b = picture(1, 84, 56), picture(2, 56, 56)  # 6 and 4 image tokens
-    first, later = make(actor, "<image>and<image>Which?", a, a), make(actor, "<image>or<image>Now?", b, a, later=True)
-    said = [torch.tensor(actor.processor.tokenizer.encode(text)) for text in ("look<|im_end|>", "sides<|im_end|>")]
+    first, later = (
+        make(actor, "<image>and<image>Which?", a, a),
+        make(actor, "<image>or<image>Now?", b, a, later=True),
+    )
+    said = [
+        torch.tensor(actor.processor.tokenizer.encode(text))
+        for text in ("look<|im_end|>", "sides<|im_end|>")
+    ]
     return [first, said[0], later, said[1]]
 
 
 def cumulative(actor, trace):
-    """The second turn as an agent sends it that renders the whole conversation anew; by Hugging Face alone."""
-    asked, asked_later = ([{"type": "image"}, {"type": "text", "text": word}, {"type": "image"},
-                           {"type": "text", "text": end}] for word, end in (("and", "Which?"), ("or", "Now?")))
+    """The second turn as an agent sends it that renders the whole conversation anew; by Hugging
+    Face alone."""
+    asked, asked_later = (
+        [
+            {"type": "image"},
+            {"type": "text", "text": word},
+            {"type": "image"},
+            {"type": "text", "text": end},
+        ]
+        for word, end in (("and", "Which?"), ("or", "Now?"))
+    )
     messages = [dict(role="user", content=asked), dict(role="assistant", content="look"),
                 dict(role="user", content=asked_later)]  # fmt: skip
     text = actor.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -2270,7 +2780,9 @@ def test_a_two_turn_trace_is_one_sequence_in_which_the_policys_tokens_are_traine
     trained = [flag for text, flag in expected for _ in tokenizer.encode(text)]
     assert tokenizer.decode(row) == "".join(text for text, _ in expected)
     assert [i in (pack.keep + 1).tolist() for i in range(len(row))] == trained
-    assert torch.equal(pack.targets, row[pack.keep + 1]) and torch.equal(pack.targets, torch.cat([turns[0], turns[2]]))
+    assert torch.equal(pack.targets, row[pack.keep + 1]) and torch.equal(
+        pack.targets, torch.cat([turns[0], turns[2]])
+    )
     # each picture once, in the order of its tokens: a, a, b, a
     inputs = actor.multi_modal_inputs(model.prompts_of(trace))
     assert inputs["image_grid_thw"].tolist() == [[1, 4, 6], [1, 4, 6], [1, 4, 4], [1, 4, 6]]
@@ -2278,7 +2790,9 @@ def test_a_two_turn_trace_is_one_sequence_in_which_the_policys_tokens_are_traine
     assert len(pixels) == 88 and all(torch.equal(pixels[i : i + 24], pixels[:24]) for i in (24, 64))
 
 
-def test_positions_and_logprobs_of_a_trace_are_those_of_the_plain_forward_of_the_whole_conversation(actor):
+def test_positions_and_logprobs_of_a_trace_are_those_of_the_plain_forward_of_the_whole_conversation(
+    actor,
+):
     trace = two_turns(actor)
     prompt, *turns = trace
     pack, whole = model.make_pack([(prompt, [turns])], actor.positions), cumulative(actor, trace)
@@ -2290,7 +2804,10 @@ def test_positions_and_logprobs_of_a_trace_are_those_of_the_plain_forward_of_the
     got, entropy = actor.logprobs([(prompt, [turns])])
     actor.use_packing("padded")
     with torch.no_grad():
-        inputs = whole.inputs | {"input_ids": ids, "mm_token_type_ids": types}  # Hugging Face makes the positions
+        inputs = whole.inputs | {
+            "input_ids": ids,
+            "mm_token_type_ids": types,
+        }  # Hugging Face makes the positions
         logits = actor.model(**inputs, use_cache=False).logits[0, pack.keep]
     logps = logits.index_fill(-1, torch.tensor(actor.banned_ids), -torch.inf).log_softmax(-1)
     close(got, logps.gather(-1, pack.targets[:, None])[:, 0], atol=1e-5)
@@ -2306,7 +2823,10 @@ def test_cumulative_and_delta_traces_give_the_same_sample(actor):
     assert from_deltas[2] is later and from_wholes[0] is prompt and len(from_wholes) == 4
     for field in ("ids", "short_ids"):
         assert torch.equal(getattr(from_wholes[2], field), getattr(later, field))
-    assert from_wholes[2].images == later.images and from_wholes[2].inputs.keys() == later.inputs.keys()
+    assert (
+        from_wholes[2].images == later.images
+        and from_wholes[2].inputs.keys() == later.inputs.keys()
+    )
     for name, value in later.inputs.items():
         assert torch.equal(from_wholes[2].inputs[name], value), name
     expected = actor.logprobs([(prompt, [from_deltas[1:]])])[0]
@@ -2319,30 +2839,50 @@ def test_cumulative_and_delta_traces_give_the_same_sample(actor):
         inputs=again.inputs | {"mm_token_type_ids": torch.zeros(1, len(again.ids) + len(two) + len(third.ids))},
     )  # fmt: skip
     last = model.make_trace([(prompt, one), (again, two), (whole, one)])[4]
-    assert torch.equal(last.ids, third.ids) and last.images == [] and last.inputs.keys() == third.inputs.keys()
+    assert (
+        torch.equal(last.ids, third.ids)
+        and last.images == []
+        and last.inputs.keys() == third.inputs.keys()
+    )
 
 
-@pytest.mark.parametrize("name", ["internvl", "llava_onevision", "idefics3"])  # tiles, tiles filled up, [1, tiles, ...]
+@pytest.mark.parametrize(
+    "name", ["internvl", "llava_onevision", "idefics3"]
+)  # tiles, tiles filled up, [1, tiles, ...]
 def test_cumulative_and_delta_traces_give_the_same_sample_in_families_of_tiles(name, family_folder):
     actor = model.Actor.from_pretrained(str(family_folder(name)))
     tokenizer = actor.processor.tokenizer
-    said = torch.tensor([*tokenizer.encode("look", add_special_tokens=False), tokenizer.eos_token_id])
+    said = torch.tensor(
+        [*tokenizer.encode("look", add_special_tokens=False), tokenizer.eos_token_id]
+    )
     asked = [make(actor, text, *images) for text, *images in (  # as turns: these small templates cannot be continued
         ("<image>Which?", picture(1, 28, 28)), ("<image>Now?", picture(2, 56, 28)), ("Sure?",),
         ("<image>Last?", picture(3, 112, 112)))]  # fmt: skip
     wholes, so_far = [asked[0]], asked[0].short_ids
     for i, later in enumerate(asked[1:], 2):
-        so_far, images = torch.cat([so_far, said, later.short_ids]), [image for p in asked[:i] for image in p.images]
+        so_far, images = (
+            torch.cat([so_far, said, later.short_ids]),
+            [image for p in asked[:i] for image in p.images],
+        )
         inputs = dict(actor.processor(text=[tokenizer.decode(so_far)], images=images, add_special_tokens=False,
                                       return_tensors="pt"))  # fmt: skip
         del inputs["attention_mask"]
-        wholes.append(data.Prompt(later.problem, inputs.pop("input_ids")[0], so_far, images, inputs))
+        wholes.append(
+            data.Prompt(later.problem, inputs.pop("input_ids")[0], so_far, images, inputs)
+        )
     deltas, trace = ([(p, said) for p in prompts] for prompts in (asked, wholes))
-    (prompt, *turns), (first, *rest) = model.make_trace(deltas), model.make_trace(trace, actor.family.image_axis)
-    assert first is prompt and all(torch.equal(a.ids, b.ids) for a, b in zip(turns[1::2], rest[1::2], strict=True))
+    (prompt, *turns), (first, *rest) = (
+        model.make_trace(deltas),
+        model.make_trace(trace, actor.family.image_axis),
+    )
+    assert first is prompt and all(
+        torch.equal(a.ids, b.ids) for a, b in zip(turns[1::2], rest[1::2], strict=True)
+    )
     assert [len(p.images) for p in model.prompts_of(rest)] == [1, 0, 1]
     close(actor.logprobs([(first, [rest])])[0], actor.logprobs([(prompt, [turns])])[0], atol=1e-5)
-    wholes[3].inputs["pixel_values"] = wholes[3].inputs["pixel_values"].flip(actor.family.image_axis)
+    wholes[3].inputs["pixel_values"] = (
+        wholes[3].inputs["pixel_values"].flip(actor.family.image_axis)
+    )
     with pytest.raises(ValueError, match=r"turn 4 .*its pixel_values are not"):
         model.make_trace(trace, actor.family.image_axis)
 
@@ -2364,7 +2904,9 @@ def test_a_trace_that_repeats_the_conversation_in_other_tokens_or_pictures_is_re
     prompt, one, _, two = trace
     again, tokenizer = cumulative(actor, trace), actor.processor.tokenizer
     spelled = torch.tensor([tokenizer.encode(letter)[0] for letter in "look"] + one[-1:].tolist())
-    assert tokenizer.decode(spelled) == "look<|im_end|>" and len(spelled) > len(one)  # as a policy may write it
+    assert tokenizer.decode(spelled) == "look<|im_end|>" and len(spelled) > len(
+        one
+    )  # as a policy may write it
     with pytest.raises(ValueError, match=r"turn 2 .*its ids are not those .*never from text"):
         model.make_trace([(prompt, spelled), (again, two)])
     a, b = picture(1, 84, 56), picture(3, 84, 56)
@@ -2374,8 +2916,14 @@ def test_a_trace_that_repeats_the_conversation_in_other_tokens_or_pictures_is_re
 
 
 @pytest.mark.parametrize("variant", ["trained tower", "frozen tower", "Qwen3-VL"])
-def test_conversations_give_the_same_logprobs_and_gradients_in_every_layout(family_folder, actor, variant):
-    actor = model.Actor.from_pretrained(str(family_folder("qwen3_vl"))) if variant == "Qwen3-VL" else actor
+def test_conversations_give_the_same_logprobs_and_gradients_in_every_layout(
+    family_folder, actor, variant
+):
+    actor = (
+        model.Actor.from_pretrained(str(family_folder("qwen3_vl")))
+        if variant == "Qwen3-VL"
+        else actor
+    )
     plain = random_groups(actor, (0, 1), ((3, 5), (4, 2)))
     prompt, one, later, two = two_turns(actor)
     text = make(actor, "Once more.", later=True)
@@ -2392,14 +2940,22 @@ def test_a_later_turn_is_what_the_template_adds_and_a_template_that_starts_anew_
     later = make(actor, "<image>Now?", picture(2, 56, 56), later=True)
     seen = "\n<|im_start|>user\n<|vision_start|>%s<|vision_end|>Now?<|im_end|>\n<|im_start|>assistant\n"
     decode = actor.processor.tokenizer.decode
-    assert decode(later.ids) == seen % ("<|image_pad|>" * 4) and decode(later.short_ids) == seen % "<|image_pad|>"
-    actor.processor.chat_template = "{{ messages | length }} messages" + actor.processor.chat_template
-    with pytest.raises(ValueError, match=r"row 17: the chat template writes a conversation anew .*'3 messages"):
+    assert (
+        decode(later.ids) == seen % ("<|image_pad|>" * 4)
+        and decode(later.short_ids) == seen % "<|image_pad|>"
+    )
+    actor.processor.chat_template = (
+        "{{ messages | length }} messages" + actor.processor.chat_template
+    )
+    with pytest.raises(
+        ValueError, match=r"row 17: the chat template writes a conversation anew .*'3 messages"
+    ):
         make(actor, "Now?", later=True)
 
 
 class Countdown:
-    """Ends after as many turns as the answer says; every turn earns 1, and the second shows a picture."""
+    """Ends after as many turns as the answer says; every turn earns 1, and the second shows a
+    picture."""
 
     def __init__(self, row):
         self.first, self.left = row, int(row.answer)
@@ -2407,11 +2963,14 @@ class Countdown:
     def step(self, text):
         self.left -= 1
         shown = (picture(self.left, 56, 56),) * (self.left == 1)
-        return (problem("<image>" * len(shown) + f"{self.left} left", shown) if self.left else None), 1.0
+        return (
+            problem("<image>" * len(shown) + f"{self.left} left", shown) if self.left else None
+        ), 1.0
 
 
 def countdown(actor, engine, limit=400):
-    """Conversations over the engine, and prompts for 1, 3 and 2 turns. One token in six ends a turn."""
+    """Conversations over the engine, and prompts for 1, 3 and 2 turns. One token in six ends a
+    turn."""
     actor.eos_ids = [*actor.eos_ids, *range(0, 250, 6)]
     observe = functools.partial(data.make_prompt, processor=actor.processor, min_pixels=28 * 28,
                                 max_pixels=28 * 28 * 64, instruction="", later=True)  # fmt: skip
@@ -2421,23 +2980,35 @@ def countdown(actor, engine, limit=400):
 
 
 def conversation_gap(actor, engine, prompts, n=6):
-    """Largest |sampler_logprobs - logprobs| over n conversations from each prompt, whose parts are checked too."""
+    """Largest |sampler_logprobs - logprobs| over n conversations from each prompt, whose parts are
+    checked too."""
     groups = engine.generate(prompts, n, seed=3)
     for prompt, group in zip(prompts, groups, strict=True):
         for r in group:
             places = [0, *(o.place for o in r.observations), len(r.response)]
             assert places == sorted(set(places)) and len(r.sampler_logprobs) == len(r.response)
-            assert all(r.response[place - 1] in actor.eos_ids for place in places[1:-1])  # one answers an end token
-            assert r.tokens == sum(len(t if torch.is_tensor(t) else t.ids) for t in r.turns(engine.observe))
+            assert all(
+                r.response[place - 1] in actor.eos_ids for place in places[1:-1]
+            )  # one answers an end token
+            assert r.tokens == sum(
+                len(t if torch.is_tensor(t) else t.ids) for t in r.turns(engine.observe)
+            )
             if r.truncated:  # a turn that was cut is not shown to the environment
                 assert r.reward == len(r.observations) and r.response[-1] not in actor.eos_ids
             else:
                 assert r.reward == len(r.observations) + 1 == int(prompt.problem.answer)
-    assert {len(r.observations) for r in groups[1]} >= {1, 2} and any(r.truncated for group in groups for r in group)
-    pairs = [(p, [r.turns(engine.observe) for r in group]) for p, group in zip(prompts, groups, strict=True)]
+    assert {len(r.observations) for r in groups[1]} >= {1, 2} and any(
+        r.truncated for group in groups for r in group
+    )
+    pairs = [
+        (p, [r.turns(engine.observe) for r in group])
+        for p, group in zip(prompts, groups, strict=True)
+    ]
     with torch.no_grad():
         logprobs, _ = actor.logprobs(pairs)
-    return (torch.cat([r.sampler_logprobs for g in groups for r in g]) - logprobs).abs().max().item()
+    return (
+        (torch.cat([r.sampler_logprobs for g in groups for r in g]) - logprobs).abs().max().item()
+    )
 
 
 def test_in_conversations_the_samplers_logprobs_equal_the_trainers(actor, processes):
@@ -2465,8 +3036,13 @@ def test_a_rollout_travels_between_ranks_with_its_observations_compressed(actor,
     sent = max(engine.generate(prompts, 6, seed=3)[2], key=lambda r: len(r.observations))
     raw = pickle.dumps(sent)
     got = pickle.loads(raw)
-    assert got.observations == sent.observations and (got.reward, got.truncated) == (sent.reward, sent.truncated)
-    assert torch.equal(got.response, sent.response) and torch.equal(got.sampler_logprobs, sent.sampler_logprobs)
+    assert got.observations == sent.observations and (got.reward, got.truncated) == (
+        sent.reward,
+        sent.truncated,
+    )
+    assert torch.equal(got.response, sent.response) and torch.equal(
+        got.sampler_logprobs, sent.sampler_logprobs
+    )
     pixels = sent.turns(engine.observe)[1].inputs["pixel_values"]
     assert len(sent.observations[0].problem.images) == 1 and len(raw) < 4 * pixels.numel()
 
@@ -2474,13 +3050,21 @@ def test_a_rollout_travels_between_ranks_with_its_observations_compressed(actor,
 def test_the_codeword_environment_by_hand(tmp_path):
     data.make_codewords(tmp_path, train=300, test=50)
     rows, held_out = data.load_problems(tmp_path), data.load_problems(tmp_path, "test")
-    assert not {r.answer for r in rows} & {r.answer for r in held_out} and len({r.answer for r in held_out}) == 25
+    assert (
+        not {r.answer for r in rows} & {r.answer for r in held_out}
+        and len({r.answer for r in held_out}) == 25
+    )
     row = rows[0]
     for letter, raw in zip(row.answer.split(), row.images, strict=True):
         [colour] = [colour for colour, code in data.CODE.items() if code == letter]
         seen = (np.asarray(data.decode_image(raw)) == data.COLOURS[colour]).all(-1)
         assert seen.sum() >= 28 * 28
-    for said, reward_of in ((row.answer, 1.0), (row.answer[:3] + " x", 2 / 3), ("", 0.0), (row.answer + " a", 3 / 4)):
+    for said, reward_of in (
+        (row.answer, 1.0),
+        (row.answer[:3] + " x", 2 / 3),
+        ("", 0.0),
+        (row.answer + " a", 3 / 4),
+    ):
         game = rollout.Codeword(row)
         assert (game.first.question, game.first.images) == ("<image><image>Next?", row.images[:2])
         second, earned = game.step("whatever")
@@ -2501,7 +3085,7 @@ def test_two_ranks_train_on_conversations_of_which_one_has_none_to_evaluate(tmp_
     assert step["train/gap"] < 1e-5 and step["train/learnt_tokens"] > 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Video and mixed rows
 
 
@@ -2509,7 +3093,9 @@ def film(seconds, rate=8, width=56, height=56):
     """A video file whose frame i is grey of level 8 i."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=rate, width=width, height=height, pix_fmt="yuv420p")
+        stream = container.add_stream(
+            "mpeg4", rate=rate, width=width, height=height, pix_fmt="yuv420p"
+        )
         for i in range(round(seconds * rate)):
             frame = av.VideoFrame.from_image(Image.new("RGB", (width, height), (8 * i,) * 3))
             container.mux(stream.encode(frame))
@@ -2531,11 +3117,15 @@ def test_frames_are_spread_evenly_within_the_limits():
     assert levels(frames) == [0, 4, 8, 12, 16, 20, 24, 28] and fps == pytest.approx(2)
     frames, fps = data.decode_video(film(4), dataclasses.replace(limits, max_frames=4))
     assert levels(frames) == [0, 8, 16, 24] and fps == pytest.approx(1)
-    frames, fps = data.decode_video(film(1.5, rate=1), limits)  # slower than asked for: frames come twice
+    frames, fps = data.decode_video(
+        film(1.5, rate=1), limits
+    )  # slower than asked for: frames come twice
     assert levels(frames) == [0, 0, 1, 1] and fps == pytest.approx(2)
     assert levels(data.decode_video(stills(3), limits)[0]) == [0, 1, 2]
     frames, fps = data.decode_video(stills(10), dataclasses.replace(limits, max_frames=4))
-    assert levels(frames) == [0, 2, 5, 7] and fps == pytest.approx(0.8)  # 4 of 10 frames at 2 per second
+    assert levels(frames) == [0, 2, 5, 7] and fps == pytest.approx(
+        0.8
+    )  # 4 of 10 frames at 2 per second
     for raw in (b"no video", film(1)[:200], red()):
         with pytest.raises(ValueError, match="repair or remove the row"):
             data.decode_video(raw, limits)
@@ -2549,17 +3139,27 @@ def test_videos_are_files_or_lists_of_frames(tmp_path):
         ([["clip.mp4"], []], (film(1),)), ([file, []], (film(1),)), ([[still], []], (stills(3),)),
         ([[still, still[:2]], None], (stills(3), stills(2))),
     ):  # fmt: skip
-        path = write(tmp_path, problem=["<video>" * len(videos) + "What?", "Why?"], answer=["1", "2"], videos=cells)
+        path = write(
+            tmp_path,
+            problem=["<video>" * len(videos) + "What?", "Why?"],
+            answer=["1", "2"],
+            videos=cells,
+        )
         rows = data.load_problems(path)
         assert rows[0].videos == videos and rows[1].videos == () and rows[0].images == ()
-    for question, message in (("What?", "0 <video> .* 2 videos"), ("<video><video><image>", "1 <image> .* 0 images")):
+    for question, message in (
+        ("What?", "0 <video> .* 2 videos"),
+        ("<video><video><image>", "1 <image> .* 0 images"),
+    ):
         row = dataclasses.replace(rows[0], question=question)
         with pytest.raises(ValueError, match=message):
             data.make_prompt(row, build_processor(), MIN_PIXELS, MAX_PIXELS)
 
 
 def media_problem(question, images=0, *videos):
-    return dataclasses.replace(problem(question, tuple(picture(i) for i in range(images)), "4"), videos=videos)
+    return dataclasses.replace(
+        problem(question, tuple(picture(i) for i in range(images)), "4"), videos=videos
+    )
 
 
 def mixed_prompts(actor):
@@ -2572,24 +3172,48 @@ def mixed_prompts(actor):
 
 def test_a_video_prompt_holds_its_frames_and_their_timing(actor):
     *_, long, mixed = mixed_prompts(actor)
-    assert long.inputs["video_grid_thw"].tolist() == [[4, 4, 4]]  # 8 frames, 2 and 2 together; 56 = 4 patches of 14
-    assert long.inputs["second_per_grid_ts"].tolist() == [1.0] and long.videos[0][0].shape == (8, 56, 56, 3)
+    assert long.inputs["video_grid_thw"].tolist() == [
+        [4, 4, 4]
+    ]  # 8 frames, 2 and 2 together; 56 = 4 patches of 14
+    assert long.inputs["second_per_grid_ts"].tolist() == [1.0] and long.videos[0][0].shape == (
+        8,
+        56,
+        56,
+        3,
+    )
     video, image = (getattr(actor.processor, f"{kind}_token_id") for kind in ("video", "image"))
     assert (long.ids == video).sum() == 4 * 4 and (long.short_ids == video).sum() == 1
     seen = [token for token in mixed.short_ids.tolist() if token in (video, image)]
-    assert seen == [video, image, video] and mixed.inputs["video_grid_thw"].tolist() == [[2, 4, 6], [1, 4, 4]]
-    assert len(mixed.inputs["pixel_values_videos"]) == 48 + 16 and len(mixed.inputs["pixel_values"]) == 24
+    assert seen == [video, image, video] and mixed.inputs["video_grid_thw"].tolist() == [
+        [2, 4, 6],
+        [1, 4, 4],
+    ]
+    assert (
+        len(mixed.inputs["pixel_values_videos"]) == 48 + 16
+        and len(mixed.inputs["pixel_values"]) == 24
+    )
     # a frame of more pixels than allowed is reduced: 112 x 112 to 56 x 56
     small = data.VideoLimits(max_pixels=56 * 56)
     row = media_problem("<video>", 0, stills(2, 112, 112))
-    assert data.make_prompt(row, actor.processor, 784, 10**6, "", small).videos[0][0].shape == (2, 56, 56, 3)
+    assert data.make_prompt(row, actor.processor, 784, 10**6, "", small).videos[0][0].shape == (
+        2,
+        56,
+        56,
+        3,
+    )
     blank = data.with_images([media_problem("<video>", 0, film(1), stills(3))], 0, "blank")
-    assert [levels(data.decode_video(video, small)[0]) for video in blank.videos] == [[32, 32], [32, 32, 32]]  # 255 / 8
+    assert [levels(data.decode_video(video, small)[0]) for video in blank.videos] == [
+        [32, 32],
+        [32, 32, 32],
+    ]  # 255 / 8
 
 
 def test_what_follows_a_video_begins_after_its_last_frame(actor):
     *_, long, _ = mixed_prompts(actor)
-    positions, start = actor.positions(long), long.ids.tolist().index(actor.processor.video_token_id)
+    positions, start = (
+        actor.positions(long),
+        long.ids.tolist().index(actor.processor.video_token_id),
+    )
     # 4 pairs of frames one second apart, 4 positions to a second; 2 x 2 tokens each
     assert (positions[:, start : start + 16] - start).tolist() == [
         [0] * 4 + [4] * 4 + [8] * 4 + [12] * 4, [0, 0, 1, 1] * 4, [0, 1] * 8
@@ -2601,14 +3225,20 @@ def test_what_follows_a_video_begins_after_its_last_frame(actor):
 @pytest.mark.parametrize("variant", ["trained tower", "frozen tower"])
 def test_mixed_rows_give_the_same_logprobs_and_gradients_in_every_layout(actor, variant):
     generator = torch.Generator().manual_seed(0)
-    groups = [(p, [torch.randint(0, 250, (n,), generator=generator) for n in (3, 5)]) for p in mixed_prompts(actor)]
+    groups = [
+        (p, [torch.randint(0, 250, (n,), generator=generator) for n in (3, 5)])
+        for p in mixed_prompts(actor)
+    ]
     later = dataclasses.replace(media_problem("<video>Now?", 0, stills(2, 56, 84)))
     observation = data.make_prompt(later, actor.processor, 28 * 28, 28 * 28 * 64, "", later=True)
     groups[1][1].append([groups[0][1][0], observation, groups[0][1][1]])
     if variant == "frozen tower":
         actor.freeze("tower", "projector")
         features = actor.image_features(model.prompts_of(groups))
-        assert [len(features[kind].pooler_output) for kind in ("image", "video")] == [1 + 2 + 1, 1 + 1 + 2]
+        assert [len(features[kind].pooler_output) for kind in ("image", "video")] == [
+            1 + 2 + 1,
+            1 + 1 + 2,
+        ]
         close(actor.logprobs(groups, features)[0], actor.logprobs(groups)[0], atol=1e-6)
     assert_same_in_every_layout(actor, groups)
 
@@ -2618,7 +3248,10 @@ def test_a_turn_with_a_video_counts_it_once_in_a_cumulative_trace(actor):
     one = torch.tensor(actor.processor.tokenizer.encode("look<|im_end|>"))
     row = media_problem("<video>or<image>?", 1, stills(2))
     later = data.make_prompt(row, actor.processor, 28 * 28, 28 * 28 * 64, "", later=True)
-    joined, types = model.join_inputs([mixed, later]), [p.inputs["mm_token_type_ids"] for p in (mixed, later)]
+    joined, types = (
+        model.join_inputs([mixed, later]),
+        [p.inputs["mm_token_type_ids"] for p in (mixed, later)],
+    )
     types = torch.cat([types[0], torch.zeros(1, len(one)), types[1]], 1)
     whole = data.Prompt(
         mixed.problem, torch.cat([mixed.ids, one, later.ids]), torch.cat([mixed.short_ids, one, later.short_ids]),
@@ -2645,13 +3278,17 @@ def test_a_rank_with_text_alone_trains_beside_one_with_images_and_videos(tiny, p
     torch.cat([actor.logprobs(batch)[0] for pair in batches for batch in pair]).sum().backward()
     expected = {n: p.grad for n, p in actor.model.named_parameters()}
     two = torch.load(tmp_path / "two.pt", weights_only=True)
-    assert_same_gradients({n: 2 * g for n, g in two.items()}, expected)  # FSDP's mean over ranks, times 2, is the sum
+    assert_same_gradients(
+        {n: 2 * g for n, g in two.items()}, expected
+    )  # FSDP's mean over ranks, times 2, is the sum
 
 
 def mixed_batches(actor):
-    """Three passes of 2 ranks: text beside images and videos, a video beside an image, all these beside text."""
+    """Three passes of 2 ranks: text beside images and videos, a video beside an image, all these
+    beside text."""
     text, image, images, video, mixed = (
-        [(p, [torch.tensor([70 + i, 71]), torch.tensor([72])])] for i, p in enumerate(mixed_prompts(actor))
+        [(p, [torch.tensor([70 + i, 71]), torch.tensor([72])])]
+        for i, p in enumerate(mixed_prompts(actor))
     )
     return [(text, images + mixed), (video, image), (text + image + video + mixed, text)]
 
@@ -2675,17 +3312,24 @@ def test_two_ranks_train_on_a_row_of_text_and_one_of_pictures_and_videos(start, 
     frames = [{"bytes": raw, "path": None} for raw in stills(3)]
     clip = [{"bytes": film(2), "path": None}]
     image = {"bytes": red(), "path": None}
-    write(tmp_path, problem=["How many sides?", "<video>and<image>?"], images=[[], [image]], videos=[[], [frames]])
+    write(
+        tmp_path,
+        problem=["How many sides?", "<video>and<image>?"],
+        images=[[], [image]],
+        videos=[[], [frames]],
+    )
     write(tmp_path, "test.parquet", problem=["<video>What?"], images=[[]], videos=[clip])
     train_file, test_file = (str(tmp_path / f"{split}.parquet") for split in ("train", "test"))
     torchrun(*SHORT, "--out", str(tmp_path), "--data", train_file, "--test_data", test_file, "--prompts_per_step", "2",
              "--minibatch_prompts", "2", "--steps", "2", "--kl_coefficient", "0.1", "--max_frames", "2",
              "--max_frame_pixels", "1568", script=HERE / "train.py")  # fmt: skip
     steps = [row for row in metrics(tmp_path / "tiny") if "train/reward" in row]
-    assert len(steps) == 2 and all(row["train/gap"] < 1e-5 and row["train/learnt_tokens"] > 0 for row in steps)
+    assert len(steps) == 2 and all(
+        row["train/gap"] < 1e-5 and row["train/learnt_tokens"] > 0 for row in steps
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # train.py
 
 
@@ -2707,7 +3351,9 @@ def test_unknown_flags_are_refused():
 def test_every_number_among_the_settings_has_bounds_but_the_seed():
     bounded = [*" ".join(train.LIMITS.values()).split(), "responses_per_prompt"]
     assert sorted(bounded) == sorted(
-        f.name for f in dataclasses.fields(train.Settings) if f.type in (int, float) and f.name != "seed"
+        f.name
+        for f in dataclasses.fields(train.Settings)
+        if f.type in (int, float) and f.name != "seed"
     )
 
 
@@ -2743,7 +3389,10 @@ def test_impossible_settings_are_refused_with_what_to_change(flags, message):
 
 def test_a_flag_wins_over_the_preset():
     settings, why = train.parse_settings(["--preset", "geo3k", "--steps", "7"])
-    assert (settings.steps, settings.model) == (7, "Qwen/Qwen2.5-VL-7B-Instruct") and "asked for" in why
+    assert (settings.steps, settings.model) == (
+        7,
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+    ) and "asked for" in why
     settings, why = train.parse_settings([])
     assert settings.preset in why and ("GPU" in why)
 
@@ -2755,23 +3404,36 @@ def group(*lengths, prompt=10, index=0):
 
 def test_packs_hold_every_response_once_within_the_budget():
     rng = random.Random(0)
-    groups = [group(*(rng.randint(1, 30) for _ in range(4)), prompt=rng.randint(5, 40), index=i) for i in range(30)]
+    groups = [
+        group(*(rng.randint(1, 30) for _ in range(4)), prompt=rng.randint(5, 40), index=i)
+        for i in range(30)
+    ]
     for budget in (60, 100, 1000):
         packs = train.cut_into_packs(groups, budget)
         seen = sorted((g.index, i) for pack in packs for g, chosen in pack for i in chosen)
         assert seen == [(g, i) for g in range(30) for i in range(4)]
         for pack in packs:
-            used = sum(g.prompt_tokens + sum(len(g.rollouts[i].response) for i in chosen) for g, chosen in pack)
+            used = sum(
+                g.prompt_tokens + sum(len(g.rollouts[i].response) for i in chosen)
+                for g, chosen in pack
+            )
             assert used <= budget or sum(len(chosen) for _, chosen in pack) == 1
     # 10 + 5 + 5 fits 20, the third response does not: the prompt comes twice
-    assert [[c for _, c in pack] for pack in train.cut_into_packs([group(5, 5, 5)], 20)] == [[[0, 1]], [[2]]]
+    assert [[c for _, c in pack] for pack in train.cut_into_packs([group(5, 5, 5)], 20)] == [
+        [[0, 1]],
+        [[2]],
+    ]
     # without sharing every response weighs 10 + 5
-    assert [[c for _, c in pack] for pack in train.cut_into_packs([group(5, 5, 5)], 30, False)] == [[[0, 1]], [[2]]]
+    assert [[c for _, c in pack] for pack in train.cut_into_packs([group(5, 5, 5)], 30, False)] == [
+        [[0, 1]],
+        [[2]],
+    ]
     assert len(train.cut_into_packs([group(5, 5, 5)], 29, False)) == 3
 
 
 def test_deal_by_hand_and_evenly():
-    # differencing 8,7,6,5,4: 8-7=1, 6-5=1, 4-1=3, 3-1=2: 16 against 14; taking the largest first gives 17 and 13
+    # differencing 8,7,6,5,4: 8-7=1, 6-5=1, 4-1=3, 3-1=2: 16 against 14; taking the largest first
+    # gives 17 and 13
     shares = train.deal([8, 7, 6, 5, 4], 2)
     assert sorted(sum([8, 7, 6, 5, 4][i] for i in share) for share in shares) == [14, 16]
     rng = random.Random(0)
@@ -2785,7 +3447,8 @@ def test_deal_by_hand_and_evenly():
 
 @pytest.mark.skipif(not GEO3K.exists(), reason="the Geometry3K sample is not there")
 def test_eight_ranks_get_even_shares_of_real_geometry3k_groups(tiny):
-    # 128 prompts, 5 responses each of 50 to 2048 tokens: the heaviest rank has at most 5 % more than the mean
+    # 128 prompts, 5 responses each of 50 to 2048 tokens: the heaviest rank has at most 5 % more
+    # than the mean
     processor = AutoProcessor.from_pretrained(tiny[False])
     rows, rng = data.load_problems(GEO3K / "train.parquet"), random.Random(0)
     prompts = [len(data.make_prompt(p, processor, 262144, 1280 * 784).ids) for p in rows[:128]]
@@ -2797,24 +3460,31 @@ def test_eight_ranks_get_even_shares_of_real_geometry3k_groups(tiny):
 
 
 def small_run(folder, groups_seed=0, prepare=lambda actor: None, **changes):
-    """A Run on the tiny model in `folder` with plain SGD: its steps are the gradient, too long to be rounded away."""
+    """A Run on the tiny model in `folder` with plain SGD: its steps are the gradient, too long to
+    be rounded away."""
     settings, _ = train.parse_settings(["--preset", "tiny", "--engine", "hf"])
     settings = dataclasses.replace(settings, model=str(folder), kl_coefficient=0.0, **changes)
-    actor = model.Actor.from_pretrained(settings.model, temperature=settings.temperature, packing=settings.packing)
+    actor = model.Actor.from_pretrained(
+        settings.model, temperature=settings.temperature, packing=settings.packing
+    )
     prepare(actor)
     actor.shard(torch.device("cpu"))
     optimizer = torch.optim.SGD([p for p in actor.model.parameters() if p.requires_grad], lr=1e6)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1.0)
     rows = [problem("<image>" * (i % 3) + "What?" * (1 + i % 4), tuple(picture(j + i) for j in range(i % 3)))
             for i in range(8)]  # fmt: skip
-    settings = dataclasses.replace(settings, min_pixels=28 * 28, max_pixels=28 * 28 * 64, prompts_per_step=8)
+    settings = dataclasses.replace(
+        settings, min_pixels=28 * 28, max_pixels=28 * 28 * 64, prompts_per_step=8
+    )
     run = train.Run(settings, torch.device("cpu"), actor, None, None, optimizer, schedule, rows, rows, None,
                     train.observer(settings, actor))  # fmt: skip
     generator = torch.Generator().manual_seed(groups_seed)
 
     def rollout_of(length):
         response = torch.randint(0, 250, (length,), generator=generator)
-        return rollout.Rollout(response, torch.full((length,), -5.0) + torch.rand(length, generator=generator), False)
+        return rollout.Rollout(
+            response, torch.full((length,), -5.0) + torch.rand(length, generator=generator), False
+        )
 
     groups = [
         train.Group(i, len(run.prompt(rows[i]).ids), 4, [rollout_of(2 + (3 * i + j) % 7) for j in range(4)], {},
@@ -2826,7 +3496,9 @@ def small_run(folder, groups_seed=0, prepare=lambda actor: None, **changes):
 
 def one_update(folder, **changes):
     """Loss and whole weights after one update on fixed rollouts; every rank returns them."""
-    run, groups = small_run(folder, minibatch_prompts=8, max_sampler_gap=100.0, max_grad_norm=1e9, **changes)
+    run, groups = small_run(
+        folder, minibatch_prompts=8, max_sampler_gap=100.0, max_grad_norm=1e9, **changes
+    )
     [minibatch] = train.plan_minibatches(run, groups, {})
     train.freeze(run, [minibatch])
     totals = train.update(run, minibatch, 0)
@@ -2837,9 +3509,13 @@ def one_update(folder, **changes):
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 def test_the_loss_does_not_depend_on_how_the_minibatch_is_cut(tiny, processes, aggregation):
     whole, weights, passes = one_update(tiny[False], aggregation=aggregation)
-    cut, cut_weights, cut_passes = one_update(tiny[False], aggregation=aggregation, max_tokens_per_pack=60)
+    cut, cut_weights, cut_passes = one_update(
+        tiny[False], aggregation=aggregation, max_tokens_per_pack=60
+    )
     assert passes == 1 and cut_passes > 5
-    assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-5, abs=1e-6)  # terms of 0.1 that may all but cancel
+    assert cut["loss"] == pytest.approx(
+        whole["loss"], rel=1e-5, abs=1e-6
+    )  # terms of 0.1 that may all but cancel
     before = dict(model.Actor.from_pretrained(str(tiny[False])).model.named_parameters())
     assert_same_gradients({n: w - before[n] for n, w in cut_weights.items()},
                           {n: w - before[n] for n, w in weights.items()})  # fmt: skip
@@ -2883,9 +3559,15 @@ def test_dynamic_sampling_replaces_flat_groups(start, tmp_path):
     tokens = []
     for extra in ("0", "3"):
         run_python([*flags, "--dynamic_sampling", extra])
-        tokens += [row["train/learnt_tokens"] for row in metrics(tmp_path / "tiny") if "train/reward" in row]
+        tokens += [
+            row["train/learnt_tokens"]
+            for row in metrics(tmp_path / "tiny")
+            if "train/reward" in row
+        ]
     assert tokens[0] < tokens[1]
-    assert (tmp_path / "tiny.1" / "metrics.jsonl").exists()  # the first run was set aside, not mixed up
+    assert (
+        tmp_path / "tiny.1" / "metrics.jsonl"
+    ).exists()  # the first run was set aside, not mixed up
 
 
 def test_a_sampler_that_is_not_the_policy_stops_the_run(tiny, processes):
@@ -2908,7 +3590,9 @@ def test_two_processes_that_share_prompts_equal_one_that_pads(tiny, processes, t
     globals()[prepare](before)
     before = dict(before.model.named_parameters())
     moved = {n: w - before[n] for n, w in weights.items() if not torch.equal(w, before[n])}
-    assert_same_gradients({n: w - before[n] for n, w in two["weights"].items() if n in moved}, moved)
+    assert_same_gradients(
+        {n: w - before[n] for n, w in two["weights"].items() if n in moved}, moved
+    )
 
 
 def nothing(actor):
@@ -2927,14 +3611,29 @@ def save_one_update(folder, out, prepare):
 def run_python(arguments, **options):
     """Run a Python of this environment to its end; returns what it printed, errors included."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, timeout=180, **options)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=180,
+        **options,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
 def torchrun(*arguments, script=__file__, ranks=2, **options):
     return run_python(
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(script), *arguments], **options
+        [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            str(script),
+            *arguments,
+        ],
+        **options,
     )
 
 
@@ -2944,11 +3643,14 @@ def metrics(folder):
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
-    """A short warm-up on few figures, shared by the runs below: they are about the machinery, not the accuracy."""
+    """A short warm-up on few figures, shared by the runs below: they are about the machinery, not
+    the accuracy."""
     folder = tmp_path_factory.mktemp("start")
     data.make_figures(folder / "figures", train=200, test=24)
     problems = data.load_problems(folder / "figures")
-    model.build_warm_tiny(folder / "tiny-model", problems, train.PRESETS["tiny"]["instruction"], updates=60)
+    model.build_warm_tiny(
+        folder / "tiny-model", problems, train.PRESETS["tiny"]["instruction"], updates=60
+    )
     return folder
 
 
@@ -2973,13 +3675,31 @@ def finished(start, tmp_path_factory):
 
 def test_a_run_writes_metrics_report_responses_checkpoint_and_export(finished):
     rows = metrics(finished)
-    assert [row["step"] for row in rows] == [0, 0, 0, 1, 2, 3, 3, 3, 3]  # three kinds of images at both ends
+    assert [row["step"] for row in rows] == [
+        0,
+        0,
+        0,
+        1,
+        2,
+        3,
+        3,
+        3,
+        3,
+    ]  # three kinds of images at both ends
     steps = [row for row in rows if "train/reward" in row]
     assert all(math.isfinite(v) for row in rows for v in row.values())
-    assert steps[0]["train/kl"] == 0 < steps[-1]["train/kl"]  # the reference is the policy before its first update
+    assert (
+        steps[0]["train/kl"] == 0 < steps[-1]["train/kl"]
+    )  # the reference is the policy before its first update
     assert all(row["train/gap"] < 1e-5 for row in steps)
-    records = [json.loads(line) for line in (finished / "responses" / "eval-000003.jsonl").read_text().splitlines()]
-    assert len(records) == 48 and {"question", "answer", "response", "accuracy", "truncated"} <= records[0].keys()
+    records = [
+        json.loads(line)
+        for line in (finished / "responses" / "eval-000003.jsonl").read_text().splitlines()
+    ]
+    assert (
+        len(records) == 48
+        and {"question", "answer", "response", "accuracy", "truncated"} <= records[0].keys()
+    )
     exported = model.Actor.from_pretrained(str(finished / "model"))
     assert exported.model.config.architectures == ["Qwen2_5_VLForConditionalGeneration"]
     assert (finished / "checkpoints" / "step-000003").is_dir()
@@ -2999,7 +3719,9 @@ print(network(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:
 """
 
 
-@pytest.mark.parametrize("flags, ranks", [((), 2), (("--lora_rank", "4", "--learning_rate", "1e-2"), 1)])
+@pytest.mark.parametrize(
+    "flags, ranks", [((), 2), (("--lora_rank", "4", "--learning_rate", "1e-2"), 1)]
+)
 def test_an_exported_checkpoint_scores_as_the_trainer_in_a_fresh_process_and_in_vllm(
     start, tmp_path, processes, flags, ranks
 ):
@@ -3008,7 +3730,10 @@ def test_an_exported_checkpoint_scores_as_the_trainer_in_a_fresh_process_and_in_
     out, checkpoint = tmp_path / "exported", tmp_path / "tiny" / "checkpoints" / "step-000003"
     run_python([str(HERE / "model.py"), "export", str(checkpoint), str(out)])
     weights = load_file(out / "model.safetensors")
-    assert all(torch.equal(w, weights[n]) for n, w in load_file(tmp_path / "tiny/model/model.safetensors").items())
+    assert all(
+        torch.equal(w, weights[n])
+        for n, w in load_file(tmp_path / "tiny/model/model.safetensors").items()
+    )
 
     trainer = model.Actor.from_pretrained(str(tmp_path / "tiny-model"), packing="padded")
     base = load_file(tmp_path / "tiny-model" / "model.safetensors")
@@ -3019,18 +3744,34 @@ def test_an_exported_checkpoint_scores_as_the_trainer_in_a_fresh_process_and_in_
         for name, rows in load_file(file).items():
             state[name] = torch.cat([state[name], rows]) if name in state else rows
     missing, unknown = trainer.model.load_state_dict(state, strict=False)
-    assert [n for n in unknown if " " not in n] == ["counts"]  # beside AdamW's moments, "NAME exp_avg"
+    assert [n for n in unknown if " " not in n] == [
+        "counts"
+    ]  # beside AdamW's moments, "NAME exp_avg"
     assert bool(flags) == any("base_layer" in n for n in missing)
-    ids = torch.tensor(trainer.processor.tokenizer.encode("How many sides?<think>look</think>\\boxed{4}"))
-    logits = trainer.model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=False)
+    ids = torch.tensor(
+        trainer.processor.tokenizer.encode("How many sides?<think>look</think>\\boxed{4}")
+    )
+    logits = trainer.model(
+        input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=False
+    )
     expected = logits.logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
-    assert weights.keys() == base.keys() and any(not torch.equal(w, base[n]) for n, w in weights.items())
+    assert weights.keys() == base.keys() and any(
+        not torch.equal(w, base[n]) for n, w in weights.items()
+    )
     got = run_python(["-c", PLAIN, str(out), str(ids.tolist())], cwd=HERE).splitlines()[-1]
     close(torch.tensor(json.loads(got)), expected, atol=1e-4)
 
     if not flags:
         return
-    run_python([str(HERE / "model.py"), "export", str(checkpoint), str(tmp_path / "apart"), "--keep_adapter"])
+    run_python(
+        [
+            str(HERE / "model.py"),
+            "export",
+            str(checkpoint),
+            str(tmp_path / "apart"),
+            "--keep_adapter",
+        ]
+    )
     from peft import PeftModel
 
     apart = PeftModel.from_pretrained(
@@ -3056,7 +3797,8 @@ def test_two_steps_on_real_geometry3k_rows(start, tmp_path):
 
 
 def test_grpo_learns(start, tmp_path):
-    """The smallest problem there is: one colour question, learnt from a model that only knows the format."""
+    """The smallest problem there is: one colour question, learnt from a model that only knows the
+    format."""
     copy_start(start, tmp_path)
     run_python([str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--steps", "30", "--eval_every", "30",
                 "--prompts_per_step", "16", "--minibatch_prompts", "16", "--responses_per_prompt", "8"])  # fmt: skip
@@ -3064,22 +3806,30 @@ def test_grpo_learns(start, tmp_path):
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # train.py: metrics, report, loggers
 
 
 def test_the_readme_defines_every_metric_that_a_run_logs_and_no_other(finished):
     table = (HERE / "README.md").read_text().split("| metric |")[1].split("\n## ")[0]
     cells = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
-    assert all(len(cell) == 7 and cell[2].strip() for cell in cells)  # metric, formula, unit, healthy, broken
+    assert all(
+        len(cell) == 7 and cell[2].strip() for cell in cells
+    )  # metric, formula, unit, healthy, broken
     names = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell[1])]
     patterns = {name: re.sub("[A-Z]+", ".+", re.escape(name)) for name in names}
     logged = {name for row in metrics(finished) for name in row} - {"step"}
     for name in logged:
-        assert any(re.fullmatch(pattern, name) for pattern in patterns.values()), f"{name} is not in the README"
+        assert any(re.fullmatch(pattern, name) for pattern in patterns.values()), (
+            f"{name} is not in the README"
+        )
     for name, pattern in patterns.items():
-        elsewhere = name.startswith(("sync/", "eval/accuracy/source/"))  # with vLLM, and with several test files
-        assert elsewhere or any(re.fullmatch(pattern, metric) for metric in logged), f"no run logs {name}"
+        elsewhere = name.startswith(
+            ("sync/", "eval/accuracy/source/")
+        )  # with vLLM, and with several test files
+        assert elsewhere or any(re.fullmatch(pattern, metric) for metric in logged), (
+            f"no run logs {name}"
+        )
 
 
 HOSTILE = ["</script><img src=x onerror=\"document.title='run'\">", "<!--<script>", "NUL \0 bell \7 escape \x1b[31m",
@@ -3089,16 +3839,33 @@ HOSTILE = ["</script><img src=x onerror=\"document.title='run'\">", "<!--<script
 def fabricate(folder, steps=60, texts=("fine",), groups=1, responses=2, tokens=4):
     """The files of a run whose responses hold `texts`, over and over."""
     words = [[text, -0.1, 0.05] for text in itertools.islice(itertools.cycle(texts), tokens)]
-    answer = dict(scores=dict(advantage=1.0, reward=1.0, accuracy=1.0, brief=0.5), truncated=True, tokens=words)
+    answer = dict(
+        scores=dict(advantage=1.0, reward=1.0, accuracy=1.0, brief=0.5),
+        truncated=True,
+        tokens=words,
+    )
     png = data.thumbnail(Image.new("RGB", (40, 30), "red"))
-    group = dict(where=texts[0], question=texts[0], answer=texts[-1], images=[png], responses=[answer] * responses)
+    group = dict(
+        where=texts[0],
+        question=texts[0],
+        answer=texts[-1],
+        images=[png],
+        responses=[answer] * responses,
+    )
     rows = [{"step": i, "train/reward": i / steps, "train/kl": 9.0 if i == 7 else 0.1 * (i % 2), "train/loss": math.nan,
              "seconds/learn": 2.0, "seconds/sample": 1.0, "train/gap": 1e-6} for i in range(1, steps + 1)]  # fmt: skip
-    rows += [{"step": i, "eval/accuracy": 0.5, "eval/accuracy_se": 0.1, "eval/pass@2": 0.7} for i in (0, steps)]
+    rows += [
+        {"step": i, "eval/accuracy": 0.5, "eval/accuracy_se": 0.1, "eval/pass@2": 0.7}
+        for i in (0, steps)
+    ]
     shown = [{"step": i, "drawn": 64, "groups": [group] * groups} for i in range(1, 21)]
     for name, lines in (("metrics", rows), ("rollouts", shown)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
-    (folder / "run.json").write_text(json.dumps({"steps": steps, "model": texts[0], "data": "figures"}))
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines) + '{"cut'
+        )
+    (folder / "run.json").write_text(
+        json.dumps({"steps": steps, "model": texts[0], "data": "figures"})
+    )
     train.write_report(folder)
     return folder
 
@@ -3113,7 +3880,10 @@ def test_the_report_is_one_page_that_loads_nothing_and_holds_text_as_data(tmp_pa
     page = (fabricate(tmp_path, texts=HOSTILE, tokens=len(HOSTILE)) / "report.html").read_text()
     assert page.count("<script") == page.count("</script>") == 2 and "<img" not in page
     template = (HERE / "assets" / "report.html").read_text()
-    assert not re.search(r"https?:|@import|url\(|<link|src=|innerHTML|outerHTML|insertAdjacent|eval\(|fetch", template)
+    assert not re.search(
+        r"https?:|@import|url\(|<link|src=|innerHTML|outerHTML|insertAdjacent|eval\(|fetch",
+        template,
+    )
     assert "default-src 'none'" in page
     report = embedded(tmp_path)
     texts = [token[0] for token in report["steps"][0]["groups"][0]["responses"][0]["tokens"]]
@@ -3133,7 +3903,9 @@ def test_the_report_of_a_long_run_stays_under_20_megabytes_with_its_first_and_la
     assert report["curves"]["train/kl"][0] == [20.5, pytest.approx((9 + 19 * 0.1) / 40)]
 
 
-def test_rollouts_show_what_the_update_did_to_each_token_of_groups_that_teach(tiny, processes, tmp_path, monkeypatch):
+def test_rollouts_show_what_the_update_did_to_each_token_of_groups_that_teach(
+    tiny, processes, tmp_path, monkeypatch
+):
     monkeypatch.setattr(train, "SHOWN_TOKENS", 4)
     monkeypatch.setattr(train, "SHOWN_RESPONSES", 3)
     run, groups = small_run(tiny[False], minibatch_prompts=8, out=str(tmp_path), name="run")
@@ -3146,41 +3918,83 @@ def test_rollouts_show_what_the_update_did_to_each_token_of_groups_that_teach(ti
     log.rollouts(1, groups, {})
     [line] = train.read_jsonl(tmp_path / "run" / "rollouts.jsonl")
     assert line["step"] == 1 and line["drawn"] == 8 and len(line["groups"]) == 4
-    assert line["groups"][0]["question"] == run.train_set[1].question  # group 0 is flat, so it comes last
+    assert (
+        line["groups"][0]["question"] == run.train_set[1].question
+    )  # group 0 is flat, so it comes last
     assert [image[:23] for image in line["groups"][0]["images"]] == ["data:image/webp;base64,"]
     shown, prompt = line["groups"][0]["responses"], run.prompt(run.train_set[1])
-    logprobs, _ = run.actor.logprobs([(prompt, [r.response]) for r in groups[1].rollouts[:3]], entropy=False)
+    logprobs, _ = run.actor.logprobs(
+        [(prompt, [r.response]) for r in groups[1].rollouts[:3]], entropy=False
+    )
     expected = logprobs.split([len(r.response) for r in groups[1].rollouts[:3]])
     assert [r["scores"]["reward"] for r in shown] == [0.25, 0.5, 0.75]
     for got, rollout_, now in zip(shown, groups[1].rollouts, expected, strict=False):
-        numbers = list(zip(rollout_.sampler_logprobs.tolist(), (now - rollout_.sampler_logprobs).tolist(), strict=True))
+        numbers = list(
+            zip(
+                rollout_.sampler_logprobs.tolist(),
+                (now - rollout_.sampler_logprobs).tolist(),
+                strict=True,
+            )
+        )
         cut = len(numbers) - 4
         if cut > 0:  # the first two and the last two are left
             assert got["tokens"].pop(2) == [f" [{cut} tokens left out] ", 0, 0]
             numbers = numbers[:2] + numbers[-2:]
-        assert [tuple(token[1:]) for token in got["tokens"]] == [pytest.approx(pair, abs=1e-4) for pair in numbers]
+        assert [tuple(token[1:]) for token in got["tokens"]] == [
+            pytest.approx(pair, abs=1e-4) for pair in numbers
+        ]
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    None,
+)
 
 
 def browse(page):
     """The document of a page after its scripts have run."""
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
-    return subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=60).stdout
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=5000",
+        "--dump-dom",
+    ]
+    return subprocess.run(
+        [BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=60
+    ).stdout
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 def test_the_report_renders_in_a_browser_and_hostile_text_is_inert(finished, tmp_path):
     dom = browse(finished / "report.html")
-    assert 'class="error"' not in dom and dom.count("<polyline") >= 10 and dom.count("<polygon") >= 5
-    for expected in ("Accuracy by kind", "KL to the start", "step 3 of 3", "gold: ", "&lt;think&gt;", "data:image/w"):
+    assert (
+        'class="error"' not in dom and dom.count("<polyline") >= 10 and dom.count("<polygon") >= 5
+    )
+    for expected in (
+        "Accuracy by kind",
+        "KL to the start",
+        "step 3 of 3",
+        "gold: ",
+        "&lt;think&gt;",
+        "data:image/w",
+    ):
         assert expected in dom, expected
-    assert dom.count("<article>") == 4 and dom.count('class="tokens"') == 16 and "background-color: rgba(" in dom
+    assert (
+        dom.count("<article>") == 4
+        and dom.count('class="tokens"') == 16
+        and "background-color: rgba(" in dom
+    )
     dom = browse(fabricate(tmp_path, texts=HOSTILE, tokens=len(HOSTILE)) / "report.html")
-    assert f"<title>{tmp_path.name}</title>" in dom and 'class="error"' not in dom  # no image of it was ever an element
+    assert (
+        f"<title>{tmp_path.name}</title>" in dom and 'class="error"' not in dom
+    )  # no image of it was ever an element
     assert "&lt;/script&gt;&lt;img src=x onerror=" in dom and dom.count("<img") == 1
-    assert "cut off: 9 at step 7" in dom and "brief 0.5 · truncated" in dom and "lone ? surrogate" in dom
+    assert (
+        "cut off: 9 at step 7" in dom
+        and "brief 0.5 · truncated" in dom
+        and "lone ? surrogate" in dom
+    )
     page = tmp_path / "report.html"
     page.write_text(page.read_text().replace('"steps":', '"steps"', 1))  # a page that fails says so
     assert 'class="error"' in browse(page)
@@ -3196,13 +4010,20 @@ def test_weights_and_biases_is_refused_where_it_is_missing(monkeypatch):
 def test_weights_and_biases_gets_every_metric_of_every_step(start, tmp_path, monkeypatch):
     copy_start(start, tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run_python([str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--steps", "2", "--wandb", "grpo"])
+    run_python(
+        [str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--steps", "2", "--wandb", "grpo"]
+    )
     [log] = (tmp_path / "tiny" / "wandb").glob("offline-run-*/run-*.wandb")
     seen = log.read_bytes()
-    assert all(name.encode() in seen for row in metrics(tmp_path / "tiny") for name in row if name != "step")
+    assert all(
+        name.encode() in seen
+        for row in metrics(tmp_path / "tiny")
+        for name in row
+        if name != "step"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # rollout.py: evaluation
 
 
@@ -3216,28 +4037,43 @@ def test_pass_at_k_and_standard_error_by_hand():
     # 4 responses to each of 2 problems, 1 and 4 right: accuracy 1/4 and 1
     got = rollout.summarize([record(a) for a in (1, 0, 0, 0, 1, 1, 1, 1)], 4)
     assert got["accuracy"] == 0.625
-    assert got["accuracy_se"] == pytest.approx(0.375)  # std of (1/4, 1) with n - 1 is 0.5303, over sqrt(2)
+    assert got["accuracy_se"] == pytest.approx(
+        0.375
+    )  # std of (1/4, 1) with n - 1 is 0.5303, over sqrt(2)
     assert got["pass@2"] == pytest.approx(1 - (3 * 2 / (4 * 3) + 0) / 2)  # C(3,2)/C(4,2) = 1/2
     assert got["pass@4"] == 1.0
 
 
 def test_the_majority_of_the_boxed_answers_decides_and_the_first_given_wins_a_tie():
     def majority(*answers):
-        return rollout.majority([record(right, f"so \\boxed{{{a}}}" if a else "?") for a, right in answers])
+        return rollout.majority(
+            [record(right, f"so \\boxed{{{a}}}" if a else "?") for a, right in answers]
+        )
 
     assert majority(("7", 0), ("5", 1), ("x = 5", 1)) == 1  # x = 5 and 5 are the same vote
     assert majority(("5", 1), ("7", 0), ("7", 0)) == 0
     assert majority(("5", 1), ("7", 0)) == 1 and majority(("7", 0), ("5", 1)) == 0
     assert majority(("", 0), ("", 0), ("5", 1)) == 1  # no box, no vote
     assert majority(("", 0)) == 0
-    got = rollout.summarize([record(1, r"\boxed{1}"), record(0, r"\boxed{2}"), *[record(0, r"\boxed{3}")] * 2], 2)
+    got = rollout.summarize(
+        [record(1, r"\boxed{1}"), record(0, r"\boxed{2}"), *[record(0, r"\boxed{3}")] * 2], 2
+    )
     assert got["maj@2"] == 0.5 and got["accuracy"] == 0.25
 
 
 def test_accuracy_is_told_by_type_number_of_images_and_source_where_they_differ():
-    records = [record(1, type="angle", images=1), record(0, type="angle", images=2), record(0, type="sides", images=2)]
+    records = [
+        record(1, type="angle", images=1),
+        record(0, type="angle", images=2),
+        record(0, type="sides", images=2),
+    ]
     got = {k: v for k, v in rollout.summarize(records, 1).items() if k.startswith("accuracy/")}
-    assert got == {"accuracy/type/angle": 0.5, "accuracy/type/sides": 0, "accuracy/images/1": 1, "accuracy/images/2": 0}
+    assert got == {
+        "accuracy/type/angle": 0.5,
+        "accuracy/type/sides": 0,
+        "accuracy/images/1": 1,
+        "accuracy/images/2": 0,
+    }
     assert not any("/" in k for k in rollout.summarize([record(type=str(i)) for i in range(21)], 1))
 
 
@@ -3247,7 +4083,9 @@ def test_token_texts_join_to_the_text_whatever_the_tokens(tiny):
     ids = torch.tensor(tokenizer.encode(text))
     texts = rollout.token_texts(tokenizer, ids)
     assert "".join(texts) == text and len(texts) == len(ids) > len(text) and "∠" in texts
-    half = torch.tensor(tokenizer.encode("🙂")[:2] * 3)  # bytes that are no text come as the replacement character
+    half = torch.tensor(
+        tokenizer.encode("🙂")[:2] * 3
+    )  # bytes that are no text come as the replacement character
     assert set("".join(rollout.token_texts(tokenizer, half))) == {"\ufffd"}
 
 
@@ -3261,7 +4099,10 @@ def test_python_rollout_repeats_the_runs_last_evaluation_of_the_exported_model(f
              "--max_pixels", "3136", "--image_key", "pictures", "--problem_key", "ask", "--answer_key", "gold",
              "--type_key", "kind", "--images", "shuffled", "--skip_bad_rows", "--out", tmp_path / "out"]  # fmt: skip
     printed = run_python([str(HERE / "rollout.py"), *map(str, flags)])
-    assert "left out 0 overlong and 1 broken ones" in printed and "shuffled images: accuracy" in printed
+    assert (
+        "left out 0 overlong and 1 broken ones" in printed
+        and "shuffled images: accuracy" in printed
+    )
     got, expected = (
         [{**json.loads(line), "source": ""} for line in path.read_text().splitlines()]
         for path in (tmp_path / "out", finished / "responses" / "shuffled-000003.jsonl")
@@ -3269,12 +4110,13 @@ def test_python_rollout_repeats_the_runs_last_evaluation_of_the_exported_model(f
     assert len(got) == 48 and got == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Runs that survive
 
 
 def strike(faults):
-    """Send this process a signal when a function is entered or left for the nth time: "9 call train.update 3; ..."."""
+    """Send this process a signal when a function is entered or left for the nth time: "9 call
+    train.update 3; ..."."""
     for fault in faults.split(";"):
         number, event, name, count = fault.split()
         owner, _, function = name.rpartition(".")
@@ -3298,9 +4140,12 @@ def struck(function, number, event, count):
 
 
 def faulty_run(job):
-    """train.py with a reward that is never flat, and with a fault. Run by the nursery and by torchrun."""
+    """train.py with a reward that is never flat, and with a fault. Run by the nursery and by
+    torchrun."""
     job = json.loads(job)
-    reward.REWARDS["varied"] = lambda problem, response, gold: random.random()  # from a global random state
+    reward.REWARDS["varied"] = lambda problem, response, gold: (
+        random.random()
+    )  # from a global random state
     if job["watch"]:
         watch(Path(job["watch"]))
     if job["fault"].isdigit():  # no file can become longer, as if the disk were full
@@ -3318,13 +4163,20 @@ def out_of_memory(problem, response, gold):
 
 
 def watch(file):
-    """Write megabytes in use, open files, threads and children of this process at every checkpoint."""
+    """Write megabytes in use, open files, threads and children of this process at every
+    checkpoint."""
+
     def look(problem, response, gold):
         if random.random() < 0.01:
             with file.open("a") as out:
                 pages = int(Path("/proc/self/statm").read_text().split()[1])
                 children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-                seen = (pages * 4096 / 2**20, len(os.listdir("/proc/self/fd")), threading.active_count(), len(children))
+                seen = (
+                    pages * 4096 / 2**20,
+                    len(os.listdir("/proc/self/fd")),
+                    threading.active_count(),
+                    len(children),
+                )
                 print(*seen, file=out)
         return random.random()
 
@@ -3332,7 +4184,8 @@ def watch(file):
 
 
 def nursery():
-    """Import everything once; then, for every job on stdin, fork a child that runs it, and print how it ended."""
+    """Import everything once; then, for every job on stdin, fork a child that runs it, and print
+    how it ended."""
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
@@ -3360,12 +4213,15 @@ STEPS = ("--preset", "tiny", "--engine", "hf", "--prompts_per_step", "2", "--min
 
 def job(folder, *flags, fault="", rank="0", watch=""):
     argv = [*STEPS, "--out", str(folder), "--resume", "auto", *flags]
-    return json.dumps(dict(argv=argv, fault=fault, rank=rank, watch=str(watch), log=str(folder / "log.txt")))
+    return json.dumps(
+        dict(argv=argv, fault=fault, rank=rank, watch=str(watch), log=str(folder / "log.txt"))
+    )
 
 
 @pytest.fixture(scope="session")
 def launch():
-    """A function that runs train.py in a folder, on one process, and returns its exit code and what it printed."""
+    """A function that runs train.py in a folder, on one process, and returns its exit code and what
+    it printed."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     server = subprocess.Popen([sys.executable, __file__, "nursery"], env=env, text=True, stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE)  # fmt: skip
@@ -3386,7 +4242,9 @@ def seedling(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("seedling")
     data.make_figures(folder / "figures", train=20, test=5)
-    model.build_tiny(folder / "tiny-model", ["How many sides? <think>I look.</think>\\boxed{4}<|im_end|>"] * 2)
+    model.build_tiny(
+        folder / "tiny-model", ["How many sides? <think>I look.</think>\\boxed{4}<|im_end|>"] * 2
+    )
     config = Qwen2_5_VLConfig.from_pretrained(folder / "tiny-model")
     config.text_config.num_hidden_layers, config.text_config.layer_types = 1, ["full_attention"]
     config.vision_config.depth, config.vision_config.fullatt_block_indexes = 1, [0]
@@ -3397,10 +4255,14 @@ def seedling(tmp_path_factory):
 
 
 def outcome(folder):
-    """What two equal runs have in common: all metrics but the times, the exported weights, the last checkpoint."""
+    """What two equal runs have in common: all metrics but the times, the exported weights, the last
+    checkpoint."""
     assert not list((folder / "tiny" / "checkpoints").glob("*.partial"))
     times = ("seconds/", "sync/")
-    rows = [{k: v for k, v in row.items() if not k.startswith(times)} for row in metrics(folder / "tiny")]
+    rows = [
+        {k: v for k, v in row.items() if not k.startswith(times)}
+        for row in metrics(folder / "tiny")
+    ]
     rows += train.read_jsonl(folder / "tiny" / "rollouts.jsonl")
     shards = sorted((folder / "tiny" / "checkpoints" / "step-000006").glob("*.safetensors"))
     state = [{k: v.numpy().tobytes() for k, v in load_file(shard).items()} for shard in shards]
@@ -3409,7 +4271,11 @@ def outcome(folder):
 
 def assert_same(got, expected):
     assert got[0] == expected[0]
-    assert [part for part, a, b in zip(("rows", "weights", "state"), got, expected, strict=True) if a != b] == []
+    assert [
+        part
+        for part, a, b in zip(("rows", "weights", "state"), got, expected, strict=True)
+        if a != b
+    ] == []
 
 
 @pytest.fixture(scope="session")
@@ -3439,7 +4305,9 @@ KILLS = (  # wherever a run can be; the first ones are met one after another by 
 CHAIN = KILLS[:10]
 
 
-def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(launch, seedling, unbroken, tmp_path):
+def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(
+    launch, seedling, unbroken, tmp_path
+):
     copy_start(seedling, tmp_path)
     for i, kill in enumerate(CHAIN):
         code, log = launch(tmp_path, "--save_in_background", str(i % 2 == 0), fault=f"9 {kill}")
@@ -3454,9 +4322,13 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(launch, se
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", KILLS)
-def test_a_run_killed_anywhere_ends_as_if_nothing_had_happened(launch, seedling, unbroken, tmp_path, kill):
+def test_a_run_killed_anywhere_ends_as_if_nothing_had_happened(
+    launch, seedling, unbroken, tmp_path, kill
+):
     copy_start(seedling, tmp_path)
-    code, log = launch(tmp_path, "--save_in_background", str(KILLS.index(kill) % 2 == 1), fault=f"9 {kill}")
+    code, log = launch(
+        tmp_path, "--save_in_background", str(KILLS.index(kill) % 2 == 1), fault=f"9 {kill}"
+    )
     assert code == -9, log
     code, log = launch(tmp_path)
     assert code == 0, log
@@ -3476,11 +4348,18 @@ def test_a_killed_run_with_vllm_ends_as_if_nothing_had_happened(launch, seedling
     assert_same(outcome(killed), outcome(whole))
 
 
-def test_a_signal_ends_the_run_after_the_step_and_a_second_one_at_once(launch, seedling, unbroken, tmp_path):
+def test_a_signal_ends_the_run_after_the_step_and_a_second_one_at_once(
+    launch, seedling, unbroken, tmp_path
+):
     copy_start(seedling, tmp_path)
     code, log = launch(tmp_path, fault="15 call train.update 5")
-    assert code == 143 and "step 3: SIGTERM; the checkpoint is written, go on with --resume auto" in log, log
-    assert (tmp_path / "tiny" / "checkpoints" / "step-000003").is_dir() and "model exported" not in log
+    assert (
+        code == 143
+        and "step 3: SIGTERM; the checkpoint is written, go on with --resume auto" in log
+    ), log
+    assert (
+        tmp_path / "tiny" / "checkpoints" / "step-000003"
+    ).is_dir() and "model exported" not in log
     code, log = launch(tmp_path, fault="2 call train.score 1")
     assert code == 130 and "step 4: SIGINT" in log, log
     code, log = launch(tmp_path, fault="2 call train.update 1; 2 call train.update 2")
@@ -3490,19 +4369,27 @@ def test_a_signal_ends_the_run_after_the_step_and_a_second_one_at_once(launch, s
     assert_same(outcome(tmp_path), unbroken)
 
 
-def test_a_full_disk_stops_the_run_and_loses_no_earlier_checkpoint(launch, seedling, unbroken, tmp_path):
+def test_a_full_disk_stops_the_run_and_loses_no_earlier_checkpoint(
+    launch, seedling, unbroken, tmp_path
+):
     copy_start(seedling, tmp_path)
-    code, log = launch(tmp_path, fault="15 call train.update 4")  # leaves with a checkpoint of step 2
+    code, log = launch(
+        tmp_path, fault="15 call train.update 4"
+    )  # leaves with a checkpoint of step 2
     assert code == 143, log
     code, log = launch(tmp_path, fault="1000000")  # bytes, and a checkpoint has 7 million
-    assert code == 1 and re.search(r"step 4: a checkpoint could not be written \(rank 0: .*File too large", log), log
+    assert code == 1 and re.search(
+        r"step 4: a checkpoint could not be written \(rank 0: .*File too large", log
+    ), log
     assert "go on with --resume auto" in log
     code, log = launch(tmp_path)
     assert code == 0 and "step-000002" in log, log
     assert_same(outcome(tmp_path), unbroken)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(launch, seedling, unbroken, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    launch, seedling, unbroken, tmp_path
+):
     copy_start(seedling, tmp_path)
     launch(tmp_path, fault="15 call train.update 7")
     [shard] = (tmp_path / "tiny" / "checkpoints" / "step-000004").glob("*.safetensors")
@@ -3510,8 +4397,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(launch, seedl
     raw[-1000] ^= 1  # one bit of one number
     shard.write_bytes(raw)
     code, log = launch(tmp_path, "--learning_rate", "6.5e-4", "--steps", "5")
-    assert code == 0 and re.search("step-000004 is damaged.*step-000004.1; trying the one before", log), log
-    assert "step-000002" in log and "learning_rate was 0.0006 when this run was started, and is 0.00065" in log
+    assert code == 0 and re.search(
+        "step-000004 is damaged.*step-000004.1; trying the one before", log
+    ), log
+    assert (
+        "step-000002" in log
+        and "learning_rate was 0.0006 when this run was started, and is 0.00065" in log
+    )
 
 
 def test_resume_must_have_a_checkpoint(launch, seedling, tmp_path):
@@ -3522,8 +4414,21 @@ def test_resume_must_have_a_checkpoint(launch, seedling, tmp_path):
 def test_the_folder_of_a_run_says_what_it_is_made_of(launch, seedling, tmp_path):
     launch(copy_start(seedling, tmp_path), fault="15 call train.build 1")
     made = json.loads((tmp_path / "tiny" / "run.json").read_text())
-    assert {"command", "commit", "processes", "python", "torch", "transformers", "seed", "model"} <= made.keys()
-    assert made["torch"] == torch.__version__ and made["steps"] == 6 and made["data"] == str(tmp_path / "figures")
+    assert {
+        "command",
+        "commit",
+        "processes",
+        "python",
+        "torch",
+        "transformers",
+        "seed",
+        "model",
+    } <= made.keys()
+    assert (
+        made["torch"] == torch.__version__
+        and made["steps"] == 6
+        and made["data"] == str(tmp_path / "figures")
+    )
 
 
 # --- checkpoints
@@ -3533,7 +4438,9 @@ def adam_run(folder, out, **changes):
     """small_run with the optimizer that a real run has; writes under `out`."""
     changes = dict(minibatch_prompts=8, max_sampler_gap=100.0, keep=2) | changes
     run, groups = small_run(folder, out=str(out), **changes)
-    run.optimizer = torch.optim.AdamW([p for p in run.actor.model.parameters() if p.requires_grad], lr=1e-3)
+    run.optimizer = torch.optim.AdamW(
+        [p for p in run.actor.model.parameters() if p.requires_grad], lr=1e-3
+    )
     run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, run.settings.rate)
     return run, groups
 
@@ -3572,15 +4479,21 @@ def test_a_checkpoint_of_one_rank_goes_on_with_two_and_the_reverse(tiny, process
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     assert two["states"][0].keys() == saved.keys()
     assert all(torch.equal(two["states"][0][name], value) for name, value in saved.items())
-    assert learn(run, groups)["loss"] == pytest.approx(two["loss"], rel=1e-5)  # one rank goes on as two did
+    assert learn(run, groups)["loss"] == pytest.approx(
+        two["loss"], rel=1e-5
+    )  # one rank goes on as two did
     again, _ = adam_run(tiny[False], tmp_path)
     train.load_checkpoint(again, train.newest_checkpoint(tmp_path / "tiny" / "checkpoints"))
     assert again.step == 2 and again.schedule.get_last_lr() == run.schedule.get_last_lr()
-    assert all(torch.equal(whole_state(again)[name], value) for name, value in two["states"][1].items())
+    assert all(
+        torch.equal(whole_state(again)[name], value) for name, value in two["states"][1].items()
+    )
     learn(again, groups)
     learn(run, groups)
     for name, p in run.actor.model.named_parameters():
-        close(model.full(p), model.full(dict(again.actor.model.named_parameters())[name]), atol=2e-4)
+        close(
+            model.full(p), model.full(dict(again.actor.model.named_parameters())[name]), atol=2e-4
+        )
 
 
 def test_the_newest_checkpoints_are_kept_and_the_best(tiny, processes, tmp_path):
@@ -3598,14 +4511,19 @@ def test_only_what_is_trained_is_saved_and_other_tensors_are_refused(tiny, proce
     path = train.newest_checkpoint(tmp_path / "tiny" / "checkpoints")
     for p in list(run.actor.model.parameters())[2:]:
         p.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"step-000000 holds other tensors than this run trains, such as .*run\.json"):
+    with pytest.raises(
+        ValueError,
+        match=r"step-000000 holds other tensors than this run trains, such as .*run\.json",
+    ):
         train.load_checkpoint(run, path)
     train.save_checkpoint(dataclasses.replace(run, step=1))
     [shard] = (tmp_path / "tiny" / "checkpoints" / "step-000001").glob("*.safetensors")
     assert len(load_file(shard)) == 1 + 2 * 4  # counts; weight, AdamW's step and two moments
 
 
-@pytest.mark.parametrize("damage", "cut, bit, missing, another, no manifest, empty manifest, null, bytes".split(", "))
+@pytest.mark.parametrize(
+    "damage", "cut, bit, missing, another, no manifest, empty manifest, null, bytes".split(", ")
+)
 def test_every_damage_to_a_checkpoint_is_seen(tmp_path, processes, capsys, damage):
     for step in (4, 8):
         folder = tmp_path / f"step-00000{step}"
@@ -3649,27 +4567,40 @@ def test_loading_a_checkpoint_runs_no_code_of_whoever_wrote_it(tiny, processes, 
 # --- what is not finite, what does not fit
 
 
-def test_an_update_that_is_not_finite_is_kept_for_study_and_stops_the_run(tiny, processes, tmp_path):
+def test_an_update_that_is_not_finite_is_kept_for_study_and_stops_the_run(
+    tiny, processes, tmp_path
+):
     run, groups = adam_run(tiny[False], tmp_path, max_not_finite=1)
     groups[3].advantages[2] = math.inf
     before = whole_state(run)
     assert learn(run, groups) == {}  # the first is left out
-    with pytest.raises(RuntimeError, match=r"step 1: loss .*-000001-2-rank-0\.pt.*number 2, --max_not_finite is 1"):
+    with pytest.raises(
+        RuntimeError, match=r"step 1: loss .*-000001-2-rank-0\.pt.*number 2, --max_not_finite is 1"
+    ):
         learn(run, groups)
     after = whole_state(run)
-    assert all(torch.equal(after[name], value) for name, value in before.items() if name != "counts")
+    assert all(
+        torch.equal(after[name], value) for name, value in before.items() if name != "counts"
+    )
     assert after["counts"].tolist() == [1, 0, 2, -1, 0]
-    kept = torch.load(tmp_path / "tiny" / "not-finite" / "step-000001-2-rank-0.pt", weights_only=True)
+    kept = torch.load(
+        tmp_path / "tiny" / "not-finite" / "step-000001-2-rank-0.pt", weights_only=True
+    )
     assert "lm_head.weight" in kept["broken_gradients"] and "gradient norm nan" in kept["why"]
     [pack] = kept["packs"]
-    assert pack["advantages"].isinf().sum() == 1 and len(pack["sampler_logprobs"]) == pack["lengths"].sum()
+    assert (
+        pack["advantages"].isinf().sum() == 1
+        and len(pack["sampler_logprobs"]) == pack["lengths"].sum()
+    )
     where, prompt, responses = pack["groups"][3]
     assert where == "train.parquet row 17" and prompt.dtype == torch.long and len(responses) == 4
 
 
 def test_a_full_gpu_names_the_setting_and_how_far_to_lower_it(launch, seedling, tmp_path):
     code, log = launch(copy_start(seedling, tmp_path), fault="memory")
-    assert code == 1 and "set --max_tokens_per_pack to 4096 or --gradient_checkpointing true" in log, log
+    assert (
+        code == 1 and "set --max_tokens_per_pack to 4096 or --gradient_checkpointing true" in log
+    ), log
     assert "allocate 2.00 GiB" in log
 
 
@@ -3678,11 +4609,19 @@ def test_a_full_gpu_names_the_setting_and_how_far_to_lower_it(launch, seedling, 
 
 def png_of(width, height):
     """A PNG of a hundred bytes whose header promises any size."""
+
     def chunk(name, body):
-        return len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
+        return (
+            len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
+        )
 
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n%%EndComments\nshowpage\n"
@@ -3696,10 +4635,19 @@ BAD_IMAGES = {  # what the cell holds, and what the message says of it
     "cut PNG": (picture(0)[:-1000], "not a readable image"),
     "cut JPEG": (PHOTO[: len(PHOTO) // 2], "not a readable image .*truncated"),
     "flipped PNG": (red()[:45] + b"\xff" + red()[46:], "not a readable image"),
-    "cut GIF": (encode(Image.effect_noise((64, 64), 50).convert("P"), "GIF")[:300], "not a readable image"),
-    "cut WEBP": (encode(Image.effect_noise((64, 64), 50).convert("RGB"), "WEBP")[:300], "not a readable image"),
+    "cut GIF": (
+        encode(Image.effect_noise((64, 64), 50).convert("P"), "GIF")[:300],
+        "not a readable image",
+    ),
+    "cut WEBP": (
+        encode(Image.effect_noise((64, 64), 50).convert("RGB"), "WEBP")[:300],
+        "not a readable image",
+    ),
     "floats": (encode(Image.new("F", (4, 4)), "TIFF"), "holds floats"),
-    "PostScript": (POSTSCRIPT, "not a readable image .*cannot identify"),  # Pillow would start Ghostscript
+    "PostScript": (
+        POSTSCRIPT,
+        "not a readable image .*cannot identify",
+    ),  # Pillow would start Ghostscript
     "SVG": (SVG, "not a readable image .*cannot identify"),
     "long": (red(5700, 28), "5700 x 28, longer than 200 to 1"),
     "number": (7, "int, not bytes, a path"),
@@ -3730,7 +4678,9 @@ def test_bad_images_are_refused_by_row_before_they_cost_anything(tmp_path, proce
         file.truncate(10**9)
     cell, message = BAD_IMAGES[name]
     rows = data.load_problems(write(folder, images=[cell]))
-    with pytest.raises(ValueError, match=rf"(?s)1 of 1 rows are broken.*train\.parquet row 0: .*{message}"):
+    with pytest.raises(
+        ValueError, match=rf"(?s)1 of 1 rows are broken.*train\.parquet row 0: .*{message}"
+    ):
         data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, 1000)
 
 
@@ -3742,7 +4692,10 @@ BAD_TEXTS = {
     "no placeholder": (dict(problem="What?"), "0 <image> in the question but 1 images"),
     "empty answer": (dict(answer=" "), "the answer or the question is empty"),
     "empty question": (dict(problem=""), "the answer or the question is empty"),
-    "huge question": (dict(problem="<image>" + "a" * 10**7), "100000[0-9]+ characters, 100000 is the most"),
+    "huge question": (
+        dict(problem="<image>" + "a" * 10**7),
+        "100000[0-9]+ characters, 100000 is the most",
+    ),
     "huge answer": (dict(answer="9" * 10**7), "100000[0-9]+ characters, 100000 is the most"),
     "type with escapes": (dict(type="\x1b[2J"), "the type or source '.x1b.2J' names a metric"),
     "type of two lines": (dict(type="a\nb"), "the type or source 'a.nb' names a metric"),
@@ -3753,8 +4706,12 @@ BAD_TEXTS = {
 @pytest.mark.parametrize("name", BAD_TEXTS)
 def test_hostile_texts_are_refused_by_row(tmp_path, processor, name):
     columns, message = BAD_TEXTS[name]
-    rows = data.load_problems(write(tmp_path, images=[red()], **{key: [text] for key, text in columns.items()}))
-    with pytest.raises(ValueError, match=rf"(?s)1 of 1 rows are broken.*train\.parquet row 0: .*{message}"):
+    rows = data.load_problems(
+        write(tmp_path, images=[red()], **{key: [text] for key, text in columns.items()})
+    )
+    with pytest.raises(
+        ValueError, match=rf"(?s)1 of 1 rows are broken.*train\.parquet row 0: .*{message}"
+    ):
         data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, 1000)
 
 
@@ -3766,7 +4723,9 @@ def test_text_that_is_not_utf8_is_refused_by_row(tmp_path, processor):
 
 @pytest.mark.parametrize("how", ["cut", "middle", "page", "empty", "folder", "binary column"])
 def test_a_parquet_file_that_is_not_whole_is_refused_by_name(tmp_path, how):
-    file = write(tmp_path, problem=[f"question {i}" for i in range(500)], answer=[str(i) for i in range(500)])
+    file = write(
+        tmp_path, problem=[f"question {i}" for i in range(500)], answer=[str(i) for i in range(500)]
+    )
     raw = bytearray(file.read_bytes())
     if how == "cut":
         del raw[-100:]
@@ -3783,7 +4742,9 @@ def test_a_parquet_file_that_is_not_whole_is_refused_by_name(tmp_path, how):
         file = tmp_path
     elif how == "binary column":
         write(tmp_path, answer=[b"4"])
-    with pytest.raises(ValueError, match=r"train\.parquet( is not a whole parquet file|.*'answer' is binary)"):
+    with pytest.raises(
+        ValueError, match=r"train\.parquet( is not a whole parquet file|.*'answer' is binary)"
+    ):
         data.load_problems(file)
 
 
@@ -3810,7 +4771,9 @@ def test_broken_bytes_of_every_format_are_readable_or_a_value_error():
 def test_the_same_file_is_not_trained_on_and_held_out(launch, seedling, tmp_path):
     copy_start(seedling, tmp_path)
     code, log = launch(tmp_path, "--data", str(tmp_path / "figures" / "train.parquet"))
-    assert code == 1 and re.search(r"train\.parquet would be trained on and held out; set --test_data", log), log
+    assert code == 1 and re.search(
+        r"train\.parquet would be trained on and held out; set --test_data", log
+    ), log
 
 
 def test_code_and_pickles_that_come_with_a_model_are_not_run(seedling, tmp_path):
@@ -3838,9 +4801,23 @@ def test_code_and_pickles_that_come_with_a_model_are_not_run(seedling, tmp_path)
 def torchrun_faulty(folder, *flags, fault="", restarts=0):
     """Two ranks, of which rank 1 meets the fault. Returns the exit code and what was printed."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "RUN_MARK": str(folder)}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
-    command = [sys.executable, *launcher, __file__, "faulty_run", job(folder, *flags, fault=fault, rank="1")]
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=170)
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        f"--max-restarts={restarts}",
+    ]
+    command = [
+        sys.executable,
+        *launcher,
+        __file__,
+        "faulty_run",
+        job(folder, *flags, fault=fault, rank="1"),
+    ]
+    done = subprocess.run(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=170
+    )
     return done.returncode, done.stdout
 
 
@@ -3856,7 +4833,9 @@ def marked_processes(folder):
 
 @pytest.mark.slow
 def test_two_ranks_go_on_by_themselves_and_after_a_signal_to_one_of_them(seedling, tmp_path):
-    quiet, killed, asked = (copy_start(seedling, tmp_path / name) for name in ("quiet", "killed", "asked"))
+    quiet, killed, asked = (
+        copy_start(seedling, tmp_path / name) for name in ("quiet", "killed", "asked")
+    )
     code, log = torchrun_faulty(quiet)
     assert code == 0, log
     code, log = torchrun_faulty(killed, fault="9 call train.update 7", restarts=1)
@@ -3877,7 +4856,9 @@ def test_nothing_is_left_of_a_run_that_loses_a_rank(seedling, tmp_path, engine):
         pytest.importorskip("vllm")
     copy_start(seedling, tmp_path)
     env = dict(tp="2" if engine == "vllm" else "1")
-    code, log = torchrun_faulty(tmp_path, "--engine", engine, "--rollout_tp", env["tp"], fault="9 call train.update 3")
+    code, log = torchrun_faulty(
+        tmp_path, "--engine", engine, "--rollout_tp", env["tp"], fault="9 call train.update 3"
+    )
     ended = time.monotonic()
     assert code == 1 and "-9" in log, log
     while marked_processes(tmp_path) and time.monotonic() < ended + 10:
@@ -3886,7 +4867,9 @@ def test_nothing_is_left_of_a_run_that_loses_a_rank(seedling, tmp_path, engine):
 
 
 @pytest.mark.slow
-def test_two_thousand_steps_need_no_more_memory_files_threads_or_processes_than_a_few(launch, seedling, tmp_path):
+def test_two_thousand_steps_need_no_more_memory_files_threads_or_processes_than_a_few(
+    launch, seedling, tmp_path
+):
     copy_start(seedling, tmp_path)
     code, log = launch(
         tmp_path, "--steps", "2000", "--prompts_per_step", "1", "--eval_every", "250", "--save_every", "50",
@@ -3900,8 +4883,7 @@ def test_two_thousand_steps_need_no_more_memory_files_threads_or_processes_than_
     assert growth < 10 and np.ptp(seen[half:, 1:], axis=0).max() <= 2, seen[::5]
 
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The benchmark: seconds and peak memory of one update, by layout
 
 
@@ -3920,17 +4902,27 @@ def bench_actor(folder):
              fullatt_block_indexes=[2, 5])
     )  # fmt: skip
     torch.manual_seed(0)
-    actor = model.Actor(Qwen2_5_VLForConditionalGeneration(config), AutoProcessor.from_pretrained(folder))
+    actor = model.Actor(
+        Qwen2_5_VLForConditionalGeneration(config), AutoProcessor.from_pretrained(folder)
+    )
     actor.banned_ids = []  # the plainest way has no bans
     return actor
 
 
 def bench_group(actor, prompt_tokens, response_lengths):
-    """One group whose prompt is three quarters image, as in Geometry3K, of random pixels, and then random text."""
+    """One group whose prompt is three quarters image, as in Geometry3K, of random pixels, and then
+    random text."""
     ids, side = actor.model.config, round((prompt_tokens * 0.75) ** 0.5)
     image = torch.full((side * side,), ids.image_token_id)
     text = torch.randint(0, 250, (prompt_tokens - len(image) - 2,))
-    whole = torch.cat([torch.tensor([ids.vision_start_token_id]), image, torch.tensor([ids.vision_end_token_id]), text])
+    whole = torch.cat(
+        [
+            torch.tensor([ids.vision_start_token_id]),
+            image,
+            torch.tensor([ids.vision_end_token_id]),
+            text,
+        ]
+    )
     inputs = dict(pixel_values=torch.randn(4 * len(image), 1176), mm_token_type_ids=(whole == image[0]).int()[None],
                   image_grid_thw=torch.tensor([[1, 2 * side, 2 * side]]))  # fmt: skip
     prompt = data.Prompt(problem(), whole, whole, [object()], inputs)
@@ -3938,14 +4930,21 @@ def bench_group(actor, prompt_tokens, response_lengths):
 
 
 def padded_with_all_logits(actor, groups):
-    """What a trainer does that calls the model and then log_softmax: logits of every position, prompt included."""
+    """What a trainer does that calls the model and then log_softmax: logits of every position,
+    prompt included."""
     [(prompt, responses)] = groups
-    ids = torch.nn.utils.rnn.pad_sequence([torch.cat([prompt.ids, r]) for r in responses], batch_first=True)
+    ids = torch.nn.utils.rnn.pad_sequence(
+        [torch.cat([prompt.ids, r]) for r in responses], batch_first=True
+    )
     inputs = {k: v.repeat(len(responses), 1) for k, v in prompt.inputs.items()}
     inputs["mm_token_type_ids"] = (ids == actor.model.config.image_token_id).int()
-    logits = actor.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **inputs).logits
+    logits = actor.model(
+        input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **inputs
+    ).logits
     logps = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    return torch.cat([row[len(prompt.ids) - 1 :][: len(r)] for row, r in zip(logps, responses, strict=True)])
+    return torch.cat(
+        [row[len(prompt.ids) - 1 :][: len(r)] for row, r in zip(logps, responses, strict=True)]
+    )
 
 
 def measured_update(actor, groups, variant):
@@ -3956,7 +4955,9 @@ def measured_update(actor, groups, variant):
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    status = lambda name: int(re.search(name + r":\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # noqa: E731
+    status = lambda name: (
+        int(re.search(name + r":\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+    )  # noqa: E731
     before, start = status("VmRSS"), time.perf_counter()
     if variant == "padded, all":
         logprobs = padded_with_all_logits(actor, groups)
@@ -3975,8 +4976,16 @@ def test_bench_of_the_update(tiny):
         if tower == "frozen":
             actor.freeze("tower", "projector")
         trained = tower == "trained"
-        for prompt, length, n in ((400, 128, 5), (800, 200, 5), *([(400, "64..256", 8)] if trained else [])):
-            lengths = [round(64 + 192 * i / (n - 1)) for i in range(n)] if length == "64..256" else [length] * n
+        for prompt, length, n in (
+            (400, 128, 5),
+            (800, 200, 5),
+            *([(400, "64..256", 8)] if trained else []),
+        ):
+            lengths = (
+                [round(64 + 192 * i / (n - 1)) for i in range(n)]
+                if length == "64..256"
+                else [length] * n
+            )
             groups = bench_group(actor, prompt, lengths)
             variants = ("padded", "shared", *(["packed"] if trained else ["shared, kept"]))
             if trained and length == 128:
@@ -3994,13 +5003,19 @@ def test_bench_of_the_update(tiny):
             cells = [f"{seconds[v]:.2f} s, {memory[v]:.0f} MiB" if v in seconds else ""
                      for v in ("padded, all", "padded", "packed", "shared", "shared, kept")]  # fmt: skip
             shape = f"{prompt}, {length}, {n}"
-            lines.append(f"| {tower} | {shape} | {' | '.join(cells)} | {gain:.1f}x | {saved:.1f}x |")
+            lines.append(
+                f"| {tower} | {shape} | {' | '.join(cells)} | {gain:.1f}x | {saved:.1f}x |"
+            )
     heads = ("tower", "prompt, response, n", "padded, all logits", "padded", "packed", "shared",
              "shared, features kept", "time", "memory")  # fmt: skip
     print(f"\n| {' | '.join(heads)} |\n{'|---' * len(heads)}|", *lines, sep="\n")
     assert bars["trained", 400, 128][0] > 2.5 and bars["trained", 800, 200][0] > 2.8
     assert bars["frozen", 400, 128][0] > 2.2 and bars["frozen", 800, 200][0] > 2.6
-    assert all(bars[tower, *shape][1] > 2 for tower in ("trained", "frozen") for shape in ((400, 128), (800, 200)))
+    assert all(
+        bars[tower, *shape][1] > 2
+        for tower in ("trained", "frozen")
+        for shape in ((400, 128), (800, 200))
+    )
 
 
 if __name__ == "__main__":

