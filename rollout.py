@@ -21,18 +21,17 @@ Legend  B prompts of a call, n responses per prompt, P longest prompt, R tokens 
 vocabulary
 """
 
-import argparse
+from __future__ import annotations
+
 import collections
 import contextlib
 import gc
 import importlib.util
 import itertools
-import json
 import logging
 import math
 import os
 import random
-import secrets
 import time
 import warnings
 from collections.abc import Iterator
@@ -41,16 +40,9 @@ from typing import NamedTuple
 
 import data
 import reward
-from model import (
-    Actor,
-    as_turns,
-    gather_objects,
-    lay_out,
-    left_pad,
-    prompts_of,
-    start_processes,
-    this_rank,
-)
+from model import Actor, as_turns, lay_out, left_pad, prompts_of
+from support.cpu import name_shared_memory, register_architecture
+from support.processes import gather_objects, this_rank
 
 import numpy as np
 import torch
@@ -630,34 +622,6 @@ def kept_globals():
             os.environ.update({name: value} if value is not None else {})
 
 
-def register_architecture(model: str) -> None:
-    """Hand vLLM its own model class. One that it knows by name only it inspects in a new process,
-    which costs seconds and imports a torchvision that may not load."""
-    from vllm import ModelRegistry
-    from vllm.transformers_utils.config import get_config
-
-    for name in set(get_config(model, trust_remote_code=False).architectures) & set(
-        ModelRegistry.models
-    ):
-        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
-
-
-def name_shared_memory() -> None:
-    """Give the shared memory in which vLLM's CPU ranks of a tp group meet a name of this run.
-
-    Under the external launcher the name is the same in every run, so a killed run leaves it
-    occupied ("create shm in SHMManager failed. errno: 17"), and two runs on one machine would share
-    it.
-    """
-    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as shared
-
-    run, make_group_name = [secrets.token_hex(4)], shared.make_group_name
-    dist.broadcast_object_list(run)
-    shared.make_group_name = staticmethod(
-        lambda communicator: run[0] + make_group_name(communicator).lstrip("/")
-    )
-
-
 def choose_engine(wanted: str) -> tuple[str, str]:
     """Turn auto, vllm or hf into vllm or hf, with the reason.
 
@@ -941,113 +905,9 @@ def majority(records: list[dict]) -> float:
     return max(votes.values(), key=len, default=[0.0])[0]
 
 
-def token_texts(tokenizer, ids: Tensor) -> list[str]:
-    """What each token adds to the text; a character spread over several tokens comes with the last
-    of them."""
-    texts, held = [], []
-    for token in ids.tolist():
-        text = tokenizer.decode(held := [*held, token])
-        held = (
-            held if text.endswith("\ufffd") and len(held) < 4 else []
-        )  # UTF-8 has no longer characters
-        texts.append("" if held else text)
-    return texts
-
-
 def describe(metrics: dict[str, float]) -> str:
     """An evaluation in one line."""
     rest = ", ".join(
         f"{k} {v:.3g}" for k, v in metrics.items() if k not in ("accuracy", "accuracy_se")
     )
     return f"accuracy {metrics['accuracy']:.3f} +- {metrics['accuracy_se']:.3f}, {rest}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Evaluate a model on a data set, and keep every response."
-    )
-    parser.add_argument("--model", required=True, help="Hugging Face directory or hub name")
-    parser.add_argument("--data", required=True, help="parquet file, folder, glob or hub data set")
-    parser.add_argument(
-        "--images", default="own", choices=data.VIEWS, help="blank and shuffled: how much it looks"
-    )
-    parser.add_argument(
-        "--skip_bad_rows", action="store_true", help="leave broken rows out instead of stopping"
-    )
-    for name, default, meaning in (
-        ("split", "test", "split of --data, where it has splits"),
-        ("image_key", "images", "column of images"),
-        ("problem_key", "problem", "column of questions"),
-        ("answer_key", "answer", "column of gold answers"),
-        ("type_key", "type", "column of types; may be absent"),
-        ("video_key", "videos", "column of videos"),
-        ("source_key", "data_source", "column of data sources; may be absent"),
-        ("rows", 0, "problems used; 0: all"),
-        ("instruction", data.INSTRUCTION, "appended to every question"),
-        ("min_pixels", 56 * 56, "smaller images are enlarged"),
-        ("max_pixels", 1280 * 28 * 28, "larger ones reduced"),
-        ("max_prompt_tokens", 2048, "problems with longer prompts are left out"),
-        ("max_response_tokens", 2048, "longer responses are cut"),
-        ("engine", "auto", "vllm, hf or auto"),
-        ("samples", 1, "responses per problem; 1 takes the likeliest tokens"),
-        ("seed", 0, "fixes what is drawn"),
-        ("temperature", 1.0, "of the distribution, for more than one sample"),
-        ("rollout_tp", 1, "ranks that share one vLLM engine"),
-        ("rewards", "accuracy=0.9,format=0.1", "named rewards with their weights"),
-        ("out", "responses.jsonl", "file for the responses, one JSON object per line"),
-    ):
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=meaning)
-    args = parser.parse_args()
-    device = start_processes()
-    dtype, pixels = (
-        torch.bfloat16 if device.type == "cuda" else torch.float32,
-        (args.min_pixels, args.max_pixels),
-    )
-    actor = Actor.from_pretrained(args.model, dtype, pixels, temperature=args.temperature)
-    keys = {key: value for key, value in vars(args).items() if key.endswith("_key")}
-    problems, kept = data.usable_problems(
-        data.load_problems(args.data, args.split, **keys),
-        actor.processor,
-        *pixels,
-        args.max_prompt_tokens,
-        args.instruction,
-        args.skip_bad_rows,
-    )
-    engine, why = build_engine(
-        args.engine,
-        actor,
-        args.model,
-        tp=args.rollout_tp,
-        memory_fraction=0.9,
-        eager=False,
-        max_prompt_tokens=args.max_prompt_tokens,
-        max_response_tokens=args.max_response_tokens,
-        max_images=max(len(p.images) for p in problems),
-        max_videos=max(len(p.videos) for p in problems),
-    )
-    if isinstance(engine, HFEngine):
-        actor.model.to(device)
-    with reward.Grader() as grader:
-        metrics, records = evaluate(
-            engine,
-            problems,
-            lambda p: data.make_prompt(p, actor.processor, *pixels, args.instruction),
-            args.samples,
-            args.seed,
-            reward.parse_weights(args.rewards),
-            grader,
-            args.rows,
-            args.images,
-        )
-    if dist.get_rank() == 0:
-        with open(args.out, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        print(
-            f"{args.data}: {kept}\n{why}\n{args.images} images: {describe(metrics)}\nresponses in {args.out}"
-        )
-    engine.close()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -56,6 +56,7 @@ from reward import (
     last_boxed,
     parse_weights,
 )
+from support import checkpoint, figures, memory, processes, report, tiny_model
 
 import av
 import numpy as np
@@ -776,26 +777,26 @@ def test_a_step_depends_on_seed_and_step_alone():
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory):
+def figures_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("figures")
-    data.make_figures(folder, train=420, test=210, seed=3)
+    figures.make_figures(folder, train=420, test=210, seed=3)
     return folder
 
 
-def test_the_same_seed_draws_the_same_files_and_another_seed_others(tmp_path, figures):
-    data.make_figures(tmp_path / "again", train=420, test=210, seed=3)
-    data.make_figures(tmp_path / "other", train=20, test=20, seed=4)
+def test_the_same_seed_draws_the_same_files_and_another_seed_others(tmp_path, figures_folder):
+    figures.make_figures(tmp_path / "again", train=420, test=210, seed=3)
+    figures.make_figures(tmp_path / "other", train=20, test=20, seed=4)
     for name in ("train.parquet", "test.parquet"):
-        assert (tmp_path / "again" / name).read_bytes() == (figures / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (figures_folder / name).read_bytes()
     first = {
         raw for p in data.load_problems(tmp_path / "other" / "train.parquet") for raw in p.images
     }
-    assert not first & {raw for p in data.load_problems(figures) for raw in p.images}
+    assert not first & {raw for p in data.load_problems(figures_folder) for raw in p.images}
 
 
-def test_no_picture_is_in_both_train_and_test(tmp_path, figures):
-    data.make_figures(tmp_path, train=100, test=100, size=16)
-    for folder in (figures, tmp_path):
+def test_no_picture_is_in_both_train_and_test(tmp_path, figures_folder):
+    figures.make_figures(tmp_path, train=100, test=100, size=16)
+    for folder in (figures_folder, tmp_path):
         train, test = (
             {raw for p in data.load_problems(folder, s) for raw in p.images}
             for s in ("train", "test")
@@ -807,19 +808,19 @@ def test_no_picture_is_in_both_train_and_test(tmp_path, figures):
         )
 
 
-def test_types_and_their_answers_are_balanced(figures):
-    rows = list(data.load_problems(figures))
-    assert Counter(p.type for p in rows) == dict.fromkeys(data.FIGURES, 84)
-    for kind, (answers, _) in data.FIGURES.items():
+def test_types_and_their_answers_are_balanced(figures_folder):
+    rows = list(data.load_problems(figures_folder))
+    assert Counter(p.type for p in rows) == dict.fromkeys(figures.FIGURES, 84)
+    for kind, (answers, _) in figures.FIGURES.items():
         # 84 rows over 3, 6, 6, 3 and 6 answers: all divide it
         assert Counter(p.answer for p in rows if p.type == kind) == dict.fromkeys(
             answers, 84 // len(answers)
         )
 
 
-def test_figures_show_what_their_answers_say(figures):
-    names = {rgb: name for name, rgb in data.COLOURS.items()}
-    for row in data.load_problems(figures):
+def test_figures_show_what_their_answers_say(figures_folder):
+    names = {rgb: name for name, rgb in figures.COLOURS.items()}
+    for row in data.load_problems(figures_folder):
         assert len(row.images) == row.question.count("<image>") == (2 if row.type == "sum" else 1)
         pictures = [data.decode_image(raw) for raw in row.images]
         assert all(picture.size == (56, 56) for picture in pictures)
@@ -852,20 +853,21 @@ def count_sides(picture):
 def test_figures_refuse_empty_files_and_unreadable_sizes(tmp_path):
     for options in ({"train": 0}, {"test": 0}, {"size": 8}, {"size": 500}):
         with pytest.raises(ValueError, match=next(iter(options))):
-            data.make_figures(tmp_path, **options)
+            figures.make_figures(tmp_path, **options)
 
 
 def test_the_command_line_writes_both_files(tmp_path):
     command = [
         sys.executable,
-        str(HERE / "data.py"),
+        "-m",
+        "support.figures",
         str(tmp_path / "out"),
         "--train",
         "10",
         "--test",
         "5",
     ]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, cwd=HERE)
     assert (
         len(data.load_problems(tmp_path / "out")),
         len(data.load_problems(tmp_path / "out", "test")),
@@ -1536,7 +1538,7 @@ def test_length_and_truncation_of_a_rollout_reach_its_rewards(actor, grader):
     close(got["reward"], torch.tensor([[2.0 - len(ids) - 1, 1.0 - len(ids)]]))
 
 
-def test_weights_for_a_source_that_no_problem_has_stop_the_start(tmp_path, tiny, processes):
+def test_weights_for_a_source_that_no_problem_has_stop_the_start(tmp_path, tiny, process_group):
     file, held_out = (str(write(tmp_path, f"{split}.parquet", problem=["?"] * 2, data_source=["vqa", "chartqa"]))
                       for split in ("train", "test"))  # fmt: skip
     for rewards, unknown in (
@@ -1712,7 +1714,7 @@ def test_the_audit_lists_what_disagrees_and_what_cannot_be_graded(tmp_path):
     assert "gradable golds: 7 of 8; accuracy of 6 responses: 0.667" in out and "slow: " in out
 
 
-def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, processes):
+def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, process_group):
     golds = [["3", "three"], ["4"], ["red"]]
     file = write(tmp_path, problem=["?"] * 3, answer=None, gold=golds, data_source=["a", "b", "b"])
     assert "gradable golds: 4 of 4;" in audit(file, "--answer_key", "gold", check=True).stdout
@@ -1769,7 +1771,7 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     texts = ["How many sides? Which colour? <think>I look.</think>\\boxed{4}<|im_end|>"] * 2
     return {
-        tied: model.build_tiny(folder / f"tied-{tied}", texts, tie_embeddings=tied)
+        tied: tiny_model.build_tiny(folder / f"tied-{tied}", texts, tie_embeddings=tied)
         for tied in (True, False)
     }
 
@@ -1869,7 +1871,9 @@ def assert_same_in_every_layout(actor, groups):
 
 
 @pytest.mark.parametrize("variant", ["plain", "frozen tower", "checkpointing", "tied"])
-def test_shared_packed_and_padded_give_the_same_logprobs_and_gradients(tiny, processes, variant):
+def test_shared_packed_and_padded_give_the_same_logprobs_and_gradients(
+    tiny, process_group, variant
+):
     actor = model.Actor.from_pretrained(str(tiny[variant == "tied"]))
     groups = random_groups(actor, (0, 1, 3, 2), ((3, 5), (4, 4, 1), (2, 9), (6,)))
     if variant == "frozen tower":
@@ -2037,7 +2041,7 @@ def test_dropout_of_the_adapters_acts_while_learning_only(actor):
 def test_the_estimate_of_activations_is_what_a_forward_of_other_groups_keeps(actor, checkpointing):
     actor.checkpoint_activations(checkpointing)
     per_token = actor.activation_bytes(prompts_with(actor, 1, 0), 4, 20)
-    saved, groups = model.SavedTensors(), random_groups(actor, (1, 0, 1), ((30,) * 4,) * 3)
+    saved, groups = memory.SavedTensors(), random_groups(actor, (1, 0, 1), ((30,) * 4,) * 3)
     tokens = sum(len(p.ids) + sum(map(len, rs)) for p, rs in groups)
     for _ in range(2):  # the most of any pass, not their sum
         with saved:
@@ -2173,7 +2177,7 @@ def test_freeze_vision_freezes_the_tower_and_says_when_there_is_none(actor):
 
 
 def test_the_tiny_model_is_the_same_for_the_same_seed(tmp_path):
-    weights = [(model.build_tiny(tmp_path / name, ["a b"], seed=seed) / "model.safetensors").read_bytes()
+    weights = [(tiny_model.build_tiny(tmp_path / name, ["a b"], seed=seed) / "model.safetensors").read_bytes()
                for name, seed in (("a", 0), ("b", 0), ("c", 1))]  # fmt: skip
     assert weights[0] == weights[1] != weights[2]
 
@@ -2217,9 +2221,11 @@ def chat_template(image, turn, images_first=False, start="", **_) -> str:
 
 
 def tiny_tokenizer(turn, special, named, **_):
-    """model.tiny_processor's byte-level BPE with another family's special tokens."""
+    """tiny_model.tiny_processor's byte-level BPE with another family's special tokens."""
     learned = json.loads(
-        model.tiny_processor(["How many sides? Which colour?"]).tokenizer.backend_tokenizer.to_str()
+        tiny_model.tiny_processor(
+            ["How many sides? Which colour?"]
+        ).tokenizer.backend_tokenizer.to_str()
     )
     bos = dict(bos_token="<bos>", add_bos_token=True) if "<start_of_turn>" in turn[0] else {}
     tokenizer = hf.Qwen2Tokenizer(
@@ -2373,7 +2379,7 @@ def plain_logprobs(actor, groups):
 @pytest.mark.filterwarnings("ignore:layers of type")
 @pytest.mark.parametrize("name", CHATS)
 def test_a_family_is_scored_as_its_plain_forward_does_and_its_frozen_tower_stays(
-    name, family_folder, processes
+    name, family_folder, process_group
 ):
     actor = model.Actor.from_pretrained(str(family_folder(name)), packing="padded")
     groups = random_groups(actor, (0, 1, 3, 2), ((3, 5), (4, 4, 1), (2, 9), (6,)))
@@ -2420,7 +2426,7 @@ def test_a_family_is_scored_as_its_plain_forward_does_and_its_frozen_tower_stays
 @pytest.mark.filterwarnings("ignore:layers of type")
 @pytest.mark.parametrize("name", CHATS)
 def test_one_grpo_update_moves_a_familys_language_model_and_no_frozen_byte(
-    name, family_folder, processes
+    name, family_folder, process_group
 ):
     run, groups = small_run(family_folder(name), prepare=lambda actor: actor.freeze("tower"), minibatch_prompts=8,
                             max_sampler_gap=100.0, max_grad_norm=1e9)  # fmt: skip
@@ -2472,15 +2478,15 @@ def test_an_image_has_no_more_tokens_than_its_bound_allows(name, most, tokens, f
 
 
 @pytest.fixture(scope="session")
-def processes():
+def process_group():
     """A process group of one, as train.py has; one for all tests, because vLLM remembers the first
     that it saw."""
-    model.start_processes()
+    processes.start_processes()
     yield
     torch.distributed.destroy_process_group()
 
 
-def test_sampler_logprobs_equal_the_trainers(actor, processes):
+def test_sampler_logprobs_equal_the_trainers(actor, process_group):
     actor.temperature = 0.7
     prompts = prompts_with(actor, 0, 1, 3, 1)
     groups = rollout.HFEngine(actor, max_response_tokens=12).generate(prompts, n=5, seed=0)
@@ -2493,7 +2499,7 @@ def test_sampler_logprobs_equal_the_trainers(actor, processes):
 
 
 def test_vision_tokens_are_never_drawn_and_the_rest_is_uniform_when_the_head_is_zero(
-    actor, processes
+    actor, process_group
 ):
     torch.nn.init.zeros_(actor.model.lm_head.weight)
     actor.model.generation_config.update(
@@ -2513,7 +2519,7 @@ def test_vision_tokens_are_never_drawn_and_the_rest_is_uniform_when_the_head_is_
     )
 
 
-def test_a_response_ends_with_the_end_token_or_is_marked_truncated(actor, processes):
+def test_a_response_ends_with_the_end_token_or_is_marked_truncated(actor, process_group):
     torch.nn.init.zeros_(actor.model.lm_head.weight)
     [group] = rollout.HFEngine(actor, max_response_tokens=200).generate(
         prompts_with(actor, 0), n=100, seed=1
@@ -2528,7 +2534,7 @@ def test_a_response_ends_with_the_end_token_or_is_marked_truncated(actor, proces
         assert "<|im_end|>" not in r.text(actor.processor.tokenizer)
 
 
-def test_generation_is_fixed_by_its_seed_and_greedy_by_nothing(actor, processes):
+def test_generation_is_fixed_by_its_seed_and_greedy_by_nothing(actor, process_group):
     engine, prompts = rollout.HFEngine(actor, max_response_tokens=8), prompts_with(actor, 1, 0)
 
     def ids(**options):
@@ -2576,7 +2582,7 @@ def perturb(actor, part="", scale=0.05, seed=0):
 
 @needs_vllm
 @pytest.mark.parametrize("tied", [True, False])
-def test_vllm_follows_the_trainer_through_every_kind_of_update(tiny, processes, tied):
+def test_vllm_follows_the_trainer_through_every_kind_of_update(tiny, process_group, tied):
     actor = model.Actor.from_pretrained(
         str(tiny[tied]), pixels=(28 * 28, 28 * 28 * 64), temperature=0.7
     )
@@ -2602,7 +2608,7 @@ def test_vllm_follows_the_trainer_through_every_kind_of_update(tiny, processes, 
 
 @needs_vllm
 @pytest.mark.parametrize("name", ["qwen3_vl", "internvl", "idefics3"])
-def test_vllm_follows_other_families(name, family_folder, processes):
+def test_vllm_follows_other_families(name, family_folder, process_group):
     actor = model.Actor.from_pretrained(str(family_folder(name)), pixels=(28 * 28, 28 * 28 * 64))
     prompts = prompts_with(actor, 0, 1, 2)
     with contextlib.closing(vllm_engine(actor, family_folder(name))) as engine:
@@ -2614,7 +2620,7 @@ def test_vllm_follows_other_families(name, family_folder, processes):
 
 
 @needs_vllm
-def test_vllm_samples_the_trained_distribution(tiny, processes):
+def test_vllm_samples_the_trained_distribution(tiny, process_group):
     actor = model.Actor.from_pretrained(str(tiny[False]), pixels=(28 * 28, 28 * 28 * 64))
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     with contextlib.closing(vllm_engine(actor, tiny[False])) as engine:
@@ -2651,7 +2657,7 @@ def test_vllm_samples_the_trained_distribution(tiny, processes):
 
 
 @needs_vllm
-def test_vllm_refuses_another_prompt_and_another_model(tiny, processes):
+def test_vllm_refuses_another_prompt_and_another_model(tiny, process_group):
     actor = model.Actor.from_pretrained(str(tiny[False]), pixels=(28 * 28, 28 * 28 * 64))
     [prompt] = prompts_with(actor, 1)
     with contextlib.closing(vllm_engine(actor, tiny[False])) as engine:
@@ -2685,7 +2691,7 @@ def test_vllm_follows_sharded_weights_on_two_ranks_and_the_gate_sees_a_missed_sy
 
 def check_vllm_on_two_ranks(folder, tp):
     """Run by torchrun, with 2 ranks."""
-    device = model.start_processes()
+    device = processes.start_processes()
     actor = model.Actor.from_pretrained(folder, pixels=(28 * 28, 28 * 28 * 64))
     prompts = prompts_with(actor, 0, 1, 3)[
         :: 1 if torch.distributed.get_rank() else 2
@@ -3011,19 +3017,19 @@ def conversation_gap(actor, engine, prompts, n=6):
     )
 
 
-def test_in_conversations_the_samplers_logprobs_equal_the_trainers(actor, processes):
+def test_in_conversations_the_samplers_logprobs_equal_the_trainers(actor, process_group):
     actor.temperature = 0.7
     assert conversation_gap(actor, *countdown(actor, rollout.HFEngine(actor, 12))) < 1e-5
 
 
 @needs_vllm
-def test_in_conversations_vllms_logprobs_equal_the_trainers(tiny, processes):
+def test_in_conversations_vllms_logprobs_equal_the_trainers(tiny, process_group):
     actor = model.Actor.from_pretrained(str(tiny[False]), pixels=(28 * 28, 28 * 28 * 64))
     with contextlib.closing(vllm_engine(actor, tiny[False], max_response_tokens=12)) as engine:
         assert conversation_gap(actor, *countdown(actor, engine)) < 1e-4
 
 
-def test_a_conversation_over_the_limit_ends_before_its_next_turn(actor, processes):
+def test_a_conversation_over_the_limit_ends_before_its_next_turn(actor, process_group):
     engine, prompts = countdown(actor, rollout.HFEngine(actor, 12), limit=70)
     groups = engine.generate(prompts, 8, seed=0)
     stopped = [r for r in groups[1] if r.truncated and r.response[-1] in actor.eos_ids]
@@ -3031,7 +3037,7 @@ def test_a_conversation_over_the_limit_ends_before_its_next_turn(actor, processe
     assert all(len(prompts[1].ids) + r.tokens <= 70 + 12 for r in groups[1])
 
 
-def test_a_rollout_travels_between_ranks_with_its_observations_compressed(actor, processes):
+def test_a_rollout_travels_between_ranks_with_its_observations_compressed(actor, process_group):
     engine, prompts = countdown(actor, rollout.HFEngine(actor, 12))
     sent = max(engine.generate(prompts, 6, seed=3)[2], key=lambda r: len(r.observations))
     raw = pickle.dumps(sent)
@@ -3048,7 +3054,7 @@ def test_a_rollout_travels_between_ranks_with_its_observations_compressed(actor,
 
 
 def test_the_codeword_environment_by_hand(tmp_path):
-    data.make_codewords(tmp_path, train=300, test=50)
+    figures.make_codewords(tmp_path, train=300, test=50)
     rows, held_out = data.load_problems(tmp_path), data.load_problems(tmp_path, "test")
     assert (
         not {r.answer for r in rows} & {r.answer for r in held_out}
@@ -3056,8 +3062,8 @@ def test_the_codeword_environment_by_hand(tmp_path):
     )
     row = rows[0]
     for letter, raw in zip(row.answer.split(), row.images, strict=True):
-        [colour] = [colour for colour, code in data.CODE.items() if code == letter]
-        seen = (np.asarray(data.decode_image(raw)) == data.COLOURS[colour]).all(-1)
+        [colour] = [colour for colour, code in figures.CODE.items() if code == letter]
+        seen = (np.asarray(data.decode_image(raw)) == figures.COLOURS[colour]).all(-1)
         assert seen.sum() >= 28 * 28
     for said, reward_of in (
         (row.answer, 1.0),
@@ -3073,9 +3079,11 @@ def test_the_codeword_environment_by_hand(tmp_path):
 
 
 def test_two_ranks_train_on_conversations_of_which_one_has_none_to_evaluate(tmp_path):
-    data.make_codewords(tmp_path / "codewords", train=40, test=3)
+    figures.make_codewords(tmp_path / "codewords", train=40, test=3)
     rows = data.load_problems(tmp_path / "codewords")
-    model.build_warm_tiny(tmp_path / "codeword-model", rows, model.TINY_INSTRUCTION, updates=30)
+    tiny_model.build_warm_tiny(
+        tmp_path / "codeword-model", rows, tiny_model.TINY_INSTRUCTION, updates=30
+    )
     torchrun("--task", "codeword", "--engine", "hf", "--out", str(tmp_path), "--steps", "1", "--eval_rows", "1",
              "--prompts_per_step", "6", "--minibatch_prompts", "3", "--responses_per_prompt", "4",
              "--max_tokens_per_pack", "400", "--kl_coefficient", "0.1", script=HERE / "train.py")  # fmt: skip
@@ -3263,7 +3271,7 @@ def test_a_turn_with_a_video_counts_it_once_in_a_cumulative_trace(actor):
 
 
 @needs_vllm
-def test_vllm_sees_the_same_videos(tiny, processes):
+def test_vllm_sees_the_same_videos(tiny, process_group):
     actor = model.Actor.from_pretrained(str(tiny[False]), pixels=(28 * 28, 28 * 28 * 64))
     prompts = mixed_prompts(actor)
     with contextlib.closing(vllm_engine(actor, tiny[False], max_videos=2)) as engine:
@@ -3271,7 +3279,9 @@ def test_vllm_sees_the_same_videos(tiny, processes):
     assert largest_gap(actor, rollout.HFEngine(actor, 12), prompts) < 1e-5
 
 
-def test_a_rank_with_text_alone_trains_beside_one_with_images_and_videos(tiny, processes, tmp_path):
+def test_a_rank_with_text_alone_trains_beside_one_with_images_and_videos(
+    tiny, process_group, tmp_path
+):
     torchrun("save_mixed_gradients", str(tiny[False]), str(tmp_path / "two.pt"))
     actor = model.Actor.from_pretrained(str(tiny[False]))
     batches = mixed_batches(actor)
@@ -3295,7 +3305,7 @@ def mixed_batches(actor):
 
 def save_mixed_gradients(folder, out):
     """Run by torchrun, with 2 ranks."""
-    device = model.start_processes()
+    device = processes.start_processes()
     actor = model.Actor.from_pretrained(folder)
     batches = mixed_batches(actor)
     actor.shard(device, videos=True)
@@ -3335,7 +3345,8 @@ def test_two_ranks_train_on_a_row_of_text_and_one_of_pictures_and_videos(start, 
 
 def test_every_setting_is_read_somewhere_and_has_help():
     source = (HERE / "train.py").read_text()
-    body = source.split("PRESETS = {")[1]
+    files = (HERE / "train.py", *(HERE / "support").glob("*.py"))
+    body = "".join(file.read_text() for file in files)
     for f in dataclasses.fields(train.Settings):
         assert len(f.metadata["help"]) > 5
         read = re.search(rf"\b(s|self|settings)\.{f.name}\b", body) or f"self.{f.name}" in source
@@ -3507,7 +3518,7 @@ def one_update(folder, **changes):
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
-def test_the_loss_does_not_depend_on_how_the_minibatch_is_cut(tiny, processes, aggregation):
+def test_the_loss_does_not_depend_on_how_the_minibatch_is_cut(tiny, process_group, aggregation):
     whole, weights, passes = one_update(tiny[False], aggregation=aggregation)
     cut, cut_weights, cut_passes = one_update(
         tiny[False], aggregation=aggregation, max_tokens_per_pack=60
@@ -3521,7 +3532,7 @@ def test_the_loss_does_not_depend_on_how_the_minibatch_is_cut(tiny, processes, a
                           {n: w - before[n] for n, w in weights.items()})  # fmt: skip
 
 
-def test_flat_groups_change_nothing_but_are_not_computed(tiny, processes):
+def test_flat_groups_change_nothing_but_are_not_computed(tiny, process_group):
     run, groups = small_run(tiny[False], minibatch_prompts=8)
     [minibatch] = train.plan_minibatches(run, groups, {})
     assert sum(len(responses) for pack in minibatch.packs for _, responses in pack.groups) == 7 * 4
@@ -3533,7 +3544,9 @@ def test_flat_groups_change_nothing_but_are_not_computed(tiny, processes):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_sharding_keeps_trained_weights_in_float32_and_changes_no_logprob(tiny, processes, frozen):
+def test_sharding_keeps_trained_weights_in_float32_and_changes_no_logprob(
+    tiny, process_group, frozen
+):
     plain = model.Actor.from_pretrained(str(tiny[True]), torch.bfloat16)
     for name, p in plain.model.named_parameters():
         p.data = p.data if frozen and plain.part(name) != "language" else p.data.float()
@@ -3570,7 +3583,7 @@ def test_dynamic_sampling_replaces_flat_groups(start, tmp_path):
     ).exists()  # the first run was set aside, not mixed up
 
 
-def test_a_sampler_that_is_not_the_policy_stops_the_run(tiny, processes):
+def test_a_sampler_that_is_not_the_policy_stops_the_run(tiny, process_group):
     run, groups = small_run(tiny[False], minibatch_prompts=8, max_sampler_gap=0.1)
     before = train.full(next(run.actor.model.parameters())).clone()
     with pytest.raises(RuntimeError, match=r"step 3: sampler and trainer disagree by .*not synced"):
@@ -3581,7 +3594,9 @@ def test_a_sampler_that_is_not_the_policy_stops_the_run(tiny, processes):
 
 
 @pytest.mark.parametrize("prepare", ["nothing", "with_lora"])
-def test_two_processes_that_share_prompts_equal_one_that_pads(tiny, processes, tmp_path, prepare):
+def test_two_processes_that_share_prompts_equal_one_that_pads(
+    tiny, process_group, tmp_path, prepare
+):
     torchrun("save_one_update", str(tiny[False]), str(tmp_path / "two.pt"), prepare)
     totals, weights, _ = one_update(tiny[False], packing="padded", prepare=globals()[prepare])
     two = torch.load(tmp_path / "two.pt", weights_only=True)
@@ -3601,7 +3616,7 @@ def nothing(actor):
 
 def save_one_update(folder, out, prepare):
     """Run by torchrun, with 2 ranks."""
-    model.start_processes()
+    processes.start_processes()
     totals, weights, _ = one_update(folder, max_tokens_per_pack=100, prepare=globals()[prepare])
     if torch.distributed.get_rank() == 0:
         torch.save({"loss": totals["loss"], "weights": weights}, out)
@@ -3646,9 +3661,9 @@ def start(tmp_path_factory):
     """A short warm-up on few figures, shared by the runs below: they are about the machinery, not
     the accuracy."""
     folder = tmp_path_factory.mktemp("start")
-    data.make_figures(folder / "figures", train=200, test=24)
+    figures.make_figures(folder / "figures", train=200, test=24)
     problems = data.load_problems(folder / "figures")
-    model.build_warm_tiny(
+    tiny_model.build_warm_tiny(
         folder / "tiny-model", problems, train.PRESETS["tiny"]["instruction"], updates=60
     )
     return folder
@@ -3723,7 +3738,7 @@ print(network(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:
     "flags, ranks", [((), 2), (("--lora_rank", "4", "--learning_rate", "1e-2"), 1)]
 )
 def test_an_exported_checkpoint_scores_as_the_trainer_in_a_fresh_process_and_in_vllm(
-    start, tmp_path, processes, flags, ranks
+    start, tmp_path, process_group, flags, ranks
 ):
     copy_start(start, tmp_path)
     torchrun(*SHORT, "--out", str(tmp_path), *flags, script=HERE / "train.py", ranks=ranks)
@@ -3844,7 +3859,7 @@ def fabricate(folder, steps=60, texts=("fine",), groups=1, responses=2, tokens=4
         truncated=True,
         tokens=words,
     )
-    png = data.thumbnail(Image.new("RGB", (40, 30), "red"))
+    png = report.thumbnail(Image.new("RGB", (40, 30), "red"))
     group = dict(
         where=texts[0],
         question=texts[0],
@@ -3866,7 +3881,7 @@ def fabricate(folder, steps=60, texts=("fine",), groups=1, responses=2, tokens=4
     (folder / "run.json").write_text(
         json.dumps({"steps": steps, "model": texts[0], "data": "figures"})
     )
-    train.write_report(folder)
+    report.write_report(folder)
     return folder
 
 
@@ -3879,7 +3894,7 @@ def embedded(folder):
 def test_the_report_is_one_page_that_loads_nothing_and_holds_text_as_data(tmp_path):
     page = (fabricate(tmp_path, texts=HOSTILE, tokens=len(HOSTILE)) / "report.html").read_text()
     assert page.count("<script") == page.count("</script>") == 2 and "<img" not in page
-    template = (HERE / "assets" / "report.html").read_text()
+    template = (HERE / "support" / "report.html").read_text()
     assert not re.search(
         r"https?:|@import|url\(|<link|src=|innerHTML|outerHTML|insertAdjacent|eval\(|fetch",
         template,
@@ -3904,7 +3919,7 @@ def test_the_report_of_a_long_run_stays_under_20_megabytes_with_its_first_and_la
 
 
 def test_rollouts_show_what_the_update_did_to_each_token_of_groups_that_teach(
-    tiny, processes, tmp_path, monkeypatch
+    tiny, process_group, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(train, "SHOWN_TOKENS", 4)
     monkeypatch.setattr(train, "SHOWN_RESPONSES", 3)
@@ -3913,10 +3928,10 @@ def test_rollouts_show_what_the_update_did_to_each_token_of_groups_that_teach(
     groups[0].advantages = torch.zeros(4)
     for g in groups:
         g.scores = {"reward": [0.25, 0.5, 0.75, 1.0]}
-    log = train.Log(run)
+    log = report.Log(run)
     log.rollouts(2, groups, {})  # a step that is neither the first nor the last nor evaluated
     log.rollouts(1, groups, {})
-    [line] = train.read_jsonl(tmp_path / "run" / "rollouts.jsonl")
+    [line] = report.read_jsonl(tmp_path / "run" / "rollouts.jsonl")
     assert line["step"] == 1 and line["drawn"] == 8 and len(line["groups"]) == 4
     assert (
         line["groups"][0]["question"] == run.train_set[1].question
@@ -4081,33 +4096,12 @@ def test_token_texts_join_to_the_text_whatever_the_tokens(tiny):
     tokenizer = AutoProcessor.from_pretrained(tiny[False]).tokenizer
     text = "∠ABC ≅ 🙂\n<think>"
     ids = torch.tensor(tokenizer.encode(text))
-    texts = rollout.token_texts(tokenizer, ids)
+    texts = report.token_texts(tokenizer, ids)
     assert "".join(texts) == text and len(texts) == len(ids) > len(text) and "∠" in texts
     half = torch.tensor(
         tokenizer.encode("🙂")[:2] * 3
     )  # bytes that are no text come as the replacement character
-    assert set("".join(rollout.token_texts(tokenizer, half))) == {"\ufffd"}
-
-
-def test_python_rollout_repeats_the_runs_last_evaluation_of_the_exported_model(finished, tmp_path):
-    table = pq.read_table(finished.parent / "figures" / "test.parquet")
-    table = table.rename_columns(["pictures", "ask", "gold", "kind"])
-    broken = table.slice(0, 1).set_column(1, "ask", pa.array(["no place for the image"]))
-    pq.write_table(pa.concat_tables([table, broken]), tmp_path / "other.parquet")
-    flags = ["--model", finished / "model", "--data", tmp_path / "other.parquet", "--rows", "12", "--samples", "4",
-             "--instruction", train.PRESETS["tiny"]["instruction"], "--max_response_tokens", "24", "--engine", "hf",
-             "--max_pixels", "3136", "--image_key", "pictures", "--problem_key", "ask", "--answer_key", "gold",
-             "--type_key", "kind", "--images", "shuffled", "--skip_bad_rows", "--out", tmp_path / "out"]  # fmt: skip
-    printed = run_python([str(HERE / "rollout.py"), *map(str, flags)])
-    assert (
-        "left out 0 overlong and 1 broken ones" in printed
-        and "shuffled images: accuracy" in printed
-    )
-    got, expected = (
-        [{**json.loads(line), "source": ""} for line in path.read_text().splitlines()]
-        for path in (tmp_path / "out", finished / "responses" / "shuffled-000003.jsonl")
-    )
-    assert len(got) == 48 and got == expected
+    assert set("".join(report.token_texts(tokenizer, half))) == {"\ufffd"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4241,8 +4235,8 @@ def seedling(tmp_path_factory):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     folder = tmp_path_factory.mktemp("seedling")
-    data.make_figures(folder / "figures", train=20, test=5)
-    model.build_tiny(
+    figures.make_figures(folder / "figures", train=20, test=5)
+    tiny_model.build_tiny(
         folder / "tiny-model", ["How many sides? <think>I look.</think>\\boxed{4}<|im_end|>"] * 2
     )
     config = Qwen2_5_VLConfig.from_pretrained(folder / "tiny-model")
@@ -4263,7 +4257,7 @@ def outcome(folder):
         {k: v for k, v in row.items() if not k.startswith(times)}
         for row in metrics(folder / "tiny")
     ]
-    rows += train.read_jsonl(folder / "tiny" / "rollouts.jsonl")
+    rows += report.read_jsonl(folder / "tiny" / "rollouts.jsonl")
     shards = sorted((folder / "tiny" / "checkpoints" / "step-000006").glob("*.safetensors"))
     state = [{k: v.numpy().tobytes() for k, v in load_file(shard).items()} for shard in shards]
     return rows, (folder / "tiny" / "model" / "model.safetensors").read_bytes(), state
@@ -4293,14 +4287,14 @@ def unbroken(launch, seedling, tmp_path_factory):
 
 KILLS = (  # wherever a run can be; the first ones are met one after another by a run that goes on after each
     "call train.evaluate 1", "return train.update 3", "call safetensors.torch.save 1",
-    "call train.CheckpointWriter.finish 1", "return train.CheckpointWriter.finish 1", "call train.write_report 1",
-    "call train.Log.write 4", "return train.Log.write 2", "call shutil.rmtree 1", "call model.Actor.save 1",
-    "call train.build 1", "return train.build 1", "call train.Log.evaluation 1", "call rollout.HFEngine.generate 3",
+    "call support.checkpoint.CheckpointWriter.finish 1", "return support.checkpoint.CheckpointWriter.finish 1", "call support.report.write_report 1",
+    "call support.report.Log.write 4", "return support.report.Log.write 2", "call shutil.rmtree 1", "call model.Actor.save 1",
+    "call train.build 1", "return train.build 1", "call train.evaluation 1", "call rollout.HFEngine.generate 3",
     "return rollout.HFEngine.generate 4", "call train.score 3", "call train.plan_minibatches 3", "call train.freeze 2",
-    "call train.update 6", "return train.update 8", "call train.Log.step 3", "call train.save_checkpoint 2",
-    "return train.save_checkpoint 2", "return safetensors.torch.save 2", "call train.fingerprints 2",
-    "call train.finish_checkpoint 3", "return shutil.rmtree 1", "return train.write_report 3",
-    "call train.Log.evaluation 3", "return model.Actor.save 1",
+    "call train.update 6", "return train.update 8", "call support.report.Log.step 3", "call train.save_checkpoint 2",
+    "return train.save_checkpoint 2", "return safetensors.torch.save 2", "call support.checkpoint.fingerprints 2",
+    "call support.checkpoint.finish_checkpoint 3", "return shutil.rmtree 1", "return support.report.write_report 3",
+    "call train.evaluation 3", "return model.Actor.save 1",
 )  # fmt: skip
 CHAIN = KILLS[:10]
 
@@ -4453,27 +4447,31 @@ def learn(run, groups):
 
 
 def whole_state(run):
-    return {name: model.full(value).clone() for name, value in train.checkpoint_state(run).items()}
+    return {
+        name: model.full(value).clone() for name, value in checkpoint.checkpoint_state(run).items()
+    }
 
 
 def go_on_with_two_ranks(folder, out):
     """Run by torchrun: go on from the checkpoint of one rank, and leave one of two."""
-    model.start_processes()
+    processes.start_processes()
     run, groups = adam_run(folder, out)
-    train.load_checkpoint(run, train.newest_checkpoint(Path(out) / "tiny" / "checkpoints"))
+    checkpoint.load_checkpoint(
+        run, checkpoint.newest_checkpoint(Path(out) / "tiny" / "checkpoints")
+    )
     states = [whole_state(run)]
     loss = learn(run, groups)["loss"]
-    train.save_checkpoint(run)
+    checkpoint.save_checkpoint(run)
     states.append(whole_state(run))
     if torch.distributed.get_rank() == 0:
         torch.save({"loss": loss, "states": states}, Path(out) / "two.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_a_checkpoint_of_one_rank_goes_on_with_two_and_the_reverse(tiny, processes, tmp_path):
+def test_a_checkpoint_of_one_rank_goes_on_with_two_and_the_reverse(tiny, process_group, tmp_path):
     run, groups = adam_run(tiny[False], tmp_path)
     learn(run, groups)
-    train.save_checkpoint(run)
+    checkpoint.save_checkpoint(run)
     saved = whole_state(run)
     torchrun("go_on_with_two_ranks", str(tiny[False]), str(tmp_path))
     two = torch.load(tmp_path / "two.pt", weights_only=True)
@@ -4483,7 +4481,9 @@ def test_a_checkpoint_of_one_rank_goes_on_with_two_and_the_reverse(tiny, process
         two["loss"], rel=1e-5
     )  # one rank goes on as two did
     again, _ = adam_run(tiny[False], tmp_path)
-    train.load_checkpoint(again, train.newest_checkpoint(tmp_path / "tiny" / "checkpoints"))
+    checkpoint.load_checkpoint(
+        again, checkpoint.newest_checkpoint(tmp_path / "tiny" / "checkpoints")
+    )
     assert again.step == 2 and again.schedule.get_last_lr() == run.schedule.get_last_lr()
     assert all(
         torch.equal(whole_state(again)[name], value) for name, value in two["states"][1].items()
@@ -4496,27 +4496,27 @@ def test_a_checkpoint_of_one_rank_goes_on_with_two_and_the_reverse(tiny, process
         )
 
 
-def test_the_newest_checkpoints_are_kept_and_the_best(tiny, processes, tmp_path):
+def test_the_newest_checkpoints_are_kept_and_the_best(tiny, process_group, tmp_path):
     run, _ = adam_run(tiny[False], tmp_path)
     for run.step, accuracy in enumerate((0.5, 0.9, -1.0, 0.9, 0.1, -1.0, 0.2), 1):
-        train.save_checkpoint(run, accuracy)
+        checkpoint.save_checkpoint(run, accuracy)
     # the two newest, and the newer one of the two best
     names = sorted(path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir())
     assert names == ["step-000004", "step-000006", "step-000007"]
 
 
-def test_only_what_is_trained_is_saved_and_other_tensors_are_refused(tiny, processes, tmp_path):
+def test_only_what_is_trained_is_saved_and_other_tensors_are_refused(tiny, process_group, tmp_path):
     run, _ = adam_run(tiny[False], tmp_path)
-    train.save_checkpoint(run)
-    path = train.newest_checkpoint(tmp_path / "tiny" / "checkpoints")
+    checkpoint.save_checkpoint(run)
+    path = checkpoint.newest_checkpoint(tmp_path / "tiny" / "checkpoints")
     for p in list(run.actor.model.parameters())[2:]:
         p.requires_grad_(False)
     with pytest.raises(
         ValueError,
         match=r"step-000000 holds other tensors than this run trains, such as .*run\.json",
     ):
-        train.load_checkpoint(run, path)
-    train.save_checkpoint(dataclasses.replace(run, step=1))
+        checkpoint.load_checkpoint(run, path)
+    checkpoint.save_checkpoint(dataclasses.replace(run, step=1))
     [shard] = (tmp_path / "tiny" / "checkpoints" / "step-000001").glob("*.safetensors")
     assert len(load_file(shard)) == 1 + 2 * 4  # counts; weight, AdamW's step and two moments
 
@@ -4524,14 +4524,14 @@ def test_only_what_is_trained_is_saved_and_other_tensors_are_refused(tiny, proce
 @pytest.mark.parametrize(
     "damage", "cut, bit, missing, another, no manifest, empty manifest, null, bytes".split(", ")
 )
-def test_every_damage_to_a_checkpoint_is_seen(tmp_path, processes, capsys, damage):
+def test_every_damage_to_a_checkpoint_is_seen(tmp_path, process_group, capsys, damage):
     for step in (4, 8):
         folder = tmp_path / f"step-00000{step}"
         folder.mkdir()
         for rank in range(2):
             save_file({"a": torch.randn(100)}, folder / f"shard-0000{rank}.safetensors")
-        (folder / "manifest.json").write_text(json.dumps(train.fingerprints(folder)))
-    assert train.newest_checkpoint(tmp_path).name == "step-000008"
+        (folder / "manifest.json").write_text(json.dumps(checkpoint.fingerprints(folder)))
+    assert checkpoint.newest_checkpoint(tmp_path).name == "step-000008"
     shard, manifest = folder / "shard-00001.safetensors", folder / "manifest.json"
     raw = shard.read_bytes()
     if damage == "cut":
@@ -4546,21 +4546,21 @@ def test_every_damage_to_a_checkpoint_is_seen(tmp_path, processes, capsys, damag
         manifest.unlink()
     else:
         manifest.write_bytes({"empty manifest": b"", "null": b"null", "bytes": b"\xff\xfe"}[damage])
-    assert train.newest_checkpoint(tmp_path).name == "step-000004"
+    assert checkpoint.newest_checkpoint(tmp_path).name == "step-000004"
     assert "step-000008 is damaged" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000004", "step-000008.1"]
 
 
-def test_loading_a_checkpoint_runs_no_code_of_whoever_wrote_it(tiny, processes, tmp_path):
+def test_loading_a_checkpoint_runs_no_code_of_whoever_wrote_it(tiny, process_group, tmp_path):
     run, _ = adam_run(tiny[False], tmp_path)
-    train.save_checkpoint(run)
-    path = train.newest_checkpoint(tmp_path / "tiny" / "checkpoints")
+    checkpoint.save_checkpoint(run)
+    path = checkpoint.newest_checkpoint(tmp_path / "tiny" / "checkpoints")
     bomb = b"cos\nsystem\n(S'touch " + str(tmp_path / "boom").encode() + b"'\ntR."
     assert pickle.loads(bomb) == 0 and (tmp_path / "boom").exists()  # it would work
     (tmp_path / "boom").unlink()
     for name in (".metadata", "__0_0.distcp", "shard-00009.pt", "optimizer.bin"):
         (path / name).write_bytes(bomb)
-    train.load_checkpoint(run, train.newest_checkpoint(tmp_path / "tiny" / "checkpoints"))
+    checkpoint.load_checkpoint(run, checkpoint.newest_checkpoint(tmp_path / "tiny" / "checkpoints"))
     assert not (tmp_path / "boom").exists()
 
 
@@ -4568,7 +4568,7 @@ def test_loading_a_checkpoint_runs_no_code_of_whoever_wrote_it(tiny, processes, 
 
 
 def test_an_update_that_is_not_finite_is_kept_for_study_and_stops_the_run(
-    tiny, processes, tmp_path
+    tiny, process_group, tmp_path
 ):
     run, groups = adam_run(tiny[False], tmp_path, max_not_finite=1)
     groups[3].advantages[2] = math.inf

