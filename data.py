@@ -23,7 +23,7 @@ import math
 import random
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -483,63 +483,104 @@ class Prompt:
     videos: list[tuple[np.ndarray, dict]] = field(
         default_factory=list
     )  # frames (F, height, width, 3) and their timing
-    positions: Tensor | None = None  # (3 or 1, P), filled in by the actor
 
 
-def make_prompt(
-    problem: Problem,
-    processor: Any,
-    min_pixels: int,
-    max_pixels: int,
-    instruction: str = INSTRUCTION,
-    video: VideoLimits = VideoLimits(),
-    later: bool = False,
-) -> Prompt:
-    """Write the problem as one user turn, images where their placeholders stand, and turn it into
-    ids and pixels.
+class Reader:
+    """Makes every prompt of a run, and keeps the latest, so that none is made twice in a step.
 
-    With `later`, as a turn that follows a response in a conversation: only what the chat template
-    puts after the response's end token. The bounds on each image must lie within those that the
-    processor was loaded with. Raises ValueError, naming the row, for an unreadable image or video,
-    more or fewer placeholders than images, a special token in the question, a processor that
-    resizes the images once more, and a template that cannot be continued.
+        reader = Reader(processor, min_pixels, max_pixels)
+        reader(problem)         the Prompt that a conversation begins with
+        reader.later(problem)   a Prompt that follows a response
+
+    Args:
+        processor: of the model, loaded with the same bounds on pixels.
+        min_pixels, max_pixels: of an image.
+        instruction: appended to the question of the first turn.
+        video: how much of a video is seen.
+        first: Problem of a row -> Problem that the policy reads first; an environment's `first`.
+        kept: prompts that are remembered, the ones used last.
     """
-    vision, tokenizer = processor.image_processor, processor.tokenizer
-    try:
-        messages = [
-            {"role": "user", "content": _content(problem, special_tokens(tokenizer), instruction)}
-        ]
+
+    def __init__(
+        self,
+        processor: Any,
+        min_pixels: int,
+        max_pixels: int,
+        instruction: str = INSTRUCTION,
+        video: VideoLimits = VideoLimits(),
+        first: Callable[[Problem], Problem] | None = None,
+        kept: int = 0,
+    ):
+        self.processor, self.instruction, self.video, self.first = (
+            processor,
+            instruction,
+            video,
+            first,
+        )
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self.make = functools.lru_cache(kept)(self._make)
+
+    def __call__(self, problem: Problem) -> Prompt:
+        """Write the problem as one user turn, images where their placeholders stand, and turn it
+        into ids and pixels.
+
+        Raises ValueError, naming the row, for an unreadable image or video, more or fewer
+        placeholders than images, a special token in the question, and a processor that resizes the
+        images once more.
+        """
+        return self.make(problem, later=False)
+
+    def later(self, problem: Problem) -> Prompt:
+        """As a turn that follows a response: only what the chat template puts after the response's
+        end token. Raises as above, and for a template that cannot be continued."""
+        return self.make(problem, later=True)
+
+    def _make(self, problem: Problem, later: bool) -> Prompt:
+        shown = self.first(problem) if self.first and not later else problem
+        try:
+            images, videos, text = self._parts(shown, later)
+        except ValueError as error:
+            raise ValueError(f"{problem.where}: {error}") from error
+        media = {"images": images} if images else {}
+        if videos:
+            frames, timing = zip(*videos, strict=True)
+            media["videos"] = list(frames)
+            media["videos_kwargs"] = {"video_metadata": list(timing), **AS_THEY_ARE}
+        # the template writes every special token itself; Gemma's tokenizer would add a second <bos>
+        plain = dict(add_special_tokens=False, return_tensors="pt")
+        inputs = dict(self.processor(text=[text], **plain, **media))
+        if "image_grid_thw" in inputs:
+            self._check_sizes(problem, images, inputs["image_grid_thw"])
+        del inputs["attention_mask"]  # one prompt, no padding
+        ids = inputs.pop("input_ids")[0]
+        short_ids = self.processor.tokenizer(text, **plain).input_ids[0]
+        return Prompt(problem, ids, short_ids, images, inputs, videos)
+
+    def _parts(self, problem: Problem, later: bool) -> tuple[list, list, str]:
+        """Images, videos with their timing, and the text, as the processor takes them."""
+        vision, tokenizer = self.processor.image_processor, self.processor.tokenizer
+        instruction = "" if later else self.instruction
+        content = _content(problem, special_tokens(tokenizer), instruction)
+        messages = [{"role": "user", "content": content}]
         images = [decode_image(raw) for raw in problem.images]
         factor = vision.patch_size * vision.merge_size if hasattr(vision, "merge_size") else 1
         if factor > 1:  # others cut an image into tiles of a fixed size, and are bounded in that
-            images = [resize_image(image, min_pixels, max_pixels, factor) for image in images]
-        videos = [_timed_frames(stored, video, factor) for stored in problem.videos]
-        text = _later_turn(messages, processor) if later else _render(messages, processor)
-    except ValueError as error:
-        raise ValueError(f"{problem.where}: {error}") from error
-    # the template writes every special token itself; Gemma's tokenizer would add a second <bos>
-    media = {"images": images} if images else {}
-    if videos:
-        frames, timing = zip(*videos, strict=True)
-        media |= {
-            "videos": list(frames),
-            "videos_kwargs": {"video_metadata": list(timing), **AS_THEY_ARE},
-        }
-    inputs = dict(processor(text=[text], add_special_tokens=False, return_tensors="pt", **media))
-    if "image_grid_thw" in inputs:
+            bounds = (self.min_pixels, self.max_pixels)
+            images = [resize_image(image, *bounds, factor) for image in images]
+        videos = [_timed_frames(stored, self.video, factor) for stored in problem.videos]
+        write = _later_turn if later else _render
+        return images, videos, write(messages, self.processor)
+
+    def _check_sizes(self, problem: Problem, images: list[Image.Image], grid: Tensor) -> None:
+        patch = self.processor.image_processor.patch_size
         sizes = [image.size for image in images]
-        grid = inputs["image_grid_thw"].tolist()
-        seen = [
-            (columns * vision.patch_size, rows * vision.patch_size) for _, rows, columns in grid
-        ]
+        seen = [(columns * patch, rows * patch) for _, rows, columns in grid.tolist()]
         if seen != sizes:
             raise ValueError(
-                f"{problem.where}: the processor resized {sizes} once more, to {seen}, so the sampler could see other "
-                f"pixels; load it with min_pixels={min_pixels}, max_pixels={max_pixels}"
+                f"{problem.where}: the processor resized {sizes} once more, to {seen}, so the sampler "
+                f"could see other pixels; load it with min_pixels={self.min_pixels}, "
+                f"max_pixels={self.max_pixels}"
             )
-    del inputs["attention_mask"]  # one prompt, no padding
-    short_ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-    return Prompt(problem, inputs.pop("input_ids")[0], short_ids, images, inputs, videos)
 
 
 def _content(
@@ -631,49 +672,42 @@ class Report:
 
 
 def usable_problems(
-    problems: Problems,
-    processor: Any,
-    min_pixels: int,
-    max_pixels: int,
-    max_prompt_tokens: int,
-    instruction: str = INSTRUCTION,
-    skip_bad_rows: bool = False,
-    video: VideoLimits = VideoLimits(),
+    problems: Problems, reader: Reader, max_prompt_tokens: int, skip_bad_rows: bool = False
 ) -> tuple[Problems, Report]:
     """Make every prompt once before training, so that no row can stop a run on its second day.
 
     Prompts over max_prompt_tokens are left out and counted, never truncated. Raises ValueError for
-    broken rows (see make_prompt; empty ones too), unless skip_bad_rows leaves them out and reports
-    them, and if no row is left.
+    broken rows (see Reader; empty ones too), unless skip_bad_rows leaves them out and reports them,
+    and if no row is left.
     """
     lengths, bad = {}, []
     for index in tqdm(range(len(problems)), "checking problems", disable=None):
         try:
             problem = problems[index]
-            if not all(
-                text.strip() for text in (problem.question, *(problem.answers or [problem.answer]))
-            ):
+            texts = (problem.question, *(problem.answers or [problem.answer]))
+            if not all(text.strip() for text in texts):
                 raise ValueError(
-                    f"{problem.where}: the answer or the question is empty; fill it in or remove the row"
+                    f"{problem.where}: the answer or the question is empty; fill it in or remove "
+                    "the row"
                 )
-            lengths[index] = len(
-                make_prompt(problem, processor, min_pixels, max_pixels, instruction, video).ids
-            )
+            lengths[index] = len(reader(problem).ids)
         except ValueError as error:
             bad.append(str(error))
     if bad and not skip_bad_rows:
-        count, first = f"{len(bad)} of {len(problems)} rows are broken", "\n".join(bad[:5])
-        raise ValueError(f"{count}; repair them or set skip_bad_rows. First:\n{first}")
+        first = "\n".join(bad[:5])
+        raise ValueError(
+            f"{len(bad)} of {len(problems)} rows are broken; repair them or set skip_bad_rows. "
+            f"First:\n{first}"
+        )
     kept = [index for index, length in lengths.items() if length <= max_prompt_tokens]
     if not kept:
         seen = f"{min(lengths.values())} to {max(lengths.values())} tokens" if lengths else "none"
         raise ValueError(
-            f"no problem is left: {len(bad)} are broken, and max_prompt_tokens={max_prompt_tokens} is below the other "
-            f"prompts ({seen}); raise it, or lower max_pixels"
+            f"no problem is left: {len(bad)} are broken, and max_prompt_tokens={max_prompt_tokens} "
+            f"is below the other prompts ({seen}); raise it, or lower max_pixels"
         )
-    return problems.select(kept), Report(
-        len(kept), max(map(lengths.get, kept)), len(lengths) - len(kept), bad
-    )
+    longest = max(lengths[index] for index in kept)
+    return problems.select(kept), Report(len(kept), longest, len(lengths) - len(kept), bad)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -32,13 +32,13 @@ import inspect
 import json
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import data
 from support import cpu  # noqa: F401  it mends two imports of transformers, so it comes first
-from support.memory import SavedTensors
 from support.processes import this_rank
 
 import torch
@@ -72,6 +72,12 @@ except ImportError:  # optional: torch's own variable-length attention does the 
 # One row, no padding
 
 
+Turn = Tensor | data.Prompt  # ids (R,) that the policy wrote, or what it read
+Group = tuple[
+    data.Prompt, list[list[Turn]]
+]  # a prompt, and what follows it: the turns of every response
+
+
 @dataclass
 class Pack:
     """The inputs of one forward pass over whole groups. `keep` (N,) are the positions that predict
@@ -84,43 +90,53 @@ class Pack:
     layout: Layout
 
 
-def make_pack(groups: list[tuple], positions: Callable, whole_images: bool = False) -> Pack:
+def make_pack(groups: list[Group], positions: Callable, whole_images: bool = False) -> Pack:
     """Lay groups end to end: `[prompt_a | a_resp1 | a_resp2 | ... | prompt_b | ...]`.
 
     Args:
-        groups: (prompt, [response, ...]) pairs; a prompt may have no response. A response is one
-            segment with all its turns, those of the environment included, which nothing is trained
-            on.
+        groups: (prompt, responses) pairs; a prompt may have no response. A response is one segment
+            with all its turns, those of the environment included, which nothing is trained on.
         positions: Prompt -> (3 or 1, P).
         whole_images: let the tokens of an image see all of it.
 
     Returns:
         A Pack whose N targets are the tokens that the policy wrote, end to end in the order given.
     """
-    segments, ids, places, keep, targets, t = [], [], [], [], [], 0
+    ids, places, segments, keep, targets = [], [], [], [], []
+    t = 0  # tokens laid so far
     for prompt, responses in groups:
-        start, end, after = t, t + len(prompt.ids), positions(prompt).max() + 1
-        for i, part in enumerate((prompt, *responses)):
-            row, place, written = lay_out(as_turns(part), positions, after if i else 0)
-            predictor = torch.arange(t - 1, t - 1 + len(row))
-            predictor[0] = end - 1
+        prompt_start, prompt_end = t, t + len(prompt.ids)
+        prompt_positions = positions(prompt)
+        ids.append(prompt.ids)
+        places.append(prompt_positions)
+        segments.append((prompt_start, prompt_end, prompt_start, prompt_start))
+        t = prompt_end
+        for response in responses:
+            row, row_positions, written = lay_out(response, positions, prompt_positions.max() + 1)
+            predictor = torch.arange(t - 1, t - 1 + len(row))  # position t - 1 predicts token t,
+            predictor[0] = prompt_end - 1  # but a response's first token follows its prompt
             keep.append(predictor[written])
             targets.append(row[written])
-            segments.append((t, t + len(row), start, end if i else start))
             ids.append(row)
-            places.append(place)
+            places.append(row_positions)
+            segments.append((t, t + len(row), prompt_start, prompt_end))
             t += len(row)
-    places, images = join_positions(places), None
-    if whole_images:
-        inside = join_token_types(groups)["token_type_ids"] == 1
-        images = torch.where(inside, (inside & ~F.pad(inside, (1, -1))).cumsum(0), -1)
+    images = image_numbers(turns_of(groups)) if whole_images else None
+    position_ids = join_positions(places)
     return Pack(
         input_ids=torch.cat(ids)[None],
-        position_ids=places[:, None] if len(places) > 1 else places,
+        position_ids=position_ids[:, None] if len(position_ids) > 1 else position_ids,
         keep=torch.cat(keep),
         targets=torch.cat(targets),
         layout=Layout(segments, images),
     )
+
+
+def image_numbers(turns: list[Turn]) -> Tensor:
+    """(T,) number of the image that a token belongs to, -1 for text."""
+    inside = join_token_types(turns)["token_type_ids"] == 1
+    begins = inside & ~F.pad(inside, (1, -1))
+    return torch.where(inside, begins.cumsum(0), -1)
 
 
 def lay_out(turns: list, positions: Callable, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -397,6 +413,7 @@ class Actor:
         self.eos_ids = end_token_ids(model, processor.tokenizer)
         self.anchors: dict[str, data.Prompt] = {}
         self.image_bounds, self.checking = {}, False
+        self._positions = weakref.WeakKeyDictionary()  # of Prompts
         model.get_output_embeddings().__class__ = LogprobHead
         self.use_packing(packing)
 
@@ -484,8 +501,8 @@ class Actor:
         if features is not None:
             vision = {"mm_encoder_outputs": features}
         else:
-            vision = self.multi_modal_inputs(prompts_of(groups))
-        vision |= self.token_types([groups])
+            vision = self.multi_modal_inputs(prompts_of(turns_of(groups)))
+        vision |= self.token_types([turns_of(groups)])
         head = self.model.get_output_embeddings()
         head.request = (
             pack.targets.to(device),
@@ -509,9 +526,7 @@ class Actor:
 
     def _padded_logprobs(self, groups):
         """The plain way, as a reference: one row per response with all it follows, padded left."""
-        rows = [
-            [prompt, *as_turns(response)] for prompt, responses in groups for response in responses
-        ]
+        rows = [[prompt, *response] for prompt, responses in groups for response in responses]
         rows += [[anchor] for anchor in self._missing_anchors(groups)]
         ids, places, written = zip(*(lay_out(row, self.positions) for row in rows), strict=True)
         width = max(len(tokens) - len(row[0].ids) for tokens, row in zip(ids, rows, strict=True))
@@ -530,7 +545,7 @@ class Actor:
                     positions.transpose(0, 1) if positions.shape[1] > 1 else positions[:, 0]
                 ).to(self.device),
                 logits_to_keep=width + 1,
-                **self.multi_modal_inputs(prompts_of(rows)),
+                **self.multi_modal_inputs([prompt for row in rows for prompt in prompts_of(row)]),
                 **self.token_types(rows),
             )
             .logits[:, :-1]
@@ -587,29 +602,17 @@ class Actor:
     def _random_groups(self, prompts, lengths):
         generator = torch.Generator().manual_seed(0)
         allowed = torch.tensor(sorted(set(range(100)) - set(self.banned_ids) - set(self.eos_ids)))
-        return [
-            (p, [allowed[torch.randint(len(allowed), (n,), generator=generator)] for n in lengths])
-            for p in prompts
-        ]
-
-    def activation_bytes(self, prompts: list, responses: int, length: int) -> float:
-        """Bytes per token that a forward of these prompts, each with so many random responses,
-        keeps for its backward.
-
-        All ranks call this together, with the same prompts; gradients are cleared.
-        """
-        groups, saved = self._random_groups(prompts, [length] * responses), SavedTensors()
-        with saved:
-            logprobs, _ = self.logprobs(groups)
-        logprobs.sum().backward()
-        self.model.zero_grad()
-        return saved.bytes / sum(len(prompt.ids) + responses * length for prompt in prompts)
+        groups = []
+        for prompt in prompts:
+            picks = [torch.randint(len(allowed), (n,), generator=generator) for n in lengths]
+            groups.append((prompt, [[allowed[pick]] for pick in picks]))
+        return groups
 
     def _missing_anchors(self, groups):
         return [
             anchor
             for kind, anchor in self.anchors.items()
-            if not any(getattr(prompt, kind) for prompt in prompts_of(groups))
+            if not any(getattr(prompt, kind) for prompt in prompts_of(turns_of(groups)))
         ]
 
     def _banned(self, device):
@@ -622,23 +625,23 @@ class Actor:
         Explicit, because a Qwen forward without mm_token_type_ids falls back to 1-D positions
         without a word.
         """
-        if prompt.positions is None:
-            inner = unwrap(self.model).model
-            plain = torch.arange(len(prompt.ids))[None]
-            if not hasattr(inner, "get_rope_index"):
-                prompt.positions = plain
-            elif not prompt.images and not prompt.videos:
-                prompt.positions = plain.expand(3, -1)
-            else:
-                names = inspect.signature(inner.get_rope_index).parameters
-                inputs = {k: v for k, v in prompt.inputs.items() if k in names}
-                if (
-                    "second_per_grid_ts" in inputs
-                ):  # vLLM rounds products of these in double precision
-                    inputs["second_per_grid_ts"] = inputs["second_per_grid_ts"].double()
-                positions = inner.get_rope_index(prompt.ids[None], **inputs)[0][:, 0].cpu()
-                prompt.positions = after_videos(positions, prompt.inputs["mm_token_type_ids"][0])
-        return prompt.positions
+        if prompt not in self._positions:
+            self._positions[prompt] = self._make_positions(prompt)
+        return self._positions[prompt]
+
+    def _make_positions(self, prompt: data.Prompt) -> Tensor:
+        inner = unwrap(self.model).model
+        plain = torch.arange(len(prompt.ids))[None]
+        if not hasattr(inner, "get_rope_index"):
+            return plain
+        if not prompt.images and not prompt.videos:
+            return plain.expand(3, -1)
+        names = inspect.signature(inner.get_rope_index).parameters
+        inputs = {name: value for name, value in prompt.inputs.items() if name in names}
+        if "second_per_grid_ts" in inputs:  # vLLM rounds products of these in double precision
+            inputs["second_per_grid_ts"] = inputs["second_per_grid_ts"].double()
+        positions = inner.get_rope_index(prompt.ids[None], **inputs)[0][:, 0].cpu()
+        return after_videos(positions, prompt.inputs["mm_token_type_ids"][0])
 
     def multi_modal_inputs(self, prompts: list) -> dict[str, Tensor]:
         """Pixels and grids of the prompts, on the model's device, ready for the forward."""
@@ -692,7 +695,7 @@ class Actor:
         )
         frames = tuple(tuple(map(data.png, video)) for video in videos)
         problem = data.Problem("prompt", question, stored, "", "", "", videos=frames)
-        return data.make_prompt(problem, self.processor, *bounds, instruction)
+        return data.Reader(self.processor, *bounds, instruction)(problem)
 
     def trains_vision(self) -> bool:
         """Whether any weight of the tower or the projector is trained."""
@@ -944,42 +947,34 @@ class Actor:
 # Turns and inputs
 
 
-def as_turns(part) -> list:
-    """A conversation is a list of turns: Prompts, which the policy read, and Tensors of ids (R,),
-    which it wrote."""
-    return part if isinstance(part, list) else [part]
+def turns_of(groups: list[Group]) -> list[Turn]:
+    """Every turn of groups, in the order of their pack."""
+    turns = []
+    for prompt, responses in groups:
+        turns.append(prompt)
+        for response in responses:
+            turns.extend(response)
+    return turns
 
 
-def turns_of(parts) -> list:
-    """Every turn in nested lists of them, groups for example, in order."""
-    return (
-        [t for part in parts for t in turns_of(part)]
-        if isinstance(parts, (list, tuple))
-        else [parts]
-    )
+def prompts_of(turns: list[Turn]) -> list[data.Prompt]:
+    """The Prompts among turns; each holds the images that arrived with it."""
+    return [turn for turn in turns if not isinstance(turn, Tensor)]
 
 
-def prompts_of(parts) -> list:
-    """Every Prompt in nested lists of turns, in order; each holds the images that arrived with
-    it."""
-    return [turn for turn in turns_of(parts) if not isinstance(turn, Tensor)]
-
-
-def join_token_types(parts) -> dict[str, Tensor]:
-    """The processor's per-token inputs (T,) of nested lists of turns, end to end; 0 for what the
-    policy wrote."""
-    names = dict.fromkeys(
-        name for prompt in prompts_of(parts) for name in prompt.inputs if is_per_token(name)
-    )
-    return {
-        name: torch.cat(
-            [
-                torch.zeros_like(turn) if isinstance(turn, Tensor) else turn.inputs[name][0]
-                for turn in turns_of(parts)
-            ]
-        )
-        for name in names
-    }
+def join_token_types(turns: list[Turn]) -> dict[str, Tensor]:
+    """The processor's per-token inputs (T,) of turns, end to end; 0 for what the policy wrote."""
+    names = {}
+    for prompt in prompts_of(turns):
+        names |= dict.fromkeys(filter(is_per_token, prompt.inputs))
+    joined = {}
+    for name in names:
+        pieces = [
+            torch.zeros_like(turn) if isinstance(turn, Tensor) else turn.inputs[name][0]
+            for turn in turns
+        ]
+        joined[name] = torch.cat(pieces)
+    return joined
 
 
 def join_inputs(prompts: list, axis: int = 0) -> dict[str, Tensor]:
@@ -1253,7 +1248,6 @@ def _without(prompt, trace, image_axis):
         images=images,
         videos=videos,
         inputs=inputs,
-        positions=None,
     )
 
 

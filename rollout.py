@@ -35,12 +35,12 @@ import random
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import data
 import reward
-from model import Actor, as_turns, lay_out, left_pad, prompts_of
+from model import Actor, Turn, lay_out, left_pad, prompts_of
 from support.cpu import name_shared_memory, register_architecture
 from support.processes import gather_objects, this_rank
 
@@ -54,60 +54,55 @@ from transformers import GenerationConfig, LogitsProcessor
 VLLM_CPU_CACHE = 512 * 2**20  # bytes of key-value cache in every process, where there is no GPU
 
 
+class Observation(NamedTuple):
+    """What an environment said between two turns of the policy."""
+
+    problem: data.Problem  # compressed, to travel between ranks; pixels are made where needed
+    tokens: int
+
+
 @dataclass
 class Rollout:
-    """A response and what the sampler thought of it. It ends with the end token unless it was cut
-    at the limit.
+    """What followed a prompt, and what the sampler thought of it.
 
-    In a conversation the response is all that the policy wrote, turn after turn, each with its end
-    token.
+    A single response is one turn. It ends with the end token unless it was cut at the limit; so
+    does each of the policy's turns in a conversation.
     """
 
-    response: Tensor  # (R,) int64 ids
-    sampler_logprobs: Tensor  # (R,) float32 nats
+    turns: list[Tensor | Observation]  # ids (R,) int64 that the policy wrote, and what it read
+    sampler_logprobs: Tensor  # (N,) float32 nats, over all ids that the policy wrote
     truncated: bool
-    observations: list["Observation"] = field(
-        default_factory=list
-    )  # what an environment said between the turns
     reward: float | None = None  # an environment's, summed over its steps
+
+    @property
+    def response(self) -> Tensor:
+        """(N,) all ids that the policy wrote, turn after turn."""
+        return torch.cat([turn for turn in self.turns if isinstance(turn, Tensor)])
 
     @property
     def tokens(self) -> int:
         """Length of all that follows the prompt, observations included."""
-        return len(self.response) + sum(o.tokens for o in self.observations)
+        return sum(len(t) if isinstance(t, Tensor) else t.tokens for t in self.turns)
 
-    def turns(self, observe) -> list:
-        """The response as Actor.logprobs takes it, observations in their places; observe: Problem
-        -> Prompt."""
-        first, *later = self.response.tensor_split([o.place for o in self.observations])
-        pairs = zip(self.observations, later, strict=True)
-        return [first, *(turn for o, ids in pairs for turn in (observe(o.problem), ids))]
+    def read(self, reader: data.Reader) -> list[Turn]:
+        """The turns as Actor.logprobs takes them: observations made into Prompts."""
+        return [t if isinstance(t, Tensor) else reader.later(t.problem) for t in self.turns]
 
     def text(self, tokenizer) -> str:
-        """What the policy wrote, in its last turn if there are several, without the end token."""
-        start = self.observations[-1].place if self.observations else 0
-        return tokenizer.decode(self.response[start : None if self.truncated else -1])
+        """What the policy wrote in its last turn, without the end token."""
+        last = self.turns[-1]
+        return tokenizer.decode(last if self.truncated else last[:-1])
 
     def __reduce__(self):
         """Travel between ranks as arrays, which pickle a hundred times faster than small
         tensors."""
-        arrays = self.response.numpy(), self.sampler_logprobs.numpy()
-        return _rollout, (*arrays, self.truncated, self.observations, self.reward)
+        turns = [t.numpy() if isinstance(t, Tensor) else t for t in self.turns]
+        return _rollout, (turns, self.sampler_logprobs.numpy(), self.truncated, self.reward)
 
 
-class Observation(NamedTuple):
-    """What an environment said: after how many of the policy's tokens, in how many of its own, and
-    what."""
-
-    place: int
-    tokens: int
-    problem: (
-        data.Problem
-    )  # compressed, to travel between ranks; its pixels are made again where they are needed
-
-
-def _rollout(response, sampler_logprobs, *rest):
-    return Rollout(torch.from_numpy(response), torch.from_numpy(sampler_logprobs), *rest)
+def _rollout(turns, sampler_logprobs, *rest) -> Rollout:
+    turns = [torch.from_numpy(t) if isinstance(t, np.ndarray) else t for t in turns]
+    return Rollout(turns, torch.from_numpy(sampler_logprobs), *rest)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -178,7 +173,7 @@ class HFEngine:
     def _generate(self, prompts, n, greedy):
         actor, device = self.actor, self.actor.device
         rows, positions, _ = zip(
-            *(lay_out(as_turns(prompt), actor.positions) for prompt in prompts), strict=True
+            *(lay_out(turns, actor.positions) for turns in prompts), strict=True
         )
         ids = left_pad(rows, actor.pad_id).to(device)  # (B, P)
         mask = left_pad([torch.ones_like(row) for row in rows], 0).to(device)
@@ -190,11 +185,8 @@ class HFEngine:
             position_ids=positions[..., :-1],
             use_cache=True,
             logits_to_keep=1,
-            **actor.multi_modal_inputs(prompts_of(prompts)),
-            **{
-                name: types[:, :-1]
-                for name, types in actor.token_types([as_turns(p) for p in prompts]).items()
-            },
+            **actor.multi_modal_inputs([p for turns in prompts for p in prompts_of(turns)]),
+            **{name: types[:, :-1] for name, types in actor.token_types(prompts).items()},
         ).past_key_values
         cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(n))
         distribution = TrainedDistribution(actor.temperature, actor.banned_ids)
@@ -225,7 +217,7 @@ class HFEngine:
         ended = torch.isin(responses, torch.tensor(actor.eos_ids))
         lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, responses.shape[1]).tolist()
         rollouts = [
-            Rollout(response[:length], logps[:length], truncated=not end.any())
+            Rollout([response[:length]], logps[:length], truncated=not end.any())
             for response, logps, end, length in zip(
                 responses, logprobs, ended, lengths, strict=True
             )
@@ -381,7 +373,7 @@ class VLLMEngine:
         counts, shares = [None] * dist.get_world_size(), [None] * dist.get_world_size(self.tp_group)
         dist.all_gather_object(counts, len(prompts), group=self.world_group)
         dist.all_gather_object(
-            shares, [vllm_prompt(as_turns(prompt)) for prompt in prompts], group=self.tp_group
+            shares, [vllm_prompt(turns) for turns in prompts], group=self.tp_group
         )
         rank, place = dist.get_rank(), dist.get_rank(self.tp_group)
         first = sum(counts[: rank - place])
@@ -442,7 +434,7 @@ class VLLMEngine:
                 raise RuntimeError(
                     f"vLLM returned {len(ids)} tokens with log-probs {logprobs.tolist()[:8]}"
                 )
-            rollouts.append(Rollout(ids, logprobs, truncated=response.finish_reason == "length"))
+            rollouts.append(Rollout([ids], logprobs, truncated=response.finish_reason == "length"))
         return rollouts
 
     def sync(self, actor: Actor) -> dict[str, float]:
@@ -681,26 +673,26 @@ class Conversations:
     the steps. All but `generate` is the engine's.
 
     Args:
-        observe: Problem -> Prompt of a later turn.
+        reader: makes the Prompts of later turns.
         max_prompt_tokens: a conversation that is longer before a turn ends there and is marked
             truncated.
     """
 
     def __init__(
-        self, engine: "HFEngine | VLLMEngine", environment: type, observe, max_prompt_tokens: int
+        self,
+        engine: HFEngine | VLLMEngine,
+        environment: type,
+        reader: data.Reader,
+        max_prompt_tokens: int,
     ):
-        self.engine, self.environment, self.observe, self.limit = (
-            engine,
-            environment,
-            observe,
-            max_prompt_tokens,
-        )
+        self.engine, self.environment, self.reader = engine, environment, reader
+        self.max_prompt_tokens = max_prompt_tokens
 
     def __getattr__(self, name: str):
         return getattr(self.engine, name)
 
     def generate(
-        self, prompts: list, n: int, seed: int, greedy: bool = False
+        self, prompts: list[list[Turn]], n: int, seed: int, greedy: bool = False
     ) -> list[list[Rollout]]:
         """Let n copies of each prompt's environment talk with the policy; as HFEngine.generate.
 
@@ -708,42 +700,68 @@ class Conversations:
         every turn. All ranks call the engine equally often, with nothing if their own conversations
         have ended.
         """
-        groups = self.engine.generate(prompts, n, seed, greedy)
-        live = [
-            (prompt, rollout, self.environment(prompt.problem))
-            for prompt, group in zip(prompts, groups, strict=True)
-            for rollout in group
-        ]
+        first_turns = self.engine.generate(prompts, n, seed, greedy)
+        conversations = []
+        for [prompt], rollouts in zip(prompts, first_turns, strict=True):
+            for rollout in rollouts:
+                environment = self.environment(prompt.problem)
+                conversations.append(Conversation(prompt, environment, rollout))
         for turn in itertools.count(1):
-            live = [talk for talk in live if self._goes_on(*talk)]
+            for conversation in conversations:
+                if not conversation.done:
+                    conversation.answer(self.reader, self.max_prompt_tokens)
+            live = [c for c in conversations if not c.done]
             if not any(gather_objects(bool(live))):
-                return groups
-            so_far = [[prompt, *rollout.turns(self.observe)[:-1]] for prompt, rollout, _ in live]
-            for (_, rollout, _), [new] in zip(
-                live, self.engine.generate(so_far, 1, seed + turn, greedy), strict=True
-            ):
-                rollout.response = torch.cat([rollout.response, new.response])
-                rollout.sampler_logprobs = torch.cat(
-                    [rollout.sampler_logprobs, new.sampler_logprobs]
-                )
-                rollout.truncated = new.truncated
+                break
+            so_far = [c.so_far(self.reader) for c in live]
+            new_turns = self.engine.generate(so_far, 1, seed + turn, greedy)
+            for conversation, [new] in zip(live, new_turns, strict=True):
+                conversation.add(new)
+        rollouts = [c.rollout() for c in conversations]
+        return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
 
-    def _goes_on(self, prompt, rollout, environment) -> bool:
+
+class Conversation:
+    """One conversation while it goes on."""
+
+    def __init__(self, prompt: data.Prompt, environment, first_turn: Rollout):
+        self.prompt, self.environment = prompt, environment
+        self.turns: list[Tensor | Observation] = []
+        self.sampler_logprobs: list[Tensor] = []
+        self.reward = 0.0
+        self.truncated = self.done = False
+        self.add(first_turn)
+
+    def add(self, new: Rollout) -> None:
+        """Take what the policy wrote."""
+        self.turns += new.turns
+        self.sampler_logprobs.append(new.sampler_logprobs)
+        self.truncated = new.truncated
+
+    def answer(self, reader: data.Reader, max_prompt_tokens: int) -> None:
         """Let the environment answer the last turn, unless that was cut, which earns nothing."""
-        problem, earned = (
-            (None, 0.0) if rollout.truncated else environment.step(rollout.text(self.tokenizer))
-        )
-        rollout.reward = (rollout.reward or 0.0) + earned
+        if self.truncated:
+            self.done = True
+            return
+        text = self.rollout().text(reader.processor.tokenizer)
+        problem, earned = self.environment.step(text)
+        self.reward += earned
         if problem is None:
-            return False
-        observation = Observation(len(rollout.response), len(self.observe(problem).ids), problem)
-        rollout.truncated = len(prompt.ids) + rollout.tokens + observation.tokens > self.limit
-        rollout.observations += [] if rollout.truncated else [observation]
-        return not rollout.truncated
+            self.done = True
+            return
+        observation = Observation(problem, len(reader.later(problem).ids))
+        length = len(self.prompt.ids) + self.rollout().tokens + observation.tokens
+        if length > max_prompt_tokens:
+            self.truncated = self.done = True
+        else:
+            self.turns.append(observation)
 
-    @property
-    def tokenizer(self):
-        return self.engine.actor.processor.tokenizer
+    def so_far(self, reader: data.Reader) -> list[Turn]:
+        return [self.prompt, *self.rollout().read(reader)]
+
+    def rollout(self) -> Rollout:
+        logprobs = torch.cat(self.sampler_logprobs)
+        return Rollout(list(self.turns), logprobs, self.truncated, self.reward)
 
 
 class Codeword:
@@ -789,7 +807,7 @@ def score(rollouts, problems, n: int, tokenizer, weights: dict, grader) -> dict[
 def evaluate(
     engine,
     problems,
-    make_prompt,
+    reader: data.Reader,
     n: int,
     seed: int,
     weights: dict,
@@ -802,7 +820,7 @@ def evaluate(
 
     Args:
         problems: sequence of Problems, the same on all ranks; each rank answers its share.
-        make_prompt: Problem -> Prompt.
+        reader: makes the prompts.
         n: responses drawn per problem; 1 takes the likeliest tokens instead (greedy).
         rows: problems answered, the first ones; 0: all.
         view: own, blank or shuffled images, see `data.with_images`.
@@ -826,7 +844,7 @@ def evaluate(
     ):
         indices = range(start + rank, min(start + per_call, total), world)
         chosen = [data.with_images(problems, i, view) for i in indices]
-        rollouts = engine.generate([make_prompt(p) for p in chosen], n, seed + start, greedy=n == 1)
+        rollouts = engine.generate([[reader(p)] for p in chosen], n, seed + start, greedy=n == 1)
         scores = score(rollouts, chosen, n, tokenizer, weights, grader)
         mine = [
             dict(

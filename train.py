@@ -23,7 +23,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import functools
 import heapq
 import importlib.util
 import math
@@ -31,7 +30,6 @@ import random
 import re
 import signal
 import sys
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +37,7 @@ from pathlib import Path
 import data
 import grpo
 import reward
-from model import Actor, full, lay_out, prompts_of
+from model import Actor, full, lay_out, prompts_of, turns_of
 from rollout import (
     ENVIRONMENTS,
     Conversations,
@@ -83,9 +81,9 @@ def train(run: Run) -> None:
 
         # SAMPLE and SCORE: n responses to every problem of the step, their rewards, advantages
         # within every group
-        groups, prompts = [], {}
+        groups = []
         for extra in range(s.dynamic_sampling + 1):
-            groups += sample_groups(run, step * (s.dynamic_sampling + 1) + extra, prompts, clock)
+            groups += sample_groups(run, step * (s.dynamic_sampling + 1) + extra, clock)
             if sum(not g.is_flat() for g in groups) >= s.prompts_per_step:
                 break
         drawn = groups
@@ -98,7 +96,7 @@ def train(run: Run) -> None:
 
         # FREEZE: log-probs under the policy as it is before it moves, and under the reference
         with clock("freeze"):
-            minibatches = plan_minibatches(run, groups, prompts)
+            minibatches = plan_minibatches(run, groups)
             freeze(run, minibatches)
 
         # LEARN: one optimizer step for each minibatch
@@ -113,7 +111,7 @@ def train(run: Run) -> None:
         # REPORT: the engine gets the new weights; rollouts to look at, metrics, evaluation and
         # checkpoint
         with clock("report"):
-            show_rollouts(run, log, groups, prompts)
+            show_rollouts(run, log, groups)
         with clock("sync"):
             synced = run.engine.sync(run.actor)
         run.step = step + 1
@@ -133,25 +131,22 @@ def train(run: Run) -> None:
             sys.exit(128 + stop)
 
 
-def sample_groups(run: Run, batch: int, prompts: dict, clock: report.Clock) -> list[Group]:
+def sample_groups(run: Run, batch: int, clock: report.Clock) -> list[Group]:
     """Draw and score one batch of problems: every rank does its share, and then all ranks know all
     groups.
 
     Args:
         batch: number of the batch; it fixes the problems and, with the weights, the responses.
-        prompts: this rank's prompts by row; those of its share are added.
     """
     s, rank, world = run.settings, dist.get_rank(), dist.get_world_size()
     with clock("sample"):
-        indices = data.batch_indices(s.seed, batch, s.prompts_per_step, len(run.train_set))[
-            rank::world
-        ]
-        problems = [run.train_set[i] for i in indices]
-        prompts.update(
-            {i: run.prompt(problem) for i, problem in zip(indices, problems, strict=True)}
-        )
+        indices = data.batch_indices(s.seed, batch, s.prompts_per_step, len(run.train_set))
+        mine = indices[rank::world]
+        problems = [run.train_set[i] for i in mine]
+        prompts = [run.reader(problem) for problem in problems]
         seed = random.Random(f"{s.seed} {batch}").getrandbits(63)
-        rollouts = run.engine.generate([prompts[i] for i in indices], s.responses_per_prompt, seed)
+        conversations = [[prompt] for prompt in prompts]
+        rollouts = run.engine.generate(conversations, s.responses_per_prompt, seed)
     with clock("score"):
         tokenizer = run.actor.processor.tokenizer
         scores = score(
@@ -159,21 +154,20 @@ def sample_groups(run: Run, batch: int, prompts: dict, clock: report.Clock) -> l
         )
         advantages = grpo.group_advantages(scores["reward"], s.advantage)
         vision = torch.tensor(run.actor.banned_ids)
-        mine = [
+        groups = [
             Group(
-                i,
-                len(prompts[i].ids),
-                int(torch.isin(prompts[i].ids, vision).sum()),
-                rollouts[p],
-                {k: v[p].tolist() for k, v in scores.items()},
-                advantages[p],
+                index=index,
+                prompt_tokens=len(prompts[p].ids),
+                image_tokens=int(torch.isin(prompts[p].ids, vision).sum()),
+                rollouts=rollouts[p],
+                scores={name: values[p].tolist() for name, values in scores.items()},
+                advantages=advantages[p],
             )
-            for p, i in enumerate(indices)
+            for p, index in enumerate(mine)
         ]
-        shares = gather_objects(mine)
-    return [
-        shares[i % world][i // world] for i in range(s.prompts_per_step)
-    ]  # in the order of the problems
+        shares = gather_objects(groups)
+    # in the order of the problems
+    return [shares[i % world][i // world] for i in range(s.prompts_per_step)]
 
 
 @torch.no_grad()
@@ -378,7 +372,7 @@ class Minibatch:
     imbalance: float  # dearest rank's cost over the mean, minus 1
 
 
-def plan_minibatches(run: "Run", groups: list[Group], prompts: dict) -> list[Minibatch]:
+def plan_minibatches(run: Run, groups: list[Group]) -> list[Minibatch]:
     """Cut the step's groups into minibatches, deal each over the ranks and cut every rank's share
     into packs.
 
@@ -398,9 +392,9 @@ def plan_minibatches(run: "Run", groups: list[Group], prompts: dict) -> list[Min
             for share in shares
         ]
         passes = max(map(len, plans))
-        packs = [build_pack(run, plan, prompts) for plan in plans[rank]]
+        packs = [build_pack(run, plan) for plan in plans[rank]]
         while len(packs) < passes:
-            filler = build_pack(run, [(teaching[0], [0])], prompts)
+            filler = build_pack(run, [(teaching[0], [0])])
             packs.append(dataclasses.replace(filler, weight=0.0))
         loads = [sum(costs[j] for j in share) for share in shares]
         minibatches.append(
@@ -414,22 +408,21 @@ def plan_minibatches(run: "Run", groups: list[Group], prompts: dict) -> list[Min
     return minibatches
 
 
-def build_pack(run: "Run", plan: list[tuple[Group, list[int]]], prompts: dict) -> TrainPack:
+def build_pack(run: Run, plan: list[tuple[Group, list[int]]]) -> TrainPack:
     """Bring a planned pass onto this rank's device; prompts sampled elsewhere are made again from
     their rows."""
-    rollouts = [group.rollouts[i] for group, chosen in plan for i in chosen]
-    for group, _ in plan:
-        if group.index not in prompts:
-            prompts[group.index] = run.prompt(run.train_set[group.index])
-    groups = [
-        (prompts[group.index], [group.rollouts[i].turns(run.observe) for i in chosen])
-        for group, chosen in plan
-    ]
+    groups, rollouts, advantages = [], [], []
+    for group, chosen in plan:
+        prompt = run.reader(run.train_set[group.index])
+        picked = [group.rollouts[i] for i in chosen]
+        groups.append((prompt, [rollout.read(run.reader) for rollout in picked]))
+        rollouts += picked
+        advantages.append(group.advantages[chosen])
     return TrainPack(
         groups=groups,
-        features=run.actor.image_features(prompts_of(groups)),
+        features=run.actor.image_features(prompts_of(turns_of(groups))),
         lengths=torch.tensor([len(r.response) for r in rollouts], device=run.device),
-        advantages=torch.cat([group.advantages[chosen] for group, chosen in plan]).to(run.device),
+        advantages=torch.cat(advantages).to(run.device),
         sampler_logprobs=torch.cat([r.sampler_logprobs for r in rollouts]).to(run.device),
     )
 
@@ -538,7 +531,7 @@ def evaluation(run: Run, log: report.Log) -> float:
         metrics, records = evaluate(
             run.engine,
             run.test_set,
-            run.prompt,
+            run.reader,
             s.eval_samples,
             s.seed,
             s.reward_weights,
@@ -556,7 +549,7 @@ def evaluation(run: Run, log: report.Log) -> float:
 
 
 @torch.no_grad()
-def show_rollouts(run: Run, log: report.Log, groups: list[Group], prompts: dict) -> None:
+def show_rollouts(run: Run, log: report.Log, groups: list[Group]) -> None:
     """Keep some groups for report.html, those that teach first, with what the step's updates did
     to each token.
 
@@ -568,10 +561,10 @@ def show_rollouts(run: Run, log: report.Log, groups: list[Group], prompts: dict)
     shown = []
     for group in sorted(groups, key=Group.is_flat)[: report.SHOWN_GROUPS]:
         chosen = list(range(len(group.rollouts)))[: report.SHOWN_RESPONSES]
-        pack = build_pack(run, [(group, chosen)], prompts)
+        pack = build_pack(run, [(group, chosen)])
         logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy=False)
         moved = (logprobs - pack.sampler_logprobs).split(pack.lengths.tolist())
-        shown.append(report.shown_group(prompts[group.index], group, moved, run.actor.processor))
+        shown.append(report.shown_group(pack.groups[0][0], group, moved, run.actor.processor))
     log.rollouts(run.step + 1, len(groups), shown)
 
 
@@ -593,16 +586,13 @@ class Run:
     train_set: data.Problems
     test_set: data.Problems
     grader: reward.Grader
-    observe: Callable | None  # Problem -> Prompt of a later turn; None without a task
+    reader: data.Reader
     step: int = 0  # steps done
     not_finite: int = 0  # updates left out
     best: tuple[float, int] = (-1.0, 0)  # accuracy and step of the best checkpoint
     signals: list[int] = field(default_factory=list)  # that asked this process to stop
     saving: Future | None = None  # the checkpoint that is being written
     saving_group: dist.ProcessGroup | None = None  # for the thread that writes it
-
-    def prompt(self, problem: data.Problem) -> data.Prompt:
-        return make_prompt(self.settings, self.actor, problem)
 
 
 GENERATED = {  # task -> what draws its problems, their folder, the tiny model's, updates of its warm-up
@@ -655,17 +645,17 @@ def build(s: Settings, device: torch.device) -> Run:
             f"{min(both)} would be trained on and held out; set --test_data or --test_split"
         )
     actor = Actor.from_pretrained(s.model, dtype, **options)
+    reader = data.Reader(
+        actor.processor,
+        s.min_pixels,
+        s.max_pixels,
+        s.instruction,
+        s.video_limits,
+        first=(lambda problem: ENVIRONMENTS[s.task](problem).first) if s.task else None,
+        kept=2 * s.prompts_per_step,
+    )
     for i, (path, split) in enumerate(places):
-        sets[i], kept = data.usable_problems(
-            sets[i],
-            actor.processor,
-            s.min_pixels,
-            s.max_pixels,
-            s.max_prompt_tokens,
-            s.instruction,
-            s.skip_bad_rows,
-            s.video_limits,
-        )
+        sets[i], kept = data.usable_problems(sets[i], reader, s.max_prompt_tokens, s.skip_bad_rows)
         say(f"{path}, {split}: {kept}")
     say(
         f"a question's commonest answer in training would score {chance(*sets):.3f} on the held-out problems"
@@ -691,15 +681,14 @@ def build(s: Settings, device: torch.device) -> Run:
         max_videos=max_videos,
     )
     say(why)
-    observe = observer(s, actor) if s.task else None
     if s.task:
-        engine = Conversations(engine, ENVIRONMENTS[s.task], observe, s.max_prompt_tokens)
+        engine = Conversations(engine, ENVIRONMENTS[s.task], reader, s.max_prompt_tokens)
     engine.sleep()
     adapt(actor, s)
     actor.shard(device, max_videos > 0)
     say(actor.report())
     with_image = [p for p in sets[0][:100] if p.images][:1]
-    samples = [make_prompt(s, actor, p) for p in [*with_image, sets[0][0]]]
+    samples = [reader(problem) for problem in [*with_image, sets[0][0]]]
     if actor.packing != "padded":
         gap = actor.check_packing(samples)
         say(f"packing {actor.packing}: log-probs within {gap:.1g} nats of the padded forward")
@@ -717,13 +706,7 @@ def build(s: Settings, device: torch.device) -> Run:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, s.rate)
     judge = reward.Judge(s.judge_url, s.judge_model, s.judge_strict) if s.judge_model else None
     grader = reward.Grader(rounding=s.rounding, judge=judge)
-    run = Run(s, device, actor, reference, engine, optimizer, schedule, *sets, grader, observe)
-    size = local_bytes(trained)  # trained weights, gradients and both moments of AdamW are float32
-    per_token = actor.activation_bytes(
-        samples, s.responses_per_prompt, min(64, s.max_response_tokens)
-    )
-    estimate = memory_report(run, size, 2 * size, s.max_tokens_per_pack * per_token)
-    say(f"memory of rank 0 in GiB, estimated for full packs: {estimate}")
+    run = Run(s, device, actor, reference, engine, optimizer, schedule, *sets, grader, reader)
     return run
 
 
@@ -744,30 +727,6 @@ def chance(train_set, test_set) -> float:
         golds[problem.question][problem.answer] += 1
     commonest = {question: counts.most_common(1)[0][0] for question, counts in golds.items()}
     return sum(p.answer == commonest.get(p.question) for p in test_set) / len(test_set)
-
-
-def make_prompt(s: Settings, actor: Actor, problem: data.Problem) -> data.Prompt:
-    """A problem as the run's settings pose it; in a conversation, what the policy reads first."""
-    first = ENVIRONMENTS[s.task](problem).first if s.task else problem
-    prompt = data.make_prompt(
-        first, actor.processor, s.min_pixels, s.max_pixels, s.instruction, s.video_limits
-    )
-    return dataclasses.replace(prompt, problem=problem)
-
-
-def observer(s: Settings, actor: Actor):
-    """The function that makes a later turn's Prompt of its Problem, and remembers it for the other
-    copies."""
-    limits = dict(
-        min_pixels=s.min_pixels,
-        max_pixels=s.max_pixels,
-        instruction="",
-        video=s.video_limits,
-        later=True,
-    )
-    return functools.lru_cache(512)(
-        functools.partial(data.make_prompt, processor=actor.processor, **limits)
-    )
 
 
 # --------------------------------------------------------------------------------------------------

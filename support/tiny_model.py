@@ -5,7 +5,6 @@ python -m support.tiny_model OUT --data FIGURES
 
 import argparse
 import collections
-import functools
 import json
 import random
 from pathlib import Path
@@ -148,9 +147,7 @@ def build_warm_tiny(
     ]
     build_tiny(out, [CHAT_TEMPLATE, *texts], seed)
     actor = Actor.from_pretrained(str(out))
-    read = functools.partial(
-        data.make_prompt, processor=actor.processor, min_pixels=56 * 56, max_pixels=56 * 56
-    )
+    reader = data.Reader(actor.processor, 56 * 56, 56 * 56, instruction, kept=len(problems))
 
     def tokens(text):
         return torch.tensor(actor.processor.tokenizer.encode(text))
@@ -158,12 +155,10 @@ def build_warm_tiny(
     conversations, same_question = [], collections.defaultdict(list)
     for problem in problems:
         first, *rest = data.split_turns(problem)
-        later = [
-            turn
-            for p in rest
-            for turn in (tokens(WARM_UP_TURN), read(p, instruction="", later=True))
-        ]
-        conversations.append((read(first, instruction=instruction), later, problem.answer))
+        later = []
+        for shown in rest:
+            later += [tokens(WARM_UP_TURN), reader.later(shown)]
+        conversations.append((reader(first), later, problem.answer))
         same_question[first.question].append(problem.answer)
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(actor.model.parameters(), lr=2e-3)
