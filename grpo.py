@@ -225,3 +225,24 @@ def importance_weights(
     elif level != "token":
         raise ValueError(f"importance level {level!r} is none of none, token, sequence")
     return gap.exp().clamp(max=cap)
+
+
+def look_weights(looks: Tensor, lengths: Tensor, strength: float) -> Tensor:
+    """Weigh a response's tokens by how much each owes to the picture: a soft form of VPPO's filter
+    (arXiv:2510.09285), which keeps the tokens that look most and drops the others.
+
+    With s = |looks|: 1 + strength (s / mean(s) - 1), the mean over the response, so that a
+    response's weights average 1 and its pull stays what it was.
+
+    Args:
+        looks: (N,) nats, log p(token | picture) - log p(token | white picture).
+        lengths: (R,) tokens of each response.
+        strength: from 0, every token alike, to 1, in proportion to s.
+
+    Returns:
+        (N,) weights, at least 0; 1 in a response that owes nothing to a picture.
+    """
+    size = looks.abs()
+    mean = spread(response_sums(size, lengths) / lengths, lengths)
+    share = torch.where(mean > 0, size / mean.clamp(min=1e-30), 1.0)
+    return 1 + strength * (share - 1)

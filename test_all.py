@@ -82,9 +82,9 @@ def close(got, expected, atol=1e-6):
 
 
 def test_advantages_by_hand():
-    # rewards 1,0,0,0: mean 1/4, population std sqrt(3)/4, so the winner gets sqrt(3)
+    # rewards 1,0,0,0: mean 1/4, squares 9/16 and 3 times 1/16, over n - 1 = 3: std 1/2
     got = grpo.group_advantages(torch.tensor([[1.0, 0, 0, 0]]))
-    close(got, torch.tensor([[3.0, -1, -1, -1]]) / 3**0.5, atol=1e-4)
+    close(got, torch.tensor([[1.5, -0.5, -0.5, -0.5]]), atol=1e-4)
 
 
 def test_advantages_without_scale_and_leave_one_out_by_hand():
@@ -128,6 +128,32 @@ def test_clipped_loss_by_hand(ratio, advantage, loss, clipped):
         torch.autograd.grad(got.sum(), logprobs)[0],
         torch.tensor([0.0 if clipped else -ratio * advantage]),
     )
+
+
+def test_dual_clip_by_hand():
+    # A = -2: r A = -8 at r = 4, so the loss 8 is held at 3 * 2; at r = 2 it is 4 and free
+    logprobs = torch.tensor([math.log(4), math.log(2), math.log(4)], requires_grad=True)
+    advantages = torch.tensor([-2.0, -2.0, 2.0])  # a gain is held by the clip, never by this one
+    inputs = (logprobs, torch.zeros(3), advantages, torch.tensor([3]), 0.2, 0.3)
+    got, cut = grpo.policy_loss(*inputs, clip_dual=3.0)
+    close(got, torch.tensor([6.0, 4.0, -2.6]))
+    assert cut.tolist() == [True, False, True]
+    close(torch.autograd.grad(got.sum(), logprobs)[0], torch.tensor([0.0, 4.0, 0.0]))
+    close(grpo.policy_loss(*inputs)[0], torch.tensor([8.0, 4.0, -2.6]))
+
+
+def test_a_ratio_beyond_float32_stays_finite():
+    # e^200 is inf, and inf * 0 or inf - inf nan, even where the clip holds
+    logprobs = torch.tensor([200.0, -200.0, 200.0], requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0, 0.0])
+    losses, _ = grpo.policy_loss(
+        logprobs, torch.zeros(3), advantages, torch.tensor([3]), 0.2, 0.3, clip_dual=3.0
+    )
+    kl = grpo.kl_estimate(-logprobs, torch.zeros(3), "k3")
+    close(losses, torch.tensor([-1.3, 0.8, 0.0]))
+    close(kl, torch.tensor([10.0, grpo.MAX_K3, 10.0]))
+    gradient = torch.autograd.grad((losses + kl).sum(), logprobs)[0]
+    close(gradient, torch.zeros(3))
 
 
 def test_sequence_ratio_is_the_geometric_mean_over_each_response():
@@ -181,6 +207,14 @@ def test_importance_weights_by_hand():
         torch.tensor([1.0, 1.0, math.exp(-0.5)]),
     )
     close(grpo.importance_weights(old, sampler, lengths, 2.0, "none"), torch.ones(3))
+
+
+def test_look_weights_by_hand():
+    # response 1 looks 3 and -1 nats, mean 2: shares 1.5 and 0.5; response 2 never looks
+    looks, lengths = torch.tensor([3.0, -1.0, 0.0]), torch.tensor([2, 1])
+    close(grpo.look_weights(looks, lengths, 1.0), torch.tensor([1.5, 0.5, 1.0]))
+    close(grpo.look_weights(looks, lengths, 0.5), torch.tensor([1.25, 0.75, 1.0]))
+    close(grpo.look_weights(looks, lengths, 0.0), torch.ones(3))
 
 
 @pytest.mark.parametrize(
