@@ -406,17 +406,20 @@ def plan_minibatches(groups: list[Group], s: Settings, ranks: int, packing: str)
 
 def deal(groups: list[Group], ranks: int) -> list[list[Group]]:
     """Share groups out so that all ranks have about the same cost: the dearest first, to the rank
-    that has its prompt while that has room, else to the least loaded."""
-    fair = sum(group.cost for group in groups) / ranks
+    that has its prompt while that has room, else to the least loaded. Each rank's stay in order."""
+    costs = [group.cost for group in groups]
+    fair = sum(costs) / ranks
     loads = [0.0] * ranks
-    shares = [[] for _ in range(ranks)]
-    for group in sorted(groups, key=lambda group: -group.cost):
-        rank = group.home
-        if loads[rank] + group.cost > fair:
-            rank = loads.index(min(loads))
-        loads[rank] += group.cost
-        shares[rank].append(group)
-    return shares
+    owners = [0] * len(groups)
+    for i in sorted(range(len(groups)), key=lambda i: -costs[i]):
+        owners[i] = groups[i].home
+        if loads[owners[i]] + costs[i] > fair:
+            owners[i] = loads.index(min(loads))
+        loads[owners[i]] += costs[i]
+    return [
+        [group for group, owner in zip(groups, owners, strict=True) if owner == rank]
+        for rank in range(ranks)
+    ]
 
 
 def cut_into_packs(groups: list[Group], max_tokens: int, shared: bool = True) -> list[list[Share]]:
