@@ -103,8 +103,7 @@ def train(run: Run) -> None:
         # SCORE TOKENS: under the policy as it is before it moves, and under the reference
         with clock("logprobs"):
             plans = plan_minibatches(groups, s, dist.get_world_size(), run.actor.packing)
-            minibatches = [load_minibatch(run, plan) for plan in plans]
-            score_tokens(run, minibatches)
+            minibatches = [load_minibatch(run, plan, i == 0) for i, plan in enumerate(plans)]
 
         # LEARN: one optimizer step for each minibatch
         updates = []
@@ -185,7 +184,6 @@ def sample_groups(run: Run, batch: int, clock: report.Clock) -> list[Group]:
             mine.append(
                 Group(
                     index=indices[p * world + dist.get_rank()],
-                    home=dist.get_rank(),
                     prompt_tokens=len(prompt.ids),
                     image_tokens=int(torch.isin(prompt.ids, vision).sum()),
                     rollouts=rollouts[p],
@@ -212,21 +210,19 @@ def with_advantages(groups: list[Group], scale: str) -> list[Group]:
 
 
 @torch.no_grad()
-def score_tokens(run: Run, minibatches: list[Minibatch]) -> None:
-    """Give every pack its old_logprobs, and ref_logprobs where there is a reference.
+def score_tokens(run: Run, pack: TrainPack, is_first: bool) -> TrainPack:
+    """The pack with its old_logprobs, and with ref_logprobs where there is a reference.
 
-    The packs of the first minibatch get no old_logprobs: the policy has not moved when they are
-    learnt from, so that update's own forward gives them, and no extra pass is made.
+    The first minibatch's packs get no old_logprobs: the policy has not moved when they are learnt
+    from, so that update's own forward gives them, and no extra pass is made.
     """
-    for i, minibatch in enumerate(minibatches):
-        for pack in minibatch.packs:
-            if i > 0:
-                logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
-                pack.remember(old_logprobs=logprobs)
-            if run.reference is not None:
-                with run.reference.without_adapters():
-                    logprobs, _ = run.reference.logprobs(pack.groups, pack.features, entropy="none")
-                pack.remember(ref_logprobs=logprobs)
+    old = ref = None
+    if not is_first:
+        old, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
+    if run.reference is not None:
+        with run.reference.without_adapters():
+            ref, _ = run.reference.logprobs(pack.groups, pack.features, entropy="none")
+    return replace(pack, old_logprobs=old, ref_logprobs=ref)
 
 
 def update(
@@ -251,7 +247,7 @@ def update(
         with meter or contextlib.nullcontext():
             logprobs, entropy = run.actor.logprobs(pack.groups, pack.features, entropy_kind)
         if pack.old_logprobs is None:  # first forward of the step: the policy has not moved
-            pack.remember(old_logprobs=logprobs.detach())
+            pack.remember(logprobs.detach())
         loss, measured = pack_loss(s, minibatch, pack, logprobs, entropy)
         # FSDP averages gradients over ranks, and this loss is a share of one sum
         (loss * dist.get_world_size()).backward()
@@ -331,7 +327,6 @@ class Group:
     """The n rollouts of one problem, as every rank knows them after sampling."""
 
     index: int  # row of the training set
-    home: int  # rank that has its prompt at hand
     prompt_tokens: int  # image tokens included
     image_tokens: int  # of images and videos
     rollouts: list[Rollout]
@@ -405,21 +400,17 @@ def plan_minibatches(groups: list[Group], s: Settings, ranks: int, packing: str)
 
 
 def deal(groups: list[Group], ranks: int) -> list[list[Group]]:
-    """Share groups out so that all ranks have about the same cost: the dearest first, to the rank
-    that has its prompt while that has room, else to the least loaded. Each rank's stay in order."""
-    costs = [group.cost for group in groups]
-    fair = sum(costs) / ranks
+    """Share groups out so that all ranks have about the same cost: the dearest first, each to the
+    least loaded rank. A rank's groups stay in order."""
     loads = [0.0] * ranks
     owners = [0] * len(groups)
-    for i in sorted(range(len(groups)), key=lambda i: -costs[i]):
-        owners[i] = groups[i].home
-        if loads[owners[i]] + costs[i] > fair:
-            owners[i] = loads.index(min(loads))
-        loads[owners[i]] += costs[i]
-    return [
-        [group for group, owner in zip(groups, owners, strict=True) if owner == rank]
-        for rank in range(ranks)
-    ]
+    for i in sorted(range(len(groups)), key=lambda i: -groups[i].cost):
+        owners[i] = loads.index(min(loads))
+        loads[owners[i]] += groups[i].cost
+    shares = [[] for _ in range(ranks)]
+    for group, owner in zip(groups, owners, strict=True):
+        shares[owner].append(group)
+    return shares
 
 
 def cut_into_packs(groups: list[Group], max_tokens: int, shared: bool = True) -> list[list[Share]]:
@@ -466,10 +457,9 @@ class TrainPack:
     features: dict | None = None  # of a frozen vision tower, computed once for all passes
     weight: float = 1.0  # 0 for a filler: all ranks make the same number of passes
 
-    def remember(self, **logprobs: Tensor) -> None:
-        """Keep what later passes over this pack compare with."""
-        for name, values in logprobs.items():
-            setattr(self, name, values)
+    def remember(self, old_logprobs: Tensor) -> None:
+        """Keep what the policy thought when the step began, for the epochs to come."""
+        self.old_logprobs = old_logprobs
 
 
 @dataclass(frozen=True)
@@ -482,12 +472,14 @@ class Minibatch:
     imbalance: float
 
 
-def load_minibatch(run: Run, plan: Plan) -> Minibatch:
-    """Bring this rank's passes of a plan onto its device."""
+def load_minibatch(run: Run, plan: Plan, is_first: bool) -> Minibatch:
+    """This rank's passes of a plan, on its device, each scored as soon as it is there: a GPU works
+    while the prompts of the next pass are made."""
     own = plan.passes[dist.get_rank()]
-    packs = [load_pack(run, shares) for shares in own]
+    packs = [score_tokens(run, load_pack(run, shares), is_first) for shares in own]
     for _ in range(max(map(len, plan.passes)) - len(own)):
-        packs.append(replace(load_pack(run, plan.filler), weight=0.0))
+        filler = score_tokens(run, load_pack(run, plan.filler), is_first)
+        packs.append(replace(filler, weight=0.0))
     return Minibatch(packs, plan.tokens, plan.responses, plan.imbalance)
 
 
