@@ -2483,9 +2483,8 @@ def test_one_grpo_update_moves_a_familys_language_model_and_no_frozen_byte(
     run, groups = small_run(family_folder(name), prepare=lambda actor: actor.freeze("tower"), minibatch_prompts=8,
                             max_sampler_gap=100.0, max_grad_norm=1e9)  # fmt: skip
     before = {n: model.full(p).detach().clone() for n, p in run.actor.model.named_parameters()}
-    [minibatch] = train.plan_minibatches(run, groups)
-    train.freeze(run, [minibatch])
-    assert train.update(run, minibatch, 0)["grad_norm"] > 0
+    [minibatch] = minibatches_of(run, groups)
+    assert train.update(run, minibatch, 0, None)["grad_norm"] > 0
     moved = {run.actor.part(n) for n, p in run.actor.model.named_parameters()
              if not torch.equal(model.full(p), before[n])}  # fmt: skip
     assert moved == {"projector", "language"}
@@ -3485,10 +3484,8 @@ def test_packs_hold_every_response_once_within_the_budget():
 
 
 def test_deal_by_hand_and_evenly():
-    # differencing 8,7,6,5,4: 8-7=1, 6-5=1, 4-1=3, 3-1=2: 16 against 14; taking the largest first
-    # gives 17 and 13
-    shares = train.deal([8, 7, 6, 5, 4], 2)
-    assert sorted(sum([8, 7, 6, 5, 4][i] for i in share) for share in shares) == [14, 16]
+    # 4 5 6 7 8, the largest first: 8 | 7, 6 to the 7 (13), 5 to the 8 (13), 4 to the first: 17 | 13
+    assert train.deal([4, 5, 6, 7, 8], 2) == [[0, 1, 4], [2, 3]]
     rng = random.Random(0)
     costs = [rng.randint(300, 4000) for _ in range(128)]
     shares = train.deal(costs, 8)
@@ -3547,14 +3544,19 @@ def small_run(folder, groups_seed=0, prepare=lambda actor: None, **changes):
     return run, groups
 
 
+def minibatches_of(run, groups):
+    ranks = torch.distributed.get_world_size()
+    plans = train.plan_minibatches(groups, run.settings, ranks, run.actor.packing)
+    return [train.load_minibatch(run, plan, i == 0) for i, plan in enumerate(plans)]
+
+
 def one_update(folder, **changes):
     """Loss and whole weights after one update on fixed rollouts; every rank returns them."""
     run, groups = small_run(
         folder, minibatch_prompts=8, max_sampler_gap=100.0, max_grad_norm=1e9, **changes
     )
-    [minibatch] = train.plan_minibatches(run, groups)
-    train.freeze(run, [minibatch])
-    totals = train.update(run, minibatch, 0)
+    [minibatch] = minibatches_of(run, groups)
+    totals = train.update(run, minibatch, 0, None)
     weights = {n: train.full(p).detach().clone() for n, p in run.actor.model.named_parameters()}
     return totals, weights, len(minibatch.packs)
 
@@ -3576,13 +3578,12 @@ def test_the_loss_does_not_depend_on_how_the_minibatch_is_cut(tiny, process_grou
 
 def test_flat_groups_change_nothing_but_are_not_computed(tiny, process_group):
     run, groups = small_run(tiny[False], minibatch_prompts=8)
-    [minibatch] = train.plan_minibatches(run, groups)
+    [minibatch] = minibatches_of(run, groups)
     assert sum(len(responses) for pack in minibatch.packs for _, responses in pack.groups) == 7 * 4
     assert minibatch.responses == 8 * 4
-    for g in groups:
-        g.advantages = torch.zeros(4)
-    [nothing] = train.plan_minibatches(run, groups)
-    assert nothing.packs == [] and train.update(run, nothing, 0) == {}
+    groups = [dataclasses.replace(g, advantages=torch.zeros(4)) for g in groups]
+    [nothing] = minibatches_of(run, groups)
+    assert nothing.packs == [] and train.update(run, nothing, 0, None) == {}
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -3629,7 +3630,7 @@ def test_a_sampler_that_is_not_the_policy_stops_the_run(tiny, process_group):
     run, groups = small_run(tiny[False], minibatch_prompts=8, max_sampler_gap=0.1)
     before = train.full(next(run.actor.model.parameters())).clone()
     with pytest.raises(RuntimeError, match=r"step 3: sampler and trainer disagree by .*not synced"):
-        train.update(run, train.plan_minibatches(run, groups)[0], 3)
+        train.update(run, minibatches_of(run, groups)[0], 3, None)
     assert torch.equal(train.full(next(run.actor.model.parameters())), before)
     with pytest.raises(RuntimeError, match="nan"):
         train.check_gap(math.nan, 0.1, 0)
@@ -3967,9 +3968,9 @@ def test_rollouts_show_what_the_update_did_to_each_token_of_groups_that_teach(
     monkeypatch.setattr(report, "SHOWN_RESPONSES", 3)
     run, groups = small_run(tiny[False], minibatch_prompts=8, out=str(tmp_path), name="run")
     (tmp_path / "run").mkdir()
-    groups[0].advantages = torch.zeros(4)
-    for g in groups:
-        g.scores = {"reward": [0.25, 0.5, 0.75, 1.0]}
+    rewards = [0.25, 0.5, 0.75, 1.0]
+    groups = [dataclasses.replace(g, scores={"reward": rewards}) for g in groups]
+    groups[0] = dataclasses.replace(groups[0], scores={"reward": [0.5] * 4})
     log = report.Log(run)
     run.step = 1  # step 2 is neither the first nor the last nor evaluated
     train.show_rollouts(run, log, groups)
@@ -3983,7 +3984,7 @@ def test_rollouts_show_what_the_update_did_to_each_token_of_groups_that_teach(
     assert [image[:23] for image in line["groups"][0]["images"]] == ["data:image/webp;base64,"]
     shown, prompt = line["groups"][0]["responses"], run.reader(run.train_set[1])
     logprobs, _ = run.actor.logprobs(
-        [(prompt, [r.turns]) for r in groups[1].rollouts[:3]], entropy=False
+        [(prompt, [r.turns]) for r in groups[1].rollouts[:3]], entropy="none"
     )
     expected = logprobs.split([len(r.response) for r in groups[1].rollouts[:3]])
     assert [r["scores"]["reward"] for r in shown] == [0.25, 0.5, 0.75]
@@ -4334,7 +4335,7 @@ KILLS = (  # wherever a run can be; the first ones are met one after another by 
     "call support.checkpoint.CheckpointWriter.finish 1", "return support.checkpoint.CheckpointWriter.finish 1", "call support.report.write_report 1",
     "call support.report.Log.write 4", "return support.report.Log.write 2", "call shutil.rmtree 1", "call model.Actor.save 1",
     "call train.build 1", "return train.build 1", "call train.evaluation 1", "call rollout.HFEngine.generate 3",
-    "return rollout.HFEngine.generate 4", "call train.score 3", "call train.plan_minibatches 3", "call train.freeze 2",
+    "return rollout.HFEngine.generate 4", "call train.score 3", "call train.plan_minibatches 3", "call train.score_tokens 2",
     "call train.update 6", "return train.update 8", "call support.report.Log.step 3", "call train.save_checkpoint 2",
     "return train.save_checkpoint 2", "return safetensors.torch.save 2", "call support.checkpoint.fingerprints 2",
     "call support.checkpoint.finish_checkpoint 3", "return shutil.rmtree 1", "return support.report.write_report 3",
@@ -4484,8 +4485,8 @@ def adam_run(folder, out, **changes):
 
 
 def learn(run, groups):
-    [minibatch] = train.plan_minibatches(run, groups)
-    totals = train.update(run, minibatch, run.step)
+    [minibatch] = minibatches_of(run, groups)
+    totals = train.update(run, minibatch, run.step, None)
     run.step += 1
     return totals
 
@@ -5007,7 +5008,7 @@ def measured_update(actor, groups, variant):
     if variant == "padded, all":
         logprobs = padded_with_all_logits(actor, groups)
     else:
-        logprobs, _ = actor.logprobs(groups, features, entropy=False)
+        logprobs, _ = actor.logprobs(groups, features, entropy="none")
     (-logprobs.mean()).backward()
     return time.perf_counter() - start, status("VmHWM") - before, logprobs.detach()
 

@@ -342,6 +342,10 @@ class Group:
         return bool(self.advantages.any() or s.kl_coefficient or s.entropy_coefficient)
 
     @property
+    def response_tokens(self) -> int:
+        return sum(len(rollout.response) for rollout in self.rollouts)
+
+    @property
     def cost(self) -> float:
         """Estimated work of learning from this group, in tokens, each prompt and every response
         counted once.
@@ -381,36 +385,33 @@ def plan_minibatches(groups: list[Group], s: Settings, ranks: int, packing: str)
     for i in range(0, len(groups), s.minibatch_prompts):
         chosen = groups[i : i + s.minibatch_prompts]
         teaching = [group for group in chosen if group.teaches(s)]
-        shares = deal(teaching, ranks)
-        loads = [sum(group.cost for group in share) for share in shares]
-        rollouts = [rollout for group in chosen for rollout in group.rollouts]
+        passes, loads = [], []
+        for indices in deal([group.cost for group in teaching], ranks):
+            share = [teaching[j] for j in indices]
+            passes.append(cut_into_packs(share, s.max_tokens_per_pack, packing == "shared"))
+            loads.append(sum(group.cost for group in share))
         plans.append(
             Plan(
-                passes=[
-                    cut_into_packs(share, s.max_tokens_per_pack, packing == "shared")
-                    for share in shares
-                ],
+                passes=passes,
                 filler=[(group, [0]) for group in teaching[:1]],
-                tokens=sum(len(rollout.response) for rollout in rollouts),
-                responses=len(rollouts),
+                tokens=sum(group.response_tokens for group in chosen),
+                responses=sum(len(group.rollouts) for group in chosen),
                 imbalance=max(loads) * ranks / sum(loads) - 1 if teaching else 0.0,
             )
         )
     return plans
 
 
-def deal(groups: list[Group], ranks: int) -> list[list[Group]]:
-    """Share groups out so that all ranks have about the same cost: the dearest first, each to the
-    least loaded rank. A rank's groups stay in order."""
+def deal(costs: list[float], ranks: int) -> list[list[int]]:
+    """Share items out so that all ranks have about the same cost: the dearest first, each to the
+    least loaded rank. Returns each rank's items by index, ascending."""
     loads = [0.0] * ranks
-    owners = [0] * len(groups)
-    for i in sorted(range(len(groups)), key=lambda i: -groups[i].cost):
-        owners[i] = loads.index(min(loads))
-        loads[owners[i]] += groups[i].cost
     shares = [[] for _ in range(ranks)]
-    for group, owner in zip(groups, owners, strict=True):
-        shares[owner].append(group)
-    return shares
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = loads.index(min(loads))
+        loads[least] += costs[i]
+        shares[least].append(i)
+    return [sorted(share) for share in shares]
 
 
 def cut_into_packs(groups: list[Group], max_tokens: int, shared: bool = True) -> list[list[Share]]:
@@ -997,7 +998,8 @@ class Settings:
                 (-1e18, 1e18),
             )
             if (
-                f.type in (int, float, "int", "float") and not least <= getattr(self, f.name) <= most
+                f.type in (int, float, "int", "float")
+                and not least <= getattr(self, f.name) <= most
             ):  # nan is in no range
                 meaning = f.metadata["help"]
                 raise ValueError(
