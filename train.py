@@ -180,11 +180,11 @@ def freeze(run: Run, minibatches: list[Minibatch]) -> None:
     on_policy = len(minibatches) * run.settings.epochs == 1
     for pack in (pack for minibatch in minibatches for pack in minibatch.packs):
         if not on_policy:
-            pack.old_logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy=False)
+            pack.old_logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
         if run.reference is not None:
             with run.reference.without_adapters():
                 pack.ref_logprobs, _ = run.reference.logprobs(
-                    pack.groups, pack.features, entropy=False
+                    pack.groups, pack.features, entropy="none"
                 )
 
 
@@ -562,7 +562,7 @@ def show_rollouts(run: Run, log: report.Log, groups: list[Group]) -> None:
     for group in sorted(groups, key=Group.is_flat)[: report.SHOWN_GROUPS]:
         chosen = list(range(len(group.rollouts)))[: report.SHOWN_RESPONSES]
         pack = build_pack(run, [(group, chosen)])
-        logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy=False)
+        logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
         moved = (logprobs - pack.sampler_logprobs).split(pack.lengths.tolist())
         shown.append(report.shown_group(pack.groups[0][0], group, moved, run.actor.processor))
     log.rollouts(run.step + 1, len(groups), shown)
