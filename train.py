@@ -711,17 +711,12 @@ def build(s: Settings, device: torch.device) -> Run:
     options = dict(
         pixels=(s.min_pixels, s.max_pixels), temperature=s.temperature, packing=s.packing
     )
-    keys = dict(
-        image_key=s.image_key,
-        problem_key=s.problem_key,
-        answer_key=s.answer_key,
-        type_key=s.type_key,
-        source_key=s.source_key,
-        video_key=s.video_key,
-    )
     places = ((s.data, s.split), (s.test_data or s.data, s.test_split))
-    sets = [data.load_problems(path, split, **keys) for path, split in places]
-    if both := {row[0] for row in sets[0].rows} & {row[0] for row in sets[1].rows}:
+    sets = [data.load_problems(path, split, s.columns, s.image_folder) for path, split in places]
+    for (path, split), problems in zip(places, sets, strict=True):
+        for sentence in data.describe(problems):
+            say(f"{path}, {split}: {sentence}")
+    if both := sets[0].files & sets[1].files:
         raise ValueError(
             f"{min(both)} would be trained on and held out; set --test_data or --test_split"
         )
@@ -735,18 +730,23 @@ def build(s: Settings, device: torch.device) -> Run:
         first=(lambda problem: ENVIRONMENTS[s.task](problem).first) if s.task else None,
         kept=2 * s.prompts_per_step,
     )
+    checks = []
     for i, (path, split) in enumerate(places):
-        sets[i], kept = data.usable_problems(sets[i], reader, s.max_prompt_tokens, s.skip_bad_rows)
-        say(f"{path}, {split}: {kept}")
+        sets[i], checked = data.usable_problems(
+            sets[i], reader, s.max_prompt_tokens, s.skip_bad_rows
+        )
+        say(f"{path}, {split}: {checked}")
+        checks.append(checked)
     say(
         f"a question's commonest answer in training would score {chance(*sets):.3f} on the held-out problems"
     )
     if sources := set(s.reward_weights) - {""}:
-        if unknown := sources - {p.source for problems in sets for p in problems}:
+        if unknown := sources - checks[0].sources - checks[1].sources:
             raise ValueError(
-                f"--rewards names sources that no problem has: {sorted(unknown)}; see --source_key"
+                f"--rewards names sources that no problem has: {sorted(unknown)}; name their "
+                "column with --columns source=NAME"
             )
-    max_videos = max(len(p.videos) for problems in sets for p in problems)
+    max_videos = max(checked.most_videos for checked in checks)
     # vLLM measures the free memory of the GPU when it starts, so it comes before the trainer's
     # weights
     engine, why = build_engine(
@@ -758,7 +758,7 @@ def build(s: Settings, device: torch.device) -> Run:
         eager=s.eager,
         max_prompt_tokens=s.max_prompt_tokens,
         max_response_tokens=s.max_response_tokens,
-        max_images=max(len(p.images) for problems in sets for p in problems),
+        max_images=max(checked.most_images for checked in checks),
         max_videos=max_videos,
     )
     say(why)
@@ -871,18 +871,14 @@ class Settings:
     test_data: str = setting("", "held-out rows; empty: the same place as --data")
     split: str = setting("train", "split of --data, where it has splits")
     test_split: str = setting("test", "split of --test_data, where it has splits")
-    image_key: str = setting("images", "column of images")
-    problem_key: str = setting("problem", "column of questions, with <image> where an image stands")
-    answer_key: str = setting("answer", "column of gold answers")
-    source_key: str = setting(
-        "data_source", "column of data sources, for --rewards; may be absent: the file's name"
+    columns: str = setting(
+        "",
+        "what columns are called, image=pictures,answer=a.b+c: a dot reaches into a struct, a + "
+        "joins; usual names are found (image, video, problem, answer, choices, type, source)",
     )
-    type_key: str = setting("type", "column of question types, for accuracy by type; may be absent")
+    image_folder: str = setting("", "where paths of images begin; empty: at the file of their row")
     min_pixels: int = setting(56 * 56, "images with fewer pixels are enlarged")
     max_pixels: int = setting(1280 * 28 * 28, "images with more pixels are reduced")
-    video_key: str = setting(
-        "videos", "column of videos: files or lists of frames; questions hold <video>"
-    )
     video_fps: float = setting(
         2.0, "frames per second that are taken from a video, and at which a list of frames runs"
     )
