@@ -564,7 +564,9 @@ def show_rollouts(run: Run, log: report.Log, groups: list[Group]) -> None:
         pack = build_pack(run, [(group, chosen)])
         logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy=False)
         moved = (logprobs - pack.sampler_logprobs).split(pack.lengths.tolist())
-        shown.append(report.shown_group(pack.groups[0][0], group, moved, run.actor.processor))
+        [(prompt, responses)] = pack.groups
+        tokenizer = run.actor.processor.tokenizer
+        shown.append(report.shown_group(prompt, responses, group, moved, tokenizer))
     log.rollouts(run.step + 1, len(groups), shown)
 
 
