@@ -80,6 +80,10 @@ class Rollout:
         return torch.cat([turn for turn in self.turns if isinstance(turn, Tensor)])
 
     @property
+    def written_turns(self) -> int:
+        return sum(isinstance(turn, Tensor) for turn in self.turns)
+
+    @property
     def tokens(self) -> int:
         """Length of all that follows the prompt, observations included."""
         return sum(len(t) if isinstance(t, Tensor) else t.tokens for t in self.turns)
@@ -924,8 +928,8 @@ def majority(records: list[dict]) -> float:
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """An evaluation in one line."""
-    rest = ", ".join(
-        f"{k} {v:.3g}" for k, v in metrics.items() if k not in ("accuracy", "accuracy_se")
+    """An evaluation in one line; metrics.jsonl and the report hold the rest."""
+    return (
+        f"accuracy {metrics['accuracy']:.3f} +- {metrics['accuracy_se']:.3f}, "
+        f"reward {metrics['reward']:.3f}, format {metrics['format']:.3f}"
     )
-    return f"accuracy {metrics['accuracy']:.3f} +- {metrics['accuracy_se']:.3f}, {rest}"

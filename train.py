@@ -644,8 +644,9 @@ def show_rollouts(run: Run, log: report.Log, groups: list[Group]) -> None:
         pack = load_pack(run, [(group, chosen)])
         logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
         moved = (logprobs - pack.sampler_logprobs).split(pack.lengths.tolist())
-        [(prompt, _)] = pack.groups
-        shown.append(report.shown_group(prompt, group, moved, run.actor.processor))
+        [(prompt, responses)] = pack.groups
+        tokenizer = run.actor.processor.tokenizer
+        shown.append(report.shown_group(prompt, responses, group, moved, tokenizer))
     log.rollouts(run.step + 1, len(groups), shown)
 
 
@@ -671,6 +672,8 @@ class Run:
     step: int = 0  # steps done
     not_finite: int = 0  # updates left out
     best: tuple[float, int] = (-1.0, 0)  # accuracy and step of the best checkpoint
+    state: dict[str, Tensor] = field(default_factory=dict)  # of your own, saved in checkpoints:
+    # tensors on the CPU, equal on all ranks
     signals: list[int] = field(default_factory=list)  # that asked this process to stop
     saving: Future | None = None  # the checkpoint that is being written
     saving_group: dist.ProcessGroup | None = None  # for the thread that writes it
@@ -703,6 +706,49 @@ def prepare_tiny(s: Settings) -> Settings:
             model.with_suffix(".partial").rename(model)
     dist.barrier()
     return dataclasses.replace(s, model=s.model or str(model), data=s.data or str(problems))
+
+
+class Together(torch.optim.Optimizer):
+    """Optimizers of different weights as one, which shares their groups and state: schedules and
+    checkpoints look there."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]):
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        for part in parts:
+            part.state = self.state
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+
+def build_optimizer(
+    s: Settings, actor: Actor
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """What moves the trained weights of an actor that is sharded, and how far.
+
+    Weights come with their names, by which checkpoints keep what the optimizer holds. Muon
+    (arXiv:2502.16982) takes the matrices of the language model but its tables of tokens, at the
+    root mean square of an AdamW step, so that one learning rate serves both.
+    """
+    tables = {actor.model.get_input_embeddings().weight, actor.model.get_output_embeddings().weight}
+    matrices, rest = [], []
+    for name, p in actor.model.named_parameters():
+        hidden_matrix = actor.part(name) == "language" and p.ndim == 2 and p not in tables
+        if p.requires_grad and s.optimizer == "muon" and hidden_matrix:
+            matrices.append((name, p))
+        elif p.requires_grad:
+            rest.append((name, p))
+    common = dict(lr=s.learning_rate, weight_decay=s.weight_decay)
+    parts = []
+    if matrices:
+        parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **common))
+    if rest:
+        fused = actor.device.type == "cuda"
+        parts.append(torch.optim.AdamW(rest, betas=(0.9, s.beta2), fused=fused, **common))
+    optimizer = parts[0] if len(parts) == 1 else Together(parts)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, s.rate)
 
 
 def build(s: Settings, device: torch.device) -> Run:
@@ -780,11 +826,7 @@ def build(s: Settings, device: torch.device) -> Run:
         reference = Actor.from_pretrained(s.model, dtype, **options)
         reference.model.requires_grad_(False)
         reference.shard(device, max_videos > 0, s.reference_on_cpu)
-    trained = [p for p in actor.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=s.learning_rate, weight_decay=s.weight_decay, betas=(0.9, s.beta2)
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, s.rate)
+    optimizer, schedule = build_optimizer(s, actor)
     judge = reward.Judge(s.judge_url, s.judge_model, s.judge_strict) if s.judge_model else None
     grader = reward.Grader(rounding=s.rounding, judge=judge)
     run = Run(s, device, actor, reference, engine, optimizer, schedule, *sets, grader, reader)
@@ -948,12 +990,18 @@ class Settings:
     # optimizer
     minibatch_prompts: int = setting(128, "prompts per update, over all ranks")
     epochs: int = setting(1, "passes over the rollouts of a step")
-    learning_rate: float = setting(1e-6, "of AdamW, after warm-up")
-    warmup_updates: int = setting(0, "updates over which the learning rate rises from 0")
-    final_learning_rate: float = setting(
-        1.0, "share of the learning rate that is left at the end; it falls linearly"
+    optimizer: str = setting(
+        "adamw", "adamw; muon: for the matrices of the language model, AdamW for all else"
     )
-    weight_decay: float = setting(0.01, "of AdamW")
+    learning_rate: float = setting(1e-6, "after warm-up")
+    schedule: str = setting(
+        "linear", "how the learning rate falls to --final_learning_rate: linear, cosine"
+    )
+    warmup_updates: int = setting(0, "updates over which the learning rate rises from 0")
+    final_learning_rate: float = setting(1.0, "share of the learning rate that is left at the end")
+    weight_decay: float = setting(
+        0.01, "share of a weight, times the learning rate, that each update takes away"
+    )
     beta2: float = setting(0.999, "of AdamW: how slowly it forgets the size of gradients")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     # evaluation and files
@@ -1048,9 +1096,11 @@ class Settings:
         """Share of the learning rate after `done` updates: up over the warm-up, then down to the
         final share."""
         total = self.steps * self.epochs * (self.prompts_per_step // self.minibatch_prompts)
-        return min(1.0, (done + 1) / (self.warmup_updates + 1)) * (
-            1 - (1 - self.final_learning_rate) * done / total
-        )
+        risen = min(1.0, (done + 1) / (self.warmup_updates + 1))
+        fallen = done / total
+        if self.schedule == "cosine":
+            fallen = (1 - math.cos(math.pi * fallen)) / 2
+        return risen * (1 - (1 - self.final_learning_rate) * fallen)
 
     @property
     def video_limits(self) -> "data.VideoLimits":
@@ -1070,6 +1120,7 @@ CHOICES = dict(
     packing=("shared", "packed", "padded"), engine=("auto", "vllm", "hf"), advantage=("std", "none", "loo"),
     ratio=("token", "sequence"), aggregation=("token", "sequence", "constant"), kl_estimator=("k1", "k2", "k3"),
     importance=("none", "token", "sequence"), resume=("no", "auto", "must"),
+    optimizer=("adamw", "muon"), schedule=("linear", "cosine"),
 )  # fmt: skip
 
 
