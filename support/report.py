@@ -206,7 +206,7 @@ def rollout_metrics(groups: list) -> dict[str, float]:
             scores += group.scores[name]
         row[f"train/{name}"] = mean(scores)
     row["train/response_tokens"] = mean([len(r.response) for r in rollouts])
-    row["train/turns"] = mean([r.written_turns for r in rollouts])
+    row["train/turns"] = mean([len(r.written_turns) for r in rollouts])
     row["train/truncated"] = mean([r.truncated for r in rollouts])
     row["train/flat_groups"] = mean([g.is_flat() for g in groups])
     return row
