@@ -2048,7 +2048,7 @@ for on in (True, False):
     logprobs.sum().backward()
     gaps.append((logprobs - torch.cat([r.sampler_logprobs for rs in drawn for r in rs])).abs().max().item())
 actor.save({str(tiny[True] / "again")!r})
-print(max(gaps) < 1e-5, actor.report())
+print(max(gaps) < 1e-5, actor.summarize_trained())
 """
     printed = run_python(["-c", script], cwd=HERE)
     assert printed == (

@@ -813,7 +813,7 @@ def build(s: Settings, device: torch.device) -> Run:
     engine.sleep()
     adapt(actor, s)
     actor.shard(device, max_videos > 0)
-    say(actor.report())
+    say(actor.summarize_trained())
     with_image = [p for p in sets[0][:100] if p.images][:1]
     samples = [reader(problem) for problem in [*with_image, sets[0][0]]]
     if actor.packing != "padded":
