@@ -973,6 +973,8 @@ class Settings:
     clip_high: float = setting(
         0.3, "how far the probability ratio may rise above 1 (DAPO: higher than --clip_low)"
     )
+    clip_dual: float = setting(3.0, "most that a token's loss is of |A| where A < 0; 0: no limit")
+    entropy_coefficient: float = setting(0.0, "weight of an entropy bonus")
     aggregation: str = setting(
         "token", "mean over tokens (token), over responses (sequence), Dr. GRPO's (constant)"
     )
@@ -1129,7 +1131,7 @@ LIMITS = {  # least and most of the numbers that have bounds
     "max_response_tokens minibatch_prompts epochs eval_every eval_samples keep importance_cap max_frames "
     "max_frame_pixels",
     (0, 1e9): "dynamic_sampling warmup_updates eval_rows save_every max_not_finite learning_rate weight_decay "
-    "kl_coefficient clip_high lora_rank lora_alpha",
+    "kl_coefficient clip_high clip_dual entropy_coefficient lora_rank lora_alpha",
     (0, 1): "clip_low final_learning_rate", (0, 0.999999): "beta2 lora_dropout", (0.01, 1): "memory_fraction",
     (0.01, 100): "temperature", (1e-6, 1e9): "max_sampler_gap max_grad_norm", (0.01, 1e5): "timeout video_fps",
 }  # fmt: skip
