@@ -762,12 +762,27 @@ class Actor:
         Raises:
             RuntimeError: the packing is not exact for this model.
         """
+        gap, slope_gap, noise, slope_noise = self.packing_gaps(prompts)
+        # nats, and share of a gradient's norm
+        limit, slope_limit = (0.05, 0.1) if self.compute.itemsize == 2 else (1e-4, 1e-3)
+        if gap < limit + 3 * noise and slope_gap < slope_limit + 3 * slope_noise:
+            return gap
+        raise RuntimeError(
+            f"packing {self.packing!r} is not exact for {type(self.model).__name__}: its log-probs "
+            f"are {gap:.2g} nats (rounding: {noise:.2g}) and a gradient {slope_gap:.2g} of its "
+            f"norm (rounding: {slope_noise:.2g}) away from the padded forward's; use --packing "
+            "padded. Usual causes: a prompt that sees forwards, logits changed behind the head"
+        )
+
+    def packing_gaps(self, prompts: list[data.Prompt]) -> tuple[float, float, float, float]:
+        """How far the chosen packing is from the padded forward: log-probs in nats, and a weight's
+        gradient as a share of its norm; then both for the padded forward in several batches, which
+        is what rounding alone does."""
         groups = self._random_groups(prompts, (5, 8))
         weight = self._probed_weight()
         packing = self.packing
 
         def measure(layout, batches):
-            """Log-probs (N,), and the gradient of their mean in one weight."""
             self.use_packing(layout)
             logprobs = torch.cat([self.logprobs(batch)[0] for batch in batches])
             logprobs.mean().backward()
@@ -775,29 +790,18 @@ class Actor:
             self.model.zero_grad()
             return logprobs.detach(), gradient
 
+        def distance(logprobs, gradient):
+            gap = (logprobs - expected).abs().mean()
+            slope_gap = (gradient - expected_gradient).norm() / expected_gradient.norm()
+            return gap.item(), slope_gap.item()
+
         self.model.zero_grad()
         self.checking = True
         expected, expected_gradient = measure("padded", [groups])
-        # the padded forward in several batches tells how much rounding alone does
-        rounded, rounded_gradient = measure("padded", [[group] for group in groups])
-        got, got_gradient = measure(packing, [groups])
+        noise = distance(*measure("padded", [[group] for group in groups]))
+        gaps = distance(*measure(packing, [groups]))
         self.checking = False
-
-        noise = (rounded - expected).abs().mean().item()
-        gap = (got - expected).abs().mean().item()
-        norm = expected_gradient.norm()
-        slope_noise = ((rounded_gradient - expected_gradient).norm() / norm).item()
-        slope_gap = ((got_gradient - expected_gradient).norm() / norm).item()
-        # nats, and share of a gradient's norm
-        limit, slope_limit = (0.1, 0.2) if self.compute.itemsize == 2 else (1e-4, 1e-3)
-        if gap < limit + 3 * noise and slope_gap < slope_limit + 3 * slope_noise:
-            return gap
-        raise RuntimeError(
-            f"packing {packing!r} is not exact for {type(self.model).__name__}: its log-probs are "
-            f"{gap:.2g} nats (rounding: {noise:.2g}) and a gradient {slope_gap:.2g} of its norm "
-            f"(rounding: {slope_noise:.2g}) away from the padded forward's; use --packing padded. "
-            "Usual causes: a prompt that sees forwards, logits changed behind the head"
-        )
+        return *gaps, *noise
 
     def _probed_weight(self):
         """A trained weight of the language model whose gradient is not 0 at the start: a fresh

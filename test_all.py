@@ -2152,19 +2152,27 @@ def test_packs_refuse_what_they_cannot_keep_apart(actor):
         model.Actor(actor.model, actor.processor, packing="tight")
 
 
-def test_chunked_logprobs_equal_log_softmax_with_gradients():
+def make_request(targets, banned=(), temperature=1.0, softcap=None, entropy="value", chunk=4):
+    banned = torch.tensor(banned, dtype=torch.long)
+    return model.Request(targets, banned, temperature, softcap, entropy, chunk)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_chunked_logprobs_equal_log_softmax_with_gradients(softcap):
     torch.manual_seed(0)
     h = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
-    targets, banned = torch.randint(0, 7, (10,)), torch.tensor([7, 8])
-    args = (targets, banned, 0.7, 4, True)
-    logits = (h @ weight.T / 0.7).index_fill(-1, banned, -torch.inf)
-    expected = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    got, entropy = model.ChunkedLogprobs.apply(h, weight, *args)
+    request = make_request(torch.randint(0, 7, (10,)), [7, 8], 0.7, softcap, "gradient")
+    logits = h @ weight.T
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = (logits / 0.7).index_fill(-1, request.banned, -torch.inf)
+    expected = logits.log_softmax(-1).gather(-1, request.targets[:, None])[:, 0]
+    got, entropy = model.ChunkedLogprobs.apply(h, weight, request)
     close(got, expected)
     close(entropy, torch.distributions.Categorical(logits=logits).entropy())
     assert torch.autograd.gradcheck(
-        lambda h, w: model.ChunkedLogprobs.apply(h, w, *args)[0], (h, weight)
+        lambda h, w: model.ChunkedLogprobs.apply(h, w, request), (h, weight)
     )
 
 
@@ -2175,7 +2183,8 @@ def test_the_head_holds_one_chunk_of_logits_however_many_tokens():
         f"import sys, torch, resource; sys.path.insert(0, {str(HERE)!r}); import model; n = int(sys.argv[1])\n"
         "h, w = torch.randn(n, 16, requires_grad=True), torch.randn(152064, 16, requires_grad=True)\n"
         "y, none = torch.randint(0, 1000, (n,)), torch.tensor([], dtype=torch.long)\n"
-        "model.ChunkedLogprobs.apply(h, w, y, none, 1.0, 64, True)[0].sum().backward()\n"
+        "request = model.Request(y, none, 1.0, None, 'value', 64)\n"
+        "model.ChunkedLogprobs.apply(h, w, request)[0].sum().backward()\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
     )
     few, many = (float(run_python(["-c", code, str(n)]).splitlines()[-1]) for n in (64, 640))

@@ -571,6 +571,39 @@ def leave(run: Run, number: int) -> None:
     sys.exit(128 + number)
 
 
+def check_against_sampler(engine: HFEngine | VLLMEngine, actor: Actor, prompts: list) -> None:
+    """Before training, sample a few tokens and compare the sampler's log-probs with the trainer's.
+
+    check_packing compares with the padded forward, which may be wrong itself; the sampler is
+    another implementation. All ranks together, with the same prompts, after the first sync.
+
+    Raises:
+        RuntimeError: they differ by more than rounding does.
+    """
+    limit = 0.05 if actor.compute.itemsize == 2 else 1e-3  # nats
+    longest = engine.max_response_tokens
+    engine.max_response_tokens = min(8, longest)
+    try:
+        drawn = engine.generate([[prompt] for prompt in prompts], n=1, seed=0)
+    finally:
+        engine.max_response_tokens = longest
+    groups = [(prompt, [rollout.turns]) for prompt, [rollout] in zip(prompts, drawn, strict=True)]
+    sampled = torch.cat([rollout.sampler_logprobs for [rollout] in drawn])
+    with torch.no_grad():
+        logprobs, _ = actor.logprobs(groups, entropy="none")
+    gap = all_max((logprobs.cpu() - sampled).abs().mean().nan_to_num(torch.inf).item())
+    say(f"sampler and trainer: {gap:.1g} nats per token apart on the first {len(sampled)} tokens")
+    if not gap <= limit:
+        raise RuntimeError(
+            f"before training, sampler and trainer disagree by {gap:.3g} nats per token (limit "
+            f"{limit}) with packing {actor.packing!r}, so one of them computes another model. "
+            "Usual causes: logits changed behind the head (a softcap), a prompt that sees forwards "
+            "(prefix attention), a sliding window, per-token inputs that one of them does not get, "
+            "another image resize. See FAMILIES in model.py, and try the other --engine and "
+            "--packing padded to learn which of them differs"
+        )
+
+
 def measure_memory(run: Run, meter: SavedTensors | None, totals: dict) -> SavedTensors | None:
     """Say once what an update took. Returns the meter for the next update, None when it is done."""
     if meter is None or not totals:
@@ -814,10 +847,8 @@ def build(s: Settings, device: torch.device) -> Run:
     adapt(actor, s)
     actor.shard(device, max_videos > 0)
     say(actor.summarize_trained())
-    with_image = [p for p in sets[0][:100] if p.images][:1]
-    samples = [reader(problem) for problem in [*with_image, sets[0][0]]]
     if actor.packing != "padded":
-        gap = actor.check_packing(samples)
+        gap = actor.check_packing(check_prompts(sets[0], reader))
         say(f"packing {actor.packing}: log-probs within {gap:.1g} nats of the padded forward")
     reference = (
         actor if s.kl_coefficient and s.lora_rank else None
@@ -831,6 +862,16 @@ def build(s: Settings, device: torch.device) -> Run:
     grader = reward.Grader(rounding=s.rounding, judge=judge)
     run = Run(s, device, actor, reference, engine, optimizer, schedule, *sets, grader, reader)
     return run
+
+
+def check_prompts(problems: data.Problems, reader: data.Reader) -> list[data.Prompt]:
+    """Two prompts for the checks before training, where there are such: of different lengths, and
+    one with an image."""
+    some = problems[:100]
+    first = next((problem for problem in some if problem.images), some[0])
+    length = len(reader(first).ids)
+    second = next((problem for problem in some if len(reader(problem).ids) != length), some[-1])
+    return [reader(first), reader(second)]
 
 
 def adapt(actor: Actor, s: Settings) -> None:
@@ -1200,6 +1241,8 @@ def main(argv: list[str] | None = None) -> None:
             load_checkpoint(run, checkpoint)
         with run.grader, contextlib.closing(run.engine):
             run.engine.sync(run.actor)
+            sampler = getattr(run.engine, "engine", run.engine)  # without --task's conversations
+            check_against_sampler(sampler, run.actor, check_prompts(run.train_set, run.reader))
             run.signals = catch_signals()
             try:
                 train(run)
