@@ -55,6 +55,7 @@ import functools
 import inspect
 import json
 import math
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -1364,23 +1365,14 @@ def after_videos(positions: Tensor, types: Tensor) -> Tensor:
     return moved
 
 
+MEDIA_TOKEN = re.compile(r"(image|video|vision|audio|[be]oi|[be]oa)(_start|_end)?_token_(id|index)")
+
+
 def banned_token_ids(config) -> list[int]:
-    """Every token id that a model's config names as a vision token, sorted."""
-    names = (
-        "image_token_id",
-        "video_token_id",
-        "vision_start_token_id",
-        "vision_end_token_id",
-        "image_token_index",
-        "video_token_index",
-        "boi_token_index",
-        "eoi_token_index",
-        "boi_token_id",
-        "eoi_token_id",
-    )
-    return sorted(
-        {getattr(config, name) for name in names if getattr(config, name, None) is not None}
-    )
+    """Every token id that a model's config names as one of an image, a video or a sound, sorted."""
+    named = {value for name, value in config.to_dict().items() if MEDIA_TOKEN.fullmatch(name)}
+    # a model without sound or video keeps its config's default, a number that it has no token for
+    return sorted(set(range(config.get_text_config().vocab_size)) & named)
 
 
 def end_token_ids(model, tokenizer) -> list[int]:

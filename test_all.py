@@ -2268,6 +2268,19 @@ CHATS = {  # how a family writes a user's turn, its image placeholder and its sp
     "gemma3": dict(image="<start_of_image>", named=dict(
         boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"), special=[],
         start="{{ bos_token }}", turn=("<start_of_turn>{role}\n", "<end_of_turn>\n", "<start_of_turn>model\n")),
+    "llava": dict(
+        image="<image>\n", turn=("{role}: ", "</s>\n", "assistant: "), named=dict(image_token="<image>"), special=[]),
+    "qwen3_vl_moe": QWEN,
+    "glm4v": dict(
+        image="<|begin_of_image|><|image|><|end_of_image|>", turn=("<|{role}|>\n", "<|endoftext|>\n", "<|assistant|>\n"),
+        named=dict(image_token="<|image|>", video_token="<|video|>"), special=[
+            "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"]),
+    "mistral3": dict(
+        image="[IMG]", turn=("[INST]", "</s>", "[/INST]"), special=["[IMG]", "[IMG_BREAK]", "[IMG_END]"], named={}),
+    "gemma4": dict(
+        image="<|image|>", turn=("<|turn>{role}\n", "<turn|>\n", "<|turn>model\n"), special=["<|video|>"], named=dict(
+            image_token="<|image|>", boi_token="<|image>", eoi_token="<image|>", audio_token="<|audio|>",
+            boa_token="<|audio>", eoa_token="<audio|>")),
 }  # fmt: skip
 
 
@@ -2299,6 +2312,8 @@ def tiny_tokenizer(turn, special, named, **_):
         extra_special_tokens=[*special, "<start_of_turn>" if bos else "<|im_start|>"],
     )  # fmt: skip
     tokenizer.add_tokens(["<think>", "</think>"])
+    if bos:
+        tokenizer.add_tokens(["\n" * n for n in range(1, 5)])  # vLLM's Gemma 3 looks them up
     return tokenizer
 
 
@@ -2362,6 +2377,20 @@ def tiny_family(name: str, folder: Path) -> Path:
             **template),
         "gemma3": lambda: hf.Gemma3Processor(
             hf.Gemma3ImageProcessor(size=dict(height=56, width=56)), tokenizer, image_seq_length=16, **template),
+        "llava": lambda: hf.LlavaProcessor(
+            hf.CLIPImageProcessor(size=dict(shortest_edge=56), crop_size=dict(height=56, width=56)), tokenizer,
+            patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1, **template),
+        "qwen3_vl_moe": lambda: hf.Qwen3VLProcessor(*new_qwen(), **template),
+        "glm4v": lambda: hf.Glm4vProcessor(
+            hf.Glm4vImageProcessor(size=dict(shortest_edge=2 * 28 * 28, longest_edge=2 * 64 * 28 * 28)), tokenizer,
+            hf.Glm4vVideoProcessor(), **template),
+        "mistral3": lambda: hf.PixtralProcessor(
+            hf.PixtralImageProcessor(patch_size=dict(height=28, width=28), size=dict(longest_edge=112)), tokenizer,
+            patch_size=14, spatial_merge_size=2, **template),
+        "gemma4": lambda: hf.Gemma4Processor(
+            hf.Gemma4AudioFeatureExtractor(), hf.Gemma4ImageProcessor(
+                patch_size=4, pooling_kernel_size=2, max_soft_tokens=70), tokenizer, hf.Gemma4VideoProcessor(),
+            **template),
     }[name]()  # fmt: skip
     siglip = dict(**tower, model_type="siglip_vision_model", vision_use_head=False)
     config = {
@@ -2390,9 +2419,39 @@ def tiny_family(name: str, folder: Path) -> Path:
                 "sliding_attention", "full_attention", "sliding_attention"]),
             vision_config=dict(**siglip, image_size=56), mm_tokens_per_image=16, boi_token_index=ids["start_of_image"],
             eoi_token_index=ids["end_of_image"], image_token_index=ids["image_soft_token"]),
+        "llava": lambda: dict(
+            text_config=dict(model_type="llama", **text), image_token_index=ids.get("image"), vision_config=dict(
+                **tower, model_type="clip_vision_model", image_size=56, projection_dim=32), image_seq_length=16),
+        "qwen3_vl_moe": lambda: dict(
+            vision_config=dict(**qwen_tower, **deep, deepstack_visual_indexes=[0, 1]), **qwen_ids,
+            text_config=text | rope | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+                                           norm_topk_prob=True)),
+        "glm4v": lambda: dict(
+            text_config=text | dict(rope_parameters={
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "partial_rotary_factor": 0.5}),
+            vision_config=dict(**qwen_tower, hidden_size=32, intermediate_size=64, out_hidden_size=128, image_size=56),
+            image_token_id=ids.get("image"), video_token_id=ids.get("video"), image_start_token_id=ids.get(
+                "begin_of_image"), image_end_token_id=ids.get("end_of_image"), video_start_token_id=ids.get(
+                "begin_of_video"), video_end_token_id=ids.get("end_of_video")),
+        "mistral3": lambda: dict(
+            text_config=dict(model_type="mistral", **text, sliding_window=None), vision_config=dict(
+                **tower, model_type="pixtral", image_size=112), image_token_index=ids.get("[IMG]"),
+            spatial_merge_size=2),
+        "gemma4": lambda: dict(
+            text_config=text | dict(
+                head_dim=16, global_head_dim=32, sliding_window=8, hidden_size_per_layer_input=16,
+                vocab_size_per_layer_input=len(tokenizer), num_kv_shared_layers=1, layer_types=[
+                    "sliding_attention", "full_attention", "full_attention"]),
+            vision_config=dict(
+                hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=2, head_dim=16, patch_size=4, pooling_kernel_size=2,
+                position_embedding_size=128, default_output_length=70),
+            audio_config=None, boi_token_id=tokenizer.convert_tokens_to_ids("<|image>"),
+            eoi_token_id=tokenizer.convert_tokens_to_ids("<image|>"), image_token_id=tokenizer.image_token_id,
+            video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"), audio_token_id=tokenizer.audio_token_id),
     }[name]()  # fmt: skip
     config = AutoConfig.for_model(
-        name, **config, tie_word_embeddings=name in ("gemma3", "qwen2_vl")
+        name, **config, tie_word_embeddings=name in ("gemma3", "qwen2_vl", "gemma4")
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -2406,6 +2465,11 @@ def tiny_family(name: str, folder: Path) -> Path:
     network.generation_config.pad_token_id = tokenizer.pad_token_id
     network.save_pretrained(folder)
     processor.save_pretrained(folder)
+    if name == "llava":  # as on the hub, where the tower still has a module around it
+        file = folder / "model.safetensors"
+        weights = load_file(file)
+        named = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in weights.items()}
+        save_file(named, file, metadata={"format": "pt"})
     return Path(folder)
 
 
