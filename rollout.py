@@ -254,17 +254,17 @@ class HFEngine(Engine):
     def _prefill(self, conversations) -> Prefilled:
         """Run the model over all tokens but the last, which generate() begins with."""
         actor = self.actor
-        rows, places = [], []
+        rows, row_positions, prompts = [], [], []
         for turns in conversations:
-            row, row_positions, _ = lay_out(turns, actor.positions)
+            row, its_positions, _ = lay_out(turns, actor.positions)
             rows.append(row)
-            places.append(row_positions)
+            row_positions.append(its_positions)
+            prompts += prompts_of(turns)
         ids = left_pad(rows, actor.pad_id).to(actor.device)
         mask = left_pad([torch.ones_like(row) for row in rows], 0).to(actor.device)
-        positions = left_pad(places, 0).transpose(0, 1).to(actor.device)  # (3 or 1, B, P)
+        positions = left_pad(row_positions, 0).transpose(0, 1).to(actor.device)  # (3 or 1, B, P)
         if len(positions) == 1:
             positions = positions[0]
-        prompts = [prompt for turns in conversations for prompt in prompts_of(turns)]
         types = actor.token_types(conversations)
         cache = actor.model(
             input_ids=ids[:, :-1],
