@@ -260,6 +260,10 @@ def problem(question="<image>What?", images=None, answer="4", where="train.parqu
     return data.Problem(where, question, images, answer, "", "train.parquet")
 
 
+def build_reader(processor, instruction="", **options):
+    return data.Reader(processor, MIN_PIXELS, MAX_PIXELS, instruction, **options)
+
+
 def write(folder, name="train.parquet", **columns):
     """A parquet file of the given columns, None for a missing one; returns its path."""
     total = len(next(values for values in columns.values() if values is not None))
@@ -403,7 +407,7 @@ def test_an_answer_may_be_a_list_and_a_row_names_its_source(tmp_path, processor)
         with pytest.raises(
             ValueError, match=r"train\.parquet row 0: the answer or the question is empty"
         ):
-            data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, 999)
+            data.usable_problems(rows, build_reader(processor), 999)
 
 
 def test_a_folder_gives_the_files_of_the_split(tmp_path):
@@ -613,10 +617,9 @@ def test_a_prompt_holds_as_many_image_tokens_as_its_images_have_tiles(processor,
         :count
     ]  # 4, 3 and 4 tiles of 28 x 28; four 14-pixel patches in each
     tiles = [4, 3, 4][:count]
-    prompt = data.make_prompt(
-        problem("".join(f"{i}<image>" for i in range(count)) + "end", tuple(red(*size) for size in sizes)),
-        processor, MIN_PIXELS, MAX_PIXELS, "Answer.",
-    )  # fmt: skip
+    text = "".join(f"{i}<image>" for i in range(count)) + "end"
+    images = tuple(red(*size) for size in sizes)
+    prompt = build_reader(processor, "Answer.")(problem(text, images))
     assert prompt.ids.dtype == torch.int64 and prompt.ids.dim() == 1
     assert (prompt.ids == processor.image_token_id).sum() == sum(tiles)
     assert [image.size for image in prompt.images] == sizes
@@ -634,16 +637,16 @@ def test_a_prompt_holds_as_many_image_tokens_as_its_images_have_tiles(processor,
 
 
 def test_the_instruction_may_be_empty_and_a_question_only_an_image(processor):
-    prompt = data.make_prompt(problem("<image>"), processor, MIN_PIXELS, MAX_PIXELS, "")
+    prompt = build_reader(processor)(problem("<image>"))
     assert processor.tokenizer.decode(prompt.ids).endswith(
         "<|vision_end|><|im_end|>\n<|im_start|>assistant\n"
     )
-    prompt = data.make_prompt(problem("<image>"), processor, MIN_PIXELS, MAX_PIXELS)
+    prompt = data.Reader(processor, MIN_PIXELS, MAX_PIXELS)(problem("<image>"))
     assert data.INSTRUCTION in processor.tokenizer.decode(prompt.ids)
 
 
 def test_a_large_image_is_resized_into_the_bounds(processor):
-    prompt = data.make_prompt(problem(images=(red(900, 600),)), processor, MIN_PIXELS, MAX_PIXELS)
+    prompt = build_reader(processor)(problem(images=(red(900, 600),)))
     width, height = prompt.images[0].size
     assert width * height <= MAX_PIXELS and prompt.inputs["image_grid_thw"].tolist() == [
         [1, height // 14, width // 14]
@@ -658,7 +661,7 @@ def test_a_placeholder_mismatch_names_the_row_and_both_counts(processor, questio
         rf"train\.parquet row 17: {question.count('<image>')} <image> .* {len(images)} images"
     )
     with pytest.raises(ValueError, match=expected):
-        data.make_prompt(problem(question, images), processor, MIN_PIXELS, MAX_PIXELS)
+        build_reader(processor)(problem(question, images))
 
 
 @pytest.mark.parametrize(
@@ -666,7 +669,7 @@ def test_a_placeholder_mismatch_names_the_row_and_both_counts(processor, questio
 )
 def test_control_tokens_in_a_question_are_refused(processor, text):
     with pytest.raises(ValueError, match="row 17: the question holds"):
-        data.make_prompt(problem(f"<image>say {text} now"), processor, MIN_PIXELS, MAX_PIXELS)
+        build_reader(processor)(problem(f"<image>say {text} now"))
 
 
 def test_ordinary_text_and_empty_special_tokens_pass():
@@ -677,7 +680,7 @@ def test_ordinary_text_and_empty_special_tokens_pass():
 def test_a_processor_with_other_bounds_is_refused_instead_of_resizing_again():
     other = build_processor(MIN_PIXELS, 784)
     with pytest.raises(ValueError, match=r"row 17: .*\[\(56, 56\)\] once more, to \[\(28, 28\)\]"):
-        data.make_prompt(problem(), other, MIN_PIXELS, MAX_PIXELS)
+        build_reader(other)(problem())
 
 
 def test_usable_problems_counts_overlong_and_broken_rows(tmp_path, processor):
@@ -699,18 +702,14 @@ def test_usable_problems_counts_overlong_and_broken_rows(tmp_path, processor):
     with pytest.raises(
         ValueError, match=r"(?s)3 of 6 rows are broken.*row 2: .*row 3: .*row 4: the answer or"
     ):
-        data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, 300)
-    usable, report = data.usable_problems(
-        rows, processor, MIN_PIXELS, MAX_PIXELS, 300, skip_bad_rows=True
-    )
+        data.usable_problems(rows, build_reader(processor), 300)
+    usable, report = data.usable_problems(rows, build_reader(processor), 300, skip_bad_rows=True)
     assert [p.answer for p in usable] == ["1", "6"]
     assert (report.kept, report.overlong, len(report.bad)) == (2, 1, 3)
     assert [message.split(":")[0] for message in report.bad] == [
         f"train.parquet row {i}" for i in (2, 3, 4)
     ]
-    longest = len(
-        data.make_prompt(usable[1], processor, MIN_PIXELS, MAX_PIXELS).ids
-    )  # 16 image tokens against 4
+    longest = len(build_reader(processor)(usable[1]).ids)  # 16 image tokens against 4
     assert (
         report.longest == longest
         and "kept 2" in str(report)
@@ -720,15 +719,15 @@ def test_usable_problems_counts_overlong_and_broken_rows(tmp_path, processor):
 
 def test_a_prompt_of_exactly_the_limit_is_kept_and_none_left_is_refused(tmp_path, processor):
     rows = data.load_problems(write(tmp_path, images=[[red()], [red()]]))
-    length = len(data.make_prompt(rows[0], processor, MIN_PIXELS, MAX_PIXELS).ids)
-    assert len(data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, length)[0]) == 2
+    length = len(build_reader(processor)(rows[0]).ids)
+    assert len(data.usable_problems(rows, build_reader(processor), length)[0]) == 2
     with pytest.raises(
         ValueError, match=f"max_prompt_tokens={length - 1} .*{length} to {length} tokens"
     ):
-        data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, length - 1)
+        data.usable_problems(rows, build_reader(processor), length - 1)
     with pytest.raises(ValueError, match="2 are broken"):
         broken = data.load_problems(write(tmp_path, images=[[], []]))
-        data.usable_problems(broken, processor, MIN_PIXELS, MAX_PIXELS, 300, skip_bad_rows=True)
+        data.usable_problems(broken, build_reader(processor), 300, skip_bad_rows=True)
 
 
 @pytest.mark.skipif(not GEO3K.exists(), reason="Geo3K rows are not here")
@@ -740,7 +739,7 @@ def test_real_geo3k_rows_become_prompts(processor):
         len(data.load_problems(GEO3K, "validation")),
     ) == (60, 360, 60)
     assert all(len(p.images) == 1 and p.answer and p.type for p in rows)
-    usable, report = data.usable_problems(rows[:20], processor, MIN_PIXELS, MAX_PIXELS, 10_000)
+    usable, report = data.usable_problems(rows[:20], build_reader(processor), 10_000)
     assert len(usable) == report.kept == 20 and not report.bad and report.overlong == 0
 
 
@@ -1524,13 +1523,15 @@ def test_unknown_rewards_and_bad_weights_are_refused():
     }  # fmt: skip
 
 
+def rollout_of(ids, truncated=False):
+    return rollout.Rollout([torch.tensor(ids)], torch.zeros(len(ids)), truncated)
+
+
 def test_length_and_truncation_of_a_rollout_reach_its_rewards(actor, grader):
     tokenizer = actor.processor.tokenizer
     ids = tokenizer(r"<think>I look.</think>\boxed{4}").input_ids
-    ended = rollout.Rollout(
-        torch.tensor([*ids, tokenizer.eos_token_id]), torch.zeros(len(ids) + 1), False
-    )
-    cut = rollout.Rollout(torch.tensor(ids), torch.zeros(len(ids)), True)
+    ended = rollout_of([*ids, tokenizer.eos_token_id])
+    cut = rollout_of(ids, truncated=True)
     weights = parse_weights(
         "accuracy=1,format=1,overlong(1000,1000)=1000"
     )  # minus one for each token
@@ -1698,7 +1699,7 @@ def test_the_audit_lists_what_disagrees_and_what_cannot_be_graded(tmp_path):
         {"answer": "15", "response": r"\boxed{14}"},
         {"answer": ["2 \\sqrt { 221 }", "7"], "response": r"\boxed{\sqrt{884}}"},
         {"answer": r"\frac{1}{"},
-        # as rollout.py writes them; the second was graded otherwise
+        # as an evaluation writes them; the second was graded otherwise
         {"answer": "5", "response": r"\boxed{4}", "accuracy": 0.0, "source": "geo3k"},
         {"answer": "5", "response": "\ud800 \\boxed{5}", "accuracy": 0.0, "source": "geo3k"},
         {"answer": "40", "response": r"\boxed{41}", "accuracy": 1.0, "source": "chartqa"},
@@ -1724,9 +1725,8 @@ def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, proce
     )
     problems = data.load_problems(file, answer_key="gold")
     with Grader() as grader:
-        _, records = rollout.evaluate(engine, problems, functools.partial(
-            data.make_prompt, processor=actor.processor, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS
-        ), 2, 0, weights, grader)  # fmt: skip
+        reader = build_reader(actor.processor)
+        _, records = rollout.evaluate(engine, problems, reader, 2, 0, weights, grader)
     records = json.loads(json.dumps(records))
     assert [(r["source"], r["answer"]) for r in records[::2]] == list(
         zip("abb", golds, strict=True)
@@ -1786,18 +1786,39 @@ def picture(seed, width=84, height=56):
     return encode(Image.fromarray(pixels))
 
 
+def ask(actor, row):
+    return build_reader(actor.processor)(row)
+
+
 def prompts_with(actor, *counts):
     """One prompt for each number of images, sizes mixed."""
     sizes = [(84, 56), (56, 112), (56, 56)]
     rows = [problem("<image>" * k + "What?" * (i + 1), tuple(picture(10 * i + j, *sizes[j]) for j in range(k)))
             for i, k in enumerate(counts)]  # fmt: skip
-    return [data.make_prompt(row, actor.processor, 28 * 28, 28 * 28 * 64, "") for row in rows]
+    return [ask(actor, row) for row in rows]
 
 
 def random_groups(actor, counts=(0, 1, 3), lengths=((3, 5), (4, 4, 1), (2, 9)), seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [(prompt, [torch.randint(0, 250, (n,), generator=generator) for n in ns])
-            for prompt, ns in zip(prompts_with(actor, *counts), lengths, strict=True)]  # fmt: skip
+    groups = []
+    for prompt, ns in zip(prompts_with(actor, *counts), lengths, strict=True):
+        responses = [torch.randint(0, 250, (n,), generator=generator) for n in ns]
+        groups.append((prompt, [[response] for response in responses]))
+    return groups
+
+
+def draw(engine, prompts, n, seed=0, **options):
+    return engine.generate([[prompt] for prompt in prompts], n, seed, **options)
+
+
+def as_groups(prompts, drawn):
+    """What the engine drew for each prompt, as Actor.logprobs takes it."""
+    return [(p, [r.turns for r in rs]) for p, rs in zip(prompts, drawn, strict=True)]
+
+
+def sampled(drawn):
+    """(N,) sampler_logprobs of all that was drawn."""
+    return torch.cat([r.sampler_logprobs for rollouts in drawn for r in rollouts])
 
 
 @pytest.mark.parametrize("packing", ["shared", "packed", "padded"])
@@ -1806,7 +1827,7 @@ def test_logprobs_equal_the_plain_hugging_face_forward(actor, packing, temperatu
     # plain: a padded batch of rows with 0, 1 and 3 images, positions by Hugging Face itself, all
     # logits
     groups = random_groups(actor)
-    rows = [(prompt, response) for prompt, responses in groups for response in responses]
+    rows = [(prompt, response) for prompt, responses in groups for [response] in responses]
     longest = max(len(p.ids) + len(r) for p, r in rows)
     ids, mask = (
         torch.zeros(len(rows), longest, dtype=torch.long),
@@ -1885,7 +1906,7 @@ def test_shared_packed_and_padded_give_the_same_logprobs_and_gradients(
         gradients(actor, groups, "shared")
         assert len(calls) == 2  # in the forward, and again in the backward
         assert (
-            len(rollout.HFEngine(actor, 3).generate([groups[1][0]], 2, 0)[0]) == 2
+            len(draw(rollout.HFEngine(actor, 3), [groups[1][0]], 2)[0]) == 2
             and actor.model.training
         )
     assert_same_in_every_layout(actor, groups)
@@ -1979,13 +2000,13 @@ def test_weights_have_lora_merged_and_equal_a_plain_model(actor, tiny):
 
 def test_an_actor_serves_a_notebook_without_processes(tiny):
     script = f"""
-import model, torch, transformers
+import model, rollout, torch, transformers
 from PIL import Image
 network = transformers.AutoModelForImageTextToText.from_pretrained({str(tiny[True])!r}, attn_implementation="sdpa")
 actor = model.Actor(network, transformers.AutoProcessor.from_pretrained({str(tiny[True])!r}))
 prompts = [actor.prompt("<image>How many sides?", [Image.new("RGB", (56, 84), "red")]), actor.prompt("Which colour?")]
-drawn = actor.generate(prompts, n=3, max_response_tokens=6)
-groups = [(p, [r.response for r in rs]) for p, rs in zip(prompts, drawn)]
+drawn = rollout.HFEngine(actor, max_response_tokens=6).generate([[p] for p in prompts], n=3, seed=0)
+groups = [(p, [r.turns for r in rs]) for p, rs in zip(prompts, drawn)]
 gaps = []
 for on in (True, False):
     actor.checkpoint_activations(on)
@@ -2038,17 +2059,18 @@ def test_dropout_of_the_adapters_acts_while_learning_only(actor):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_estimate_of_activations_is_what_a_forward_of_other_groups_keeps(actor, checkpointing):
+def test_the_meter_counts_what_one_forward_keeps_for_its_backward(actor, checkpointing):
     actor.checkpoint_activations(checkpointing)
-    per_token = actor.activation_bytes(prompts_with(actor, 1, 0), 4, 20)
     saved, groups = memory.SavedTensors(), random_groups(actor, (1, 0, 1), ((30,) * 4,) * 3)
-    tokens = sum(len(p.ids) + sum(map(len, rs)) for p, rs in groups)
+    tokens = sum(len(p.ids) + sum(len(r) for [r] in rs) for p, rs in groups)
     for _ in range(2):  # the most of any pass, not their sum
         with saved:
             actor.logprobs(groups)
-    assert saved.bytes == pytest.approx(per_token * tokens, rel=0.25)
     layers = 4 * tokens * 128 * 4  # bytes of the decoder layers' inputs
-    assert saved.bytes < 4 * layers if checkpointing else saved.bytes > 12 * layers
+    if checkpointing:
+        assert layers < saved.bytes < 4 * layers
+    else:
+        assert 12 * layers < saved.bytes < 40 * layers
 
 
 def test_a_response_does_not_see_the_others_of_its_pack(actor):
@@ -2089,7 +2111,7 @@ def test_shared_attention_equals_the_padded_forward_on_a_gpu(tiny, dtype, gap):
 def test_packs_refuse_what_they_cannot_keep_apart(actor):
     prompt = prompts_with(actor, 0)[0]
     with pytest.raises(ValueError, match="empty response"):
-        actor.logprobs([(prompt, [torch.tensor([], dtype=torch.long)])])
+        actor.logprobs([(prompt, [[torch.tensor([], dtype=torch.long)]])])
     with pytest.raises(ValueError, match="layout"):
         actor.model(input_ids=prompt.ids[None])
     with pytest.raises(ValueError, match="'tight'"):
@@ -2365,7 +2387,7 @@ def plain_logprobs(actor, groups):
     positions, no padding."""
     rows = []
     for prompt, responses in groups:
-        for response in responses:
+        for [response] in responses:
             types = {k: torch.nn.functional.pad(v, (0, len(response))) for k, v in prompt.inputs.items()
                      if model.is_per_token(k)}  # fmt: skip
             ids = torch.cat([prompt.ids, response])[None]
@@ -2383,16 +2405,13 @@ def test_a_family_is_scored_as_its_plain_forward_does_and_its_frozen_tower_stays
 ):
     actor = model.Actor.from_pretrained(str(family_folder(name)), packing="padded")
     groups = random_groups(actor, (0, 1, 3, 2), ((3, 5), (4, 4, 1), (2, 9), (6,)))
-    groups = [
-        (p, [r.masked_fill(torch.isin(r, torch.tensor(actor.banned_ids)), 5) for r in rs])
-        for p, rs in groups
-    ]
+    banned = torch.tensor(actor.banned_ids)
+    groups = [(p, [[r.masked_fill(torch.isin(r, banned), 5)] for [r] in rs]) for p, rs in groups]
     expected = plain_logprobs(actor, groups)
     white = [
         data.with_images([p.problem for p, _ in groups], i, "blank") for i in range(len(groups))
     ]
-    white = [(data.make_prompt(row, actor.processor, 28 * 28, 28 * 28 * 64, ""), rs)
-             for row, (_, rs) in zip(white, groups, strict=True)]  # fmt: skip
+    white = [(ask(actor, row), rs) for row, (_, rs) in zip(white, groups, strict=True)]
     assert (plain_logprobs(actor, white) - expected).abs().mean() > 0.05  # the images matter
     expected.mean().backward()
     slopes = {n: p.grad.clone() for n, p in actor.model.named_parameters() if p.grad is not None}
@@ -2411,11 +2430,10 @@ def test_a_family_is_scored_as_its_plain_forward_does_and_its_frozen_tower_stays
     assert (features is None) == (name == "qwen3_5")  # its images are needed once per response
     assert torch.equal(actor.logprobs(groups, features)[0], actor.logprobs(groups)[0])
 
-    drawn = rollout.HFEngine(actor, 12).generate([p for p, _ in groups], 2, 0)
-    drawn = [(p, rollouts) for (p, _), rollouts in zip(groups, drawn, strict=True)]
+    prompts = [p for p, _ in groups]
+    drawn = draw(rollout.HFEngine(actor, 12), prompts, 2)
     actor.use_packing("padded")
-    close(torch.cat([r.sampler_logprobs for _, rs in drawn for r in rs]),
-          plain_logprobs(actor, [(p, [r.response for r in rs]) for p, rs in drawn]), atol=2e-5)  # fmt: skip
+    close(sampled(drawn), plain_logprobs(actor, as_groups(prompts, drawn)), atol=2e-5)
 
     inputs = model.extract_multi_modal_inputs(actor.model, prompts_with(actor, 2)[0].inputs)
     assert {
@@ -2431,7 +2449,7 @@ def test_one_grpo_update_moves_a_familys_language_model_and_no_frozen_byte(
     run, groups = small_run(family_folder(name), prepare=lambda actor: actor.freeze("tower"), minibatch_prompts=8,
                             max_sampler_gap=100.0, max_grad_norm=1e9)  # fmt: skip
     before = {n: model.full(p).detach().clone() for n, p in run.actor.model.named_parameters()}
-    [minibatch] = train.plan_minibatches(run, groups, {})
+    [minibatch] = train.plan_minibatches(run, groups)
     train.freeze(run, [minibatch])
     assert train.update(run, minibatch, 0)["grad_norm"] > 0
     moved = {run.actor.part(n) for n, p in run.actor.model.named_parameters()
@@ -2465,12 +2483,12 @@ def test_an_unknown_family_works_by_the_usual_names_or_says_what_to_add(actor, m
 def test_an_image_has_no_more_tokens_than_its_bound_allows(name, most, tokens, family_folder):
     actor = model.Actor.from_pretrained(str(family_folder(name)), pixels=(28 * 28, most))
     row = problem(images=(picture(0, 112, 112),))
-    prompt = data.make_prompt(row, actor.processor, 28 * 28, most, "")
+    prompt = data.Reader(actor.processor, 28 * 28, most, "")(row)
     image_id = (
         getattr(actor.model.config, "image_token_id", None) or actor.model.config.image_token_index
     )
     assert (prompt.ids == image_id).sum() == tokens
-    actor.logprobs([(prompt, [torch.tensor([5, 6])])])
+    actor.logprobs([(prompt, [[torch.tensor([5, 6])]])])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2489,13 +2507,11 @@ def process_group():
 def test_sampler_logprobs_equal_the_trainers(actor, process_group):
     actor.temperature = 0.7
     prompts = prompts_with(actor, 0, 1, 3, 1)
-    groups = rollout.HFEngine(actor, max_response_tokens=12).generate(prompts, n=5, seed=0)
-    assert [len(group) for group in groups] == [5, 5, 5, 5]
+    drawn = draw(rollout.HFEngine(actor, max_response_tokens=12), prompts, n=5)
+    assert [len(rollouts) for rollouts in drawn] == [5, 5, 5, 5]
     with torch.no_grad():
-        logprobs, _ = actor.logprobs(
-            [(p, [r.response for r in g]) for p, g in zip(prompts, groups, strict=True)]
-        )
-    close(torch.cat([r.sampler_logprobs for g in groups for r in g]), logprobs, atol=1e-5)
+        logprobs, _ = actor.logprobs(as_groups(prompts, drawn))
+    close(sampled(drawn), logprobs, atol=1e-5)
 
 
 def test_vision_tokens_are_never_drawn_and_the_rest_is_uniform_when_the_head_is_zero(
@@ -2505,9 +2521,8 @@ def test_vision_tokens_are_never_drawn_and_the_rest_is_uniform_when_the_head_is_
     actor.model.generation_config.update(
         top_k=1, top_p=0.1, repetition_penalty=2.0
     )  # not the trained distribution
-    [group] = rollout.HFEngine(actor, max_response_tokens=30).generate(
-        prompts_with(actor, 1), n=200, seed=0
-    )
+    engine = rollout.HFEngine(actor, max_response_tokens=30)
+    [group] = draw(engine, prompts_with(actor, 1), n=200)
     tokens = torch.cat([r.response for r in group])
     allowed = actor.model.config.text_config.vocab_size - len(actor.banned_ids)
     assert not torch.isin(tokens, torch.tensor(actor.banned_ids)).any()
@@ -2521,9 +2536,8 @@ def test_vision_tokens_are_never_drawn_and_the_rest_is_uniform_when_the_head_is_
 
 def test_a_response_ends_with_the_end_token_or_is_marked_truncated(actor, process_group):
     torch.nn.init.zeros_(actor.model.lm_head.weight)
-    [group] = rollout.HFEngine(actor, max_response_tokens=200).generate(
-        prompts_with(actor, 0), n=100, seed=1
-    )
+    engine = rollout.HFEngine(actor, max_response_tokens=200)
+    [group] = draw(engine, prompts_with(actor, 0), n=100, seed=1)
     [end] = actor.eos_ids
     assert {r.truncated for r in group} == {True, False}
     for r in group:
@@ -2538,7 +2552,7 @@ def test_generation_is_fixed_by_its_seed_and_greedy_by_nothing(actor, process_gr
     engine, prompts = rollout.HFEngine(actor, max_response_tokens=8), prompts_with(actor, 1, 0)
 
     def ids(**options):
-        return [r.response.tolist() for g in engine.generate(prompts, **options) for r in g]
+        return [r.response.tolist() for g in draw(engine, prompts, **options) for r in g]
 
     state = torch.get_rng_state()
     assert ids(n=3, seed=1) == ids(n=3, seed=1) != ids(n=3, seed=2)
@@ -2562,14 +2576,10 @@ def vllm_engine(actor, folder, **changes):
 
 def largest_gap(actor, engine, prompts, n=4, seed=0):
     """Largest |sampler_logprobs - logprobs| over n responses to each prompt."""
-    groups = engine.generate(prompts, n, seed)
+    drawn = draw(engine, prompts, n, seed)
     with torch.no_grad():
-        logprobs, _ = actor.logprobs(
-            [(p, [r.response for r in g]) for p, g in zip(prompts, groups, strict=True)]
-        )
-    return (
-        (torch.cat([r.sampler_logprobs for g in groups for r in g]) - logprobs).abs().max().item()
-    )
+        logprobs, _ = actor.logprobs(as_groups(prompts, drawn))
+    return (sampled(drawn) - logprobs).abs().max().item()
 
 
 def perturb(actor, part="", scale=0.05, seed=0):
@@ -2627,17 +2637,17 @@ def test_vllm_samples_the_trained_distribution(tiny, process_group):
         prompts = prompts_with(actor, 1, 0, 1)
 
         def ids(**options):
-            return [r.response.tolist() for g in engine.generate(prompts, **options) for r in g]
+            return [r.response.tolist() for g in draw(engine, prompts, **options) for r in g]
 
         assert ids(n=3, seed=1) == ids(n=3, seed=1) != ids(n=3, seed=2)
         assert len({tuple(r) for r in ids(n=4, seed=1)}) == 12  # no two responses share their noise
         assert ids(n=1, seed=1, greedy=True) == ids(n=1, seed=2, greedy=True)
         hf = rollout.HFEngine(actor, 24)
-        greedy = [g[0].response.tolist() for g in hf.generate(prompts, 1, 0, greedy=True)]
+        greedy = [g[0].response.tolist() for g in draw(hf, prompts, 1, greedy=True)]
         assert ids(n=1, seed=0, greedy=True) == greedy
         torch.nn.init.zeros_(actor.model.lm_head.weight)
         engine.sync(actor)
-        [group] = engine.generate(prompts[:1], 200, seed=0)
+        [group] = draw(engine, prompts[:1], 200)
         tokens = torch.cat([r.response for r in group])
         allowed = actor.model.config.text_config.vocab_size - len(actor.banned_ids)
         assert (
@@ -2663,9 +2673,9 @@ def test_vllm_refuses_another_prompt_and_another_model(tiny, process_group):
     with contextlib.closing(vllm_engine(actor, tiny[False])) as engine:
         resized = dataclasses.replace(prompt, images=[prompt.images[0].resize((56, 28))])
         with pytest.raises(RuntimeError, match="another prompt than the trainer"):
-            engine.generate([resized], 1, 0)
+            draw(engine, [resized], 1)
         with pytest.raises(ValueError, match="greedy with n=2"):
-            engine.generate([prompt], 2, 0, greedy=True)
+            draw(engine, [prompt], 2, greedy=True)
 
     def altered(change):
         weights = dict(actor.model.state_dict())
@@ -2702,7 +2712,7 @@ def check_vllm_on_two_ranks(folder, tp):
     assert largest_gap(actor, engine, prompts) < 1e-4
     for _ in range(2):
         for pack in (prompts[:1], prompts[1:]):
-            (-actor.logprobs([(p, [torch.tensor([70, 71])]) for p in pack])[0].mean()).backward()
+            (-actor.logprobs([(p, [[torch.tensor([70, 71])]]) for p in pack])[0].mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
         gap = largest_gap(actor, engine, prompts)
@@ -2728,9 +2738,9 @@ def test_an_engine_that_cannot_run_says_why():
 
 
 def make(actor, question, *images, later=False):
-    return data.make_prompt(
-        problem(question, images), actor.processor, 28 * 28, 28 * 28 * 64, "", later=later
-    )
+    reader = build_reader(actor.processor)
+    row = problem(question, images)
+    return reader.later(row) if later else reader(row)
 
 
 def two_turns(actor):
@@ -2896,12 +2906,12 @@ def test_cumulative_and_delta_traces_give_the_same_sample_in_families_of_tiles(n
 def test_a_trace_may_go_on_with_nothing_new_to_read(actor):
     prompt, one, _, two = two_turns(actor)
     again = dataclasses.replace(
-        prompt, ids=torch.cat([prompt.ids, one]), short_ids=torch.cat([prompt.short_ids, one]), positions=None,
+        prompt, ids=torch.cat([prompt.ids, one]), short_ids=torch.cat([prompt.short_ids, one]),
         inputs=prompt.inputs | {"mm_token_type_ids": torch.zeros(1, len(prompt.ids) + len(one), dtype=torch.long)},
     )  # fmt: skip
     first, *rest = model.make_trace([(prompt, one), (again, two)])
     assert first is prompt and list(map(len, rest)) == [len(one), len(two)]
-    expected = actor.logprobs([(prompt, [torch.cat([one, two])])])[0]
+    expected = actor.logprobs([(prompt, [[torch.cat([one, two])]])])[0]
     close(actor.logprobs([(prompt, [rest])])[0], expected, atol=1e-6)
 
 
@@ -2933,10 +2943,14 @@ def test_conversations_give_the_same_logprobs_and_gradients_in_every_layout(
     plain = random_groups(actor, (0, 1), ((3, 5), (4, 2)))
     prompt, one, later, two = two_turns(actor)
     text = make(actor, "Once more.", later=True)
-    groups = [plain[0], (prompt, [[one, later, two], two, [two, text, one, later, one]]), plain[1]]
+    groups = [
+        plain[0],
+        (prompt, [[one, later, two], [two], [two, text, one, later, one]]),
+        plain[1],
+    ]
     if variant == "frozen tower":
         actor.freeze("tower", "projector")
-        features = actor.image_features(model.prompts_of(groups))
+        features = actor.image_features(model.prompts_of(model.turns_of(groups)))
         assert len(features["image"].pooler_output) == 2 + 2 + 2 + 1
         close(actor.logprobs(groups, features)[0], actor.logprobs(groups)[0], atol=1e-6)
     assert_same_in_every_layout(actor, groups)
@@ -2978,43 +2992,42 @@ def countdown(actor, engine, limit=400):
     """Conversations over the engine, and prompts for 1, 3 and 2 turns. One token in six ends a
     turn."""
     actor.eos_ids = [*actor.eos_ids, *range(0, 250, 6)]
-    observe = functools.partial(data.make_prompt, processor=actor.processor, min_pixels=28 * 28,
-                                max_pixels=28 * 28 * 64, instruction="", later=True)  # fmt: skip
+    reader = build_reader(actor.processor)
     rows = [problem("<image>Go.", (picture(i),), answer) for i, answer in enumerate("132")]
-    prompts = [data.make_prompt(row, actor.processor, 28 * 28, 28 * 28 * 64, "") for row in rows]
-    return rollout.Conversations(engine, Countdown, observe, limit), prompts
+    prompts = [reader(row) for row in rows]
+    return rollout.Conversations(engine, Countdown, reader, limit), prompts
 
 
 def conversation_gap(actor, engine, prompts, n=6):
     """Largest |sampler_logprobs - logprobs| over n conversations from each prompt, whose parts are
     checked too."""
-    groups = engine.generate(prompts, n, seed=3)
-    for prompt, group in zip(prompts, groups, strict=True):
-        for r in group:
-            places = [0, *(o.place for o in r.observations), len(r.response)]
-            assert places == sorted(set(places)) and len(r.sampler_logprobs) == len(r.response)
+    drawn = draw(engine, prompts, n, seed=3)
+    for prompt, rollouts in zip(prompts, drawn, strict=True):
+        for r in rollouts:
+            written, seen = r.turns[::2], observations(r)
+            assert len(r.turns) == len(written) + len(seen)
+            assert len(r.sampler_logprobs) == len(r.response) == sum(map(len, written))
             assert all(
-                r.response[place - 1] in actor.eos_ids for place in places[1:-1]
+                turn[-1] in actor.eos_ids for turn in written[:-1]
             )  # one answers an end token
-            assert r.tokens == sum(
-                len(t if torch.is_tensor(t) else t.ids) for t in r.turns(engine.observe)
-            )
+            turns = r.read(engine.reader)
+            assert r.tokens == sum(len(t if torch.is_tensor(t) else t.ids) for t in turns)
             if r.truncated:  # a turn that was cut is not shown to the environment
-                assert r.reward == len(r.observations) and r.response[-1] not in actor.eos_ids
+                assert r.reward == len(seen) and r.response[-1] not in actor.eos_ids
             else:
-                assert r.reward == len(r.observations) + 1 == int(prompt.problem.answer)
-    assert {len(r.observations) for r in groups[1]} >= {1, 2} and any(
-        r.truncated for group in groups for r in group
-    )
-    pairs = [
-        (p, [r.turns(engine.observe) for r in group])
-        for p, group in zip(prompts, groups, strict=True)
-    ]
+                assert r.reward == len(seen) + 1 == int(prompt.problem.answer)
+    assert {len(observations(r)) for r in drawn[1]} >= {1, 2}
+    assert any(r.truncated for rollouts in drawn for r in rollouts)
+    groups = []
+    for prompt, rollouts in zip(prompts, drawn, strict=True):
+        groups.append((prompt, [r.read(engine.reader) for r in rollouts]))
     with torch.no_grad():
-        logprobs, _ = actor.logprobs(pairs)
-    return (
-        (torch.cat([r.sampler_logprobs for g in groups for r in g]) - logprobs).abs().max().item()
-    )
+        logprobs, _ = actor.logprobs(groups)
+    return (sampled(drawn) - logprobs).abs().max().item()
+
+
+def observations(r):
+    return [turn for turn in r.turns if isinstance(turn, rollout.Observation)]
 
 
 def test_in_conversations_the_samplers_logprobs_equal_the_trainers(actor, process_group):
@@ -3031,26 +3044,24 @@ def test_in_conversations_vllms_logprobs_equal_the_trainers(tiny, process_group)
 
 def test_a_conversation_over_the_limit_ends_before_its_next_turn(actor, process_group):
     engine, prompts = countdown(actor, rollout.HFEngine(actor, 12), limit=70)
-    groups = engine.generate(prompts, 8, seed=0)
-    stopped = [r for r in groups[1] if r.truncated and r.response[-1] in actor.eos_ids]
-    assert stopped and all(r.reward == len(r.observations) + 1 for r in stopped)
-    assert all(len(prompts[1].ids) + r.tokens <= 70 + 12 for r in groups[1])
+    rollouts = draw(engine, prompts, 8)[1]
+    stopped = [r for r in rollouts if r.truncated and r.response[-1] in actor.eos_ids]
+    assert stopped and all(r.reward == len(observations(r)) + 1 for r in stopped)
+    assert all(len(prompts[1].ids) + r.tokens <= 70 + 12 for r in rollouts)
 
 
 def test_a_rollout_travels_between_ranks_with_its_observations_compressed(actor, process_group):
     engine, prompts = countdown(actor, rollout.HFEngine(actor, 12))
-    sent = max(engine.generate(prompts, 6, seed=3)[2], key=lambda r: len(r.observations))
+    sent = max(draw(engine, prompts, 6, seed=3)[2], key=lambda r: len(r.turns))
     raw = pickle.dumps(sent)
     got = pickle.loads(raw)
-    assert got.observations == sent.observations and (got.reward, got.truncated) == (
-        sent.reward,
-        sent.truncated,
-    )
-    assert torch.equal(got.response, sent.response) and torch.equal(
-        got.sampler_logprobs, sent.sampler_logprobs
-    )
-    pixels = sent.turns(engine.observe)[1].inputs["pixel_values"]
-    assert len(sent.observations[0].problem.images) == 1 and len(raw) < 4 * pixels.numel()
+    assert observations(got) == observations(sent) != []
+    assert (got.reward, got.truncated) == (sent.reward, sent.truncated)
+    assert list(map(type, got.turns)) == list(map(type, sent.turns))
+    assert torch.equal(got.response, sent.response)
+    assert torch.equal(got.sampler_logprobs, sent.sampler_logprobs)
+    pixels = sent.read(engine.reader)[1].inputs["pixel_values"]
+    assert len(observations(sent)[0].problem.images) == 1 and len(raw) < 4 * pixels.numel()
 
 
 def test_the_codeword_environment_by_hand(tmp_path):
@@ -3161,7 +3172,7 @@ def test_videos_are_files_or_lists_of_frames(tmp_path):
     ):
         row = dataclasses.replace(rows[0], question=question)
         with pytest.raises(ValueError, match=message):
-            data.make_prompt(row, build_processor(), MIN_PIXELS, MAX_PIXELS)
+            build_reader(build_processor())(row)
 
 
 def media_problem(question, images=0, *videos):
@@ -3175,7 +3186,7 @@ def mixed_prompts(actor):
     rows = [media_problem("What?"), media_problem("<image>What?", 1), media_problem("<image><image>What?", 2),
             media_problem("See <video>What?", 0, film(4)),
             media_problem("<video>or<image>or<video>?", 1, stills(3, 84, 56), stills(2))]  # fmt: skip
-    return [data.make_prompt(row, actor.processor, 28 * 28, 28 * 28 * 64, "") for row in rows]
+    return [ask(actor, row) for row in rows]
 
 
 def test_a_video_prompt_holds_its_frames_and_their_timing(actor):
@@ -3203,12 +3214,8 @@ def test_a_video_prompt_holds_its_frames_and_their_timing(actor):
     # a frame of more pixels than allowed is reduced: 112 x 112 to 56 x 56
     small = data.VideoLimits(max_pixels=56 * 56)
     row = media_problem("<video>", 0, stills(2, 112, 112))
-    assert data.make_prompt(row, actor.processor, 784, 10**6, "", small).videos[0][0].shape == (
-        2,
-        56,
-        56,
-        3,
-    )
+    prompt = build_reader(actor.processor, video=small)(row)
+    assert prompt.videos[0][0].shape == (2, 56, 56, 3)
     blank = data.with_images([media_problem("<video>", 0, film(1), stills(3))], 0, "blank")
     assert [levels(data.decode_video(video, small)[0]) for video in blank.videos] == [
         [32, 32],
@@ -3233,16 +3240,17 @@ def test_what_follows_a_video_begins_after_its_last_frame(actor):
 @pytest.mark.parametrize("variant", ["trained tower", "frozen tower"])
 def test_mixed_rows_give_the_same_logprobs_and_gradients_in_every_layout(actor, variant):
     generator = torch.Generator().manual_seed(0)
-    groups = [
-        (p, [torch.randint(0, 250, (n,), generator=generator) for n in (3, 5)])
-        for p in mixed_prompts(actor)
-    ]
+    groups = []
+    for prompt in mixed_prompts(actor):
+        responses = [torch.randint(0, 250, (n,), generator=generator) for n in (3, 5)]
+        groups.append((prompt, [[response] for response in responses]))
     later = dataclasses.replace(media_problem("<video>Now?", 0, stills(2, 56, 84)))
-    observation = data.make_prompt(later, actor.processor, 28 * 28, 28 * 28 * 64, "", later=True)
-    groups[1][1].append([groups[0][1][0], observation, groups[0][1][1]])
+    observation = build_reader(actor.processor).later(later)
+    [one], [two] = groups[0][1]
+    groups[1][1].append([one, observation, two])
     if variant == "frozen tower":
         actor.freeze("tower", "projector")
-        features = actor.image_features(model.prompts_of(groups))
+        features = actor.image_features(model.prompts_of(model.turns_of(groups)))
         assert [len(features[kind].pooler_output) for kind in ("image", "video")] == [
             1 + 2 + 1,
             1 + 1 + 2,
@@ -3255,7 +3263,7 @@ def test_a_turn_with_a_video_counts_it_once_in_a_cumulative_trace(actor):
     *_, mixed = mixed_prompts(actor)
     one = torch.tensor(actor.processor.tokenizer.encode("look<|im_end|>"))
     row = media_problem("<video>or<image>?", 1, stills(2))
-    later = data.make_prompt(row, actor.processor, 28 * 28, 28 * 28 * 64, "", later=True)
+    later = build_reader(actor.processor).later(row)
     joined, types = (
         model.join_inputs([mixed, later]),
         [p.inputs["mm_token_type_ids"] for p in (mixed, later)],
@@ -3297,7 +3305,7 @@ def mixed_batches(actor):
     """Three passes of 2 ranks: text beside images and videos, a video beside an image, all these
     beside text."""
     text, image, images, video, mixed = (
-        [(p, [torch.tensor([70 + i, 71]), torch.tensor([72])])]
+        [(p, [[torch.tensor([70 + i, 71])], [torch.tensor([72])]])]
         for i, p in enumerate(mixed_prompts(actor))
     )
     return [(text, images + mixed), (video, image), (text + image + video + mixed, text)]
@@ -3364,7 +3372,7 @@ def test_every_number_among_the_settings_has_bounds_but_the_seed():
     assert sorted(bounded) == sorted(
         f.name
         for f in dataclasses.fields(train.Settings)
-        if f.type in (int, float) and f.name != "seed"
+        if f.type in (int, float, "int", "float") and f.name != "seed"
     )
 
 
@@ -3409,7 +3417,7 @@ def test_a_flag_wins_over_the_preset():
 
 
 def group(*lengths, prompt=10, index=0):
-    rollouts = [rollout.Rollout(torch.arange(n), torch.zeros(n), False) for n in lengths]
+    rollouts = [rollout_of(range(n)) for n in lengths]
     return train.Group(index, prompt, prompt // 2, rollouts, {}, torch.ones(len(lengths)))
 
 
@@ -3462,7 +3470,8 @@ def test_eight_ranks_get_even_shares_of_real_geometry3k_groups(tiny):
     # than the mean
     processor = AutoProcessor.from_pretrained(tiny[False])
     rows, rng = data.load_problems(GEO3K / "train.parquet"), random.Random(0)
-    prompts = [len(data.make_prompt(p, processor, 262144, 1280 * 784).ids) for p in rows[:128]]
+    reader = data.Reader(processor, 262144, 1280 * 784)
+    prompts = [len(reader(row).ids) for row in rows[:128]]
     costs = [group(*(rng.randint(50, 2048) for _ in range(5)), prompt=n).cost for n in prompts]
     loads = [sum(costs[i] for i in share) for share in train.deal(costs, 8)]
     assert max(loads) * 8 / sum(loads) < 1.05
@@ -3488,17 +3497,16 @@ def small_run(folder, groups_seed=0, prepare=lambda actor: None, **changes):
         settings, min_pixels=28 * 28, max_pixels=28 * 28 * 64, prompts_per_step=8
     )
     run = train.Run(settings, torch.device("cpu"), actor, None, None, optimizer, schedule, rows, rows, None,
-                    train.observer(settings, actor))  # fmt: skip
+                    build_reader(actor.processor, settings.instruction))  # fmt: skip
     generator = torch.Generator().manual_seed(groups_seed)
 
-    def rollout_of(length):
+    def random_rollout(length):
         response = torch.randint(0, 250, (length,), generator=generator)
-        return rollout.Rollout(
-            response, torch.full((length,), -5.0) + torch.rand(length, generator=generator), False
-        )
+        sampler_logprobs = -5.0 + torch.rand(length, generator=generator)
+        return rollout.Rollout([response], sampler_logprobs, False)
 
     groups = [
-        train.Group(i, len(run.prompt(rows[i]).ids), 4, [rollout_of(2 + (3 * i + j) % 7) for j in range(4)], {},
+        train.Group(i, len(run.reader(rows[i]).ids), 4, [random_rollout(2 + (3 * i + j) % 7) for j in range(4)], {},
                     torch.randn(4, generator=generator) if i != 5 else torch.zeros(4))
         for i in range(8)
     ]  # fmt: skip
@@ -3510,7 +3518,7 @@ def one_update(folder, **changes):
     run, groups = small_run(
         folder, minibatch_prompts=8, max_sampler_gap=100.0, max_grad_norm=1e9, **changes
     )
-    [minibatch] = train.plan_minibatches(run, groups, {})
+    [minibatch] = train.plan_minibatches(run, groups)
     train.freeze(run, [minibatch])
     totals = train.update(run, minibatch, 0)
     weights = {n: train.full(p).detach().clone() for n, p in run.actor.model.named_parameters()}
@@ -3534,12 +3542,12 @@ def test_the_loss_does_not_depend_on_how_the_minibatch_is_cut(tiny, process_grou
 
 def test_flat_groups_change_nothing_but_are_not_computed(tiny, process_group):
     run, groups = small_run(tiny[False], minibatch_prompts=8)
-    [minibatch] = train.plan_minibatches(run, groups, {})
+    [minibatch] = train.plan_minibatches(run, groups)
     assert sum(len(responses) for pack in minibatch.packs for _, responses in pack.groups) == 7 * 4
     assert minibatch.responses == 8 * 4
     for g in groups:
         g.advantages = torch.zeros(4)
-    [nothing] = train.plan_minibatches(run, groups, {})
+    [nothing] = train.plan_minibatches(run, groups)
     assert nothing.packs == [] and train.update(run, nothing, 0) == {}
 
 
@@ -3587,7 +3595,7 @@ def test_a_sampler_that_is_not_the_policy_stops_the_run(tiny, process_group):
     run, groups = small_run(tiny[False], minibatch_prompts=8, max_sampler_gap=0.1)
     before = train.full(next(run.actor.model.parameters())).clone()
     with pytest.raises(RuntimeError, match=r"step 3: sampler and trainer disagree by .*not synced"):
-        train.update(run, train.plan_minibatches(run, groups, {})[0], 3)
+        train.update(run, train.plan_minibatches(run, groups)[0], 3)
     assert torch.equal(train.full(next(run.actor.model.parameters())), before)
     with pytest.raises(RuntimeError, match="nan"):
         train.check_gap(math.nan, 0.1, 0)
@@ -3921,25 +3929,27 @@ def test_the_report_of_a_long_run_stays_under_20_megabytes_with_its_first_and_la
 def test_rollouts_show_what_the_update_did_to_each_token_of_groups_that_teach(
     tiny, process_group, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train, "SHOWN_TOKENS", 4)
-    monkeypatch.setattr(train, "SHOWN_RESPONSES", 3)
+    monkeypatch.setattr(report, "SHOWN_TOKENS", 4)
+    monkeypatch.setattr(report, "SHOWN_RESPONSES", 3)
     run, groups = small_run(tiny[False], minibatch_prompts=8, out=str(tmp_path), name="run")
     (tmp_path / "run").mkdir()
     groups[0].advantages = torch.zeros(4)
     for g in groups:
         g.scores = {"reward": [0.25, 0.5, 0.75, 1.0]}
     log = report.Log(run)
-    log.rollouts(2, groups, {})  # a step that is neither the first nor the last nor evaluated
-    log.rollouts(1, groups, {})
+    run.step = 1  # step 2 is neither the first nor the last nor evaluated
+    train.show_rollouts(run, log, groups)
+    run.step = 0
+    train.show_rollouts(run, log, groups)
     [line] = report.read_jsonl(tmp_path / "run" / "rollouts.jsonl")
     assert line["step"] == 1 and line["drawn"] == 8 and len(line["groups"]) == 4
     assert (
         line["groups"][0]["question"] == run.train_set[1].question
     )  # group 0 is flat, so it comes last
     assert [image[:23] for image in line["groups"][0]["images"]] == ["data:image/webp;base64,"]
-    shown, prompt = line["groups"][0]["responses"], run.prompt(run.train_set[1])
+    shown, prompt = line["groups"][0]["responses"], run.reader(run.train_set[1])
     logprobs, _ = run.actor.logprobs(
-        [(prompt, [r.response]) for r in groups[1].rollouts[:3]], entropy=False
+        [(prompt, [r.turns]) for r in groups[1].rollouts[:3]], entropy=False
     )
     expected = logprobs.split([len(r.response) for r in groups[1].rollouts[:3]])
     assert [r["scores"]["reward"] for r in shown] == [0.25, 0.5, 0.75]
@@ -4440,7 +4450,7 @@ def adam_run(folder, out, **changes):
 
 
 def learn(run, groups):
-    [minibatch] = train.plan_minibatches(run, groups, {})
+    [minibatch] = train.plan_minibatches(run, groups)
     totals = train.update(run, minibatch, run.step)
     run.step += 1
     return totals
@@ -4681,7 +4691,7 @@ def test_bad_images_are_refused_by_row_before_they_cost_anything(tmp_path, proce
     with pytest.raises(
         ValueError, match=rf"(?s)1 of 1 rows are broken.*train\.parquet row 0: .*{message}"
     ):
-        data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, 1000)
+        data.usable_problems(rows, build_reader(processor), 1000)
 
 
 BAD_TEXTS = {
@@ -4712,7 +4722,7 @@ def test_hostile_texts_are_refused_by_row(tmp_path, processor, name):
     with pytest.raises(
         ValueError, match=rf"(?s)1 of 1 rows are broken.*train\.parquet row 0: .*{message}"
     ):
-        data.usable_problems(rows, processor, MIN_PIXELS, MAX_PIXELS, 1000)
+        data.usable_problems(rows, build_reader(processor), 1000)
 
 
 def test_text_that_is_not_utf8_is_refused_by_row(tmp_path, processor):
@@ -4926,13 +4936,14 @@ def bench_group(actor, prompt_tokens, response_lengths):
     inputs = dict(pixel_values=torch.randn(4 * len(image), 1176), mm_token_type_ids=(whole == image[0]).int()[None],
                   image_grid_thw=torch.tensor([[1, 2 * side, 2 * side]]))  # fmt: skip
     prompt = data.Prompt(problem(), whole, whole, [object()], inputs)
-    return [(prompt, [torch.randint(0, 250, (n,)) for n in response_lengths])]
+    return [(prompt, [[torch.randint(0, 250, (n,))] for n in response_lengths])]
 
 
 def padded_with_all_logits(actor, groups):
     """What a trainer does that calls the model and then log_softmax: logits of every position,
     prompt included."""
-    [(prompt, responses)] = groups
+    [(prompt, turns)] = groups
+    responses = [response for [response] in turns]
     ids = torch.nn.utils.rnn.pad_sequence(
         [torch.cat([prompt.ids, r]) for r in responses], batch_first=True
     )

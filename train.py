@@ -917,7 +917,7 @@ class Settings:
                 (-1e18, 1e18),
             )
             if (
-                f.type in (int, float) and not least <= getattr(self, f.name) <= most
+                f.type in (int, float, "int", "float") and not least <= getattr(self, f.name) <= most
             ):  # nan is in no range
                 meaning = f.metadata["help"]
                 raise ValueError(
