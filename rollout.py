@@ -90,21 +90,24 @@ class Rollout:
         """The turns as Actor.logprobs takes them: observations made into Prompts."""
         return [t if isinstance(t, Tensor) else reader.later(t.problem) for t in self.turns]
 
-    def text(self, tokenizer) -> str:
-        """What the policy wrote in its last turn, without the end token."""
-        last = self.turns[-1]
-        return tokenizer.decode(last if self.truncated else last[:-1])
+    def text(self, tokenizer, index: int = -1) -> str:
+        """What the policy wrote in its turn at `index`, the last one unless told, without the end
+        token."""
+        turn = self.turns[index]
+        is_cut = self.truncated and turn is self.turns[-1]
+        return tokenizer.decode(turn if is_cut else turn[:-1])
 
     def shown(self, tokenizer) -> list[dict]:
         """The turns for the eye: who spoke, what was said, small copies of images as data URLs."""
         shown = []
-        for turn in self.turns:
+        for i, turn in enumerate(self.turns):
             if isinstance(turn, Tensor):
-                shown.append({"role": "policy", "text": tokenizer.decode(turn), "images": []})
-                continue
-            images = [thumbnail(data.decode_image(raw)) for raw in turn.problem.images]
-            text = turn.problem.question
-            shown.append({"role": "environment", "text": text, "images": images})
+                text = self.text(tokenizer, i)
+                shown.append({"role": "policy", "text": text, "images": []})
+            else:
+                text = turn.problem.question
+                images = [thumbnail(data.decode_image(raw)) for raw in turn.problem.images]
+                shown.append({"role": "environment", "text": text, "images": images})
         return shown
 
     def __getstate__(self) -> dict:
@@ -204,9 +207,7 @@ class HFEngine(Engine):
         self.max_response_tokens = max_response_tokens
         self.rows = rows
 
-    def generate(
-        self, conversations: list[list[Turn]], n: int, seed: int, greedy: bool = False
-    ) -> list[list[Rollout]]:
+    def generate(self, conversations, n, seed, greedy=False) -> list[list[Rollout]]:
         """As Engine.generate."""
         check_greedy(n, greedy)
         rank_seed = random.Random(f"{seed} {this_rank()}").getrandbits(63)
@@ -253,17 +254,17 @@ class HFEngine(Engine):
     def _prefill(self, conversations) -> Prefilled:
         """Run the model over all tokens but the last, which generate() begins with."""
         actor = self.actor
-        rows, places = [], []
+        rows, row_positions, prompts = [], [], []
         for turns in conversations:
-            row, row_positions, _ = lay_out(turns, actor.positions)
+            row, its_positions, _ = lay_out(turns, actor.positions)
             rows.append(row)
-            places.append(row_positions)
+            row_positions.append(its_positions)
+            prompts += prompts_of(turns)
         ids = left_pad(rows, actor.pad_id).to(actor.device)
         mask = left_pad([torch.ones_like(row) for row in rows], 0).to(actor.device)
-        positions = left_pad(places, 0).transpose(0, 1).to(actor.device)  # (3 or 1, B, P)
+        positions = left_pad(row_positions, 0).transpose(0, 1).to(actor.device)  # (3 or 1, B, P)
         if len(positions) == 1:
             positions = positions[0]
-        prompts = [prompt for turns in conversations for prompt in prompts_of(turns)]
         types = actor.token_types(conversations)
         cache = actor.model(
             input_ids=ids[:, :-1],
@@ -409,9 +410,7 @@ class VLLMEngine(Engine):
             self.llm.llm_engine.engine_core._finalizer.detach()
             self.tp_group = get_tp_group().cpu_group
 
-    def generate(
-        self, conversations: list[list[Turn]], n: int, seed: int, greedy: bool = False
-    ) -> list[list[Rollout]]:
+    def generate(self, conversations, n, seed, greedy=False) -> list[list[Rollout]]:
         """As Engine.generate. A conversation is prefilled once for its n responses.
 
         The samples depend on the seed and on the conversation's number among those of all ranks, so
@@ -613,6 +612,28 @@ def load_weights(worker, weights: Iterator[tuple[str, Tensor]]) -> None:
     clear_positions(worker.model_runner)
 
 
+# --- from here on: what vLLM must be told, and what it does to its process; the choice of an
+# engine; conversations; evaluation
+
+
+def media_options(actor: Actor, videos: bool) -> dict:
+    """Arguments of vllm.LLM that make it see the trainer's pixels.
+
+    Images have been resized within the actor's bounds, so vLLM's own resize leaves them as they
+    are.
+    """
+    if not videos:
+        return {"mm_processor_kwargs": actor.image_bounds}
+    return {
+        "mm_processor_kwargs": {
+            "images_kwargs": actor.image_bounds,
+            "videos_kwargs": data.AS_THEY_ARE,
+        },
+        # on the device vLLM would take the image processor's mean and std for videos too
+        "mm_device_do_normalize": False,
+    }
+
+
 def not_loaded(model, loaded: set[str]) -> set[str]:
     """Names of vLLM's weights that nothing, or not enough, was written to."""
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -638,28 +659,6 @@ def clear_positions(model_runner) -> None:
     rope_state = getattr(model_state, "rope_state", None)  # M-RoPE has one
     if rope_state is not None:
         rope_state.positions.zero_()
-
-
-# --- from here on: what vLLM needs to know and does to its process; the choice of an engine;
-# conversations; evaluation
-
-
-def media_options(actor: Actor, videos: bool) -> dict:
-    """Arguments of vllm.LLM that make it see the trainer's pixels.
-
-    Images have been resized within the actor's bounds, so vLLM's own resize leaves them as they
-    are.
-    """
-    if not videos:
-        return {"mm_processor_kwargs": actor.image_bounds}
-    return {
-        "mm_processor_kwargs": {
-            "images_kwargs": actor.image_bounds,
-            "videos_kwargs": data.AS_THEY_ARE,
-        },
-        # on the device vLLM would take the image processor's mean and std for videos too
-        "mm_device_do_normalize": False,
-    }
 
 
 def set_vllm_environment() -> None:
@@ -804,9 +803,7 @@ class Conversations(Engine):
         self.sleep = engine.sleep
         self.close = engine.close
 
-    def generate(
-        self, conversations: list[list[Turn]], n: int, seed: int, greedy: bool = False
-    ) -> list[list[Rollout]]:
+    def generate(self, conversations, n, seed, greedy=False) -> list[list[Rollout]]:
         """Let n copies of each prompt's environment talk with the policy; as Engine.generate, but
         each conversation is a prompt alone.
 
