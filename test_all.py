@@ -917,188 +917,288 @@ def test_importing_data_needs_no_transformers():
 # --------------------------------------------------------------------------------------------------
 # reward.py
 
-# (gold, answers that are right, answers that are wrong), by hand
-ANSWERS = [
-    (r"2 \sqrt { 221 }", [r"2\sqrt{221}", r"\sqrt{884}"], [r"2\sqrt{22}", "221", "2"]),
-    (r"6 \sqrt 2", [r"6\sqrt{2}", r"\sqrt{72}", r"6\sqrt2", "6√2", "6sqrt(2)"], []),
-    (r"\sqrt{13}", [r"\sqrt 13"], []),
-    (
-        r"\frac { 25 } { 14 }",
-        [r"\dfrac{25}{14}", "25/14", r"\frac{50}{28}", r"1\frac{11}{14}"],
-        ["1.79"],
-    ),
-    ("0.5", [r"\frac12", "50%", ".5"], []),
-    (
-        r"4 \frac { 4 } { 11 }",
-        [r"\frac{48}{11}", "48/11", "4 4/11"],
-        [r"\frac{16}{11}", r"-4\frac{4}{11}"],
-    ),
-    ("3 : 4", ["3:4", "6:8", r"3\colon4"], ["4:3"]),
-    ("3:4", [r"\frac{3}{4}", "3 to 4", r"3 \text{ to } 4"], ["3"]),
-    (r"\frac { \sqrt 3 } { 4 } : 1", [r"\sqrt{3}:4"], []),
-    (
-        "x < 60",
-        ["x < 60", "60 > x", r"x \lt 60", "x<60.", r"(-\infty, 60)"],
-        ["60", "x > 60", r"x \le 60", "x <= 60", "x = 60", "x < 140"],
-    ),
-    ("x <= 60", [r"x \leq 60", r"x\leqslant 60"], ["x < 60"]),
-    (r"x \le 60", ["x ≤ 60"], []),
-    (
-        "109",
-        [
-            "109°",
-            r"109^\circ",
-            r"109^{\circ}",
-            "109 degrees",
-            r"109 \text{ degrees}",
-            r"109\degree",
-            "109º",
-            "109˚",
-            "109^o",
-            "109 deg.",
-        ],
-        ["108°"],
-    ),
-    (r"109^\circ", ["109"], []),
-    (
-        "10",
-        [
-            r"10 \text{ units}",
-            "10 cm",
-            r"10\,\text{cm}",
-            "10cm",
-            r"10 \text{ cm}^2",
-            "10 cm^2",
-            "10 cm²",
-            r"10\text{ cm}^{2}",
-            "10 m",
-            r"10 \text{ square units}",
-            r"10\ \mathrm{mm}",
-            "10 in.",
-            "10 inches",
-            "10 kg",
-            "10 seconds",
-            "10 m/s",
-            "10 dollars",
-            "10 hrs",
-            r"10 \text{ radians}",
-        ],
-        ["10 kangaroos", "10 k"],
-    ),
-    (r"48 \pi", [r"48\pi \text{ cm}^2", r"48\pi", r"48 \pi \text{ units}^2"], ["150.8"]),
-    ("3x", [], ["3x+2m"]),
-    ("2", [], ["2m"]),
-    ("2m", [], ["2"]),
-    ("10^2", ["100"], []),
-    ("4000", ["4,000", "4{,}000", r"4\,000"], []),
-    ("4,000", ["4000"], []),
-    ("400", [], ["4,00"]),
-    ("40000", [], ["4,0000"]),
-    ("1234567", ["1,234,567"], []),
-    ("3400", [], ["(3,400)"]),
-    ("4000.5", ["4,000.5"], []),
-    ("106", [r"\approx 106", "≈106", "approximately 106", r"x \approx 106"], []),
-    ("4", ["x = 4", "x=4", r"x = \frac{8}{2} = 4"], []),
-    ("45", [r"\angle ABC = 45", r"m\angle A = 45", r"m \angle ABC = 45^\circ"], []),
-    ("x = 4", ["4", "y = 4"], []),
-    (
-        "15",
-        [
-            "AB = CD = 15",
-            "15.",
-            r"\$15",
-            "$15$",
-            r"\left(15\right)",
-            "015",
-            r"\frac{30}{2}",
-            r"3 \times 5",
-            "{15}",
-            "15\\",
-        ],
-        [
-            "14=15",
-            "5 = 14 = 15",
-            r"5 \approx 15",
-            "1.5e1",
-            "5, 14, 15, 35",
-            "5 or 14",
-            "5 or 15",
-            "15 or 5",
-            r"15 \text{ or } 5",
-            r"15 \text{ (or 5)}",
-            r"\{5,14,15,35\}",
-            "5;15",
-            "5 15",
-            r"\pm 15",
-            "[0,100]",
-            "5/14/15",
-            "5,15",
-            "",
-            None,
-            "   ",
-            "x",
-            "15x",
-            r"\frac{15}",
-            "15}",
-            r"\infty",
-            r"\frac{1}{0}",
-            r"\frac{0}{0}",
-            "answer: 15",
-            "final answer is $15$",
-        ],
-    ),
-    ("24", [r"\text{Area} = 24 \text{ cm}^2"], []),
-    ("5", ["x_1 = 5"], []),
-    ("8", ["7.99999999", r"\sqrt{64}", "8.0"], ["2x = 8", "8.3", "7.9999", r"\sqrt{65}"]),
-    ("7", [r"\overline{AB} = 7"], []),
-    ("8.6", [r"\sqrt{74} \approx 8.6", r"\sqrt{74}"], [r"\sqrt{76}", "-8.6", r"-\sqrt{74}"]),
-    (
-        r"\sqrt{74}",
-        [r"\sqrt{74} \approx 8.6", r"x = \sqrt{74} = 8.6"],
-        [r"\sqrt{74} \approx 8.7", "8.6"],
-    ),
-    ("50", ["50%", r"50\%"], ["0.5"]),
-    ("50%", ["50 percent", "50", "0.5", "50%", r"\frac{1}{2}"], ["5000%", "40%", "0.5%"]),
-    ("red", ["red", "Red", r"\text{red}"], ["blue", "der"]),
-    (
-        "not enough information",
-        [r"\text{Not enough information}", "not  enough information."],
-        ["enough information", "15"],
-    ),
-    (
-        r"\angle 3 \cong \angle Z",
-        [
-            r"\angle 3 \cong \angle Z",
-            r"\angle3\cong\angle Z",
-            r"\angle Z \cong \angle 3",
-            "∠3 ≅ ∠Z",
-        ],
-        [r"\angle 3 \cong \angle Y"],
-    ),
-    (
-        r"\angle 2 and \angle 6",
-        [r"\angle 6 \text{ and } \angle 2", r"\angle 2, \angle 6"],
-        [r"\angle 2 \cong \angle 6", r"\angle 2"],
-    ),
-    ("a + b = 90", ["a+b=90", "90 = a + b", "b + a = 90"], ["a + b > 90", "90"]),
-    ("m + n - 180", ["n+m-180"], ["m+n+180"]),
-    ("20 y^2 - 10 y", ["10y(2y-1)"], ["20y^2"]),
-    ("57.1", ["57.14", "57.1428", "57.05", r"\frac{400}{7}"], ["57.15", "57.04", "57"]),
-    ("57.14", [], ["57.1"]),
-    ("-4", ["- 4"], ["4"]),
-    ("8.0", ["8"], []),
-    ("A", ["A", "(A)", r"\text{A}"], ["B"]),
-    ("x^2 y^2", ["x^2y^2"], []),
-    (r"\sqrt{2}", [r"2^{\frac{1}{2}}"], []),
-    ("x^2", ["x^{2}"], []),
-    ("(3, 4)", ["(3,4)"], []),
-    ("(3,4)", [], ["(4,3)"]),
-    (r"12 + 4 \sqrt { 5 }", [r"4(3+\sqrt{5})"], []),
-    (r"0.5\pi", [r"\frac{\pi}{2}"], []),
-    (r"4 + 3 \sqrt { 3 } + 7 \sqrt { 2 }", [r"4 + 7 \sqrt{2} + 3\sqrt{3}"], []),
-]
-CASES = [(answer, gold, True) for gold, right, _ in ANSWERS for answer in right]
-CASES += [(answer, gold, False) for gold, _, wrong in ANSWERS for answer in wrong]
+# By cause: "gold == answers that are right" or "gold != answers that are wrong", between ;;
+ANSWERS = r"""
+# roots
+2 \sqrt { 221 } == 2\sqrt{221} ;; \sqrt{884} ;; 2√221 ;; 2\sqrt{ 221 }
+2 \sqrt { 221 } != 2\sqrt{22} ;; 221 ;; 2 ;; \sqrt{221} ;; 2+\sqrt{221} ;; \sqrt{442}
+6 \sqrt 2 == 6\sqrt{2} ;; \sqrt{72} ;; 6\sqrt2 ;; 6√2 ;; 6sqrt(2) ;; \sqrt{2} \cdot 6
+6 \sqrt 2 == \frac{12}{\sqrt{2}}
+\sqrt{13} == \sqrt 13 ;; \sqrt13 ;; 13^{\frac{1}{2}} ;; 13^{0.5}
+\sqrt{13} != \sqrt{1}3 ;; 3.6 ;; -\sqrt{13}
+\sqrt{2} == 2^{\frac{1}{2}} ;; 2^{0.5} ;; 2^{1/2}
+\sqrt{\frac{5}{2}} == \sqrt{2.5} ;; \frac{\sqrt{10}}{2}
+12 + 4 \sqrt { 5 } == 4(3+\sqrt{5}) ;; 4\sqrt{5}+12
+4 + 3 \sqrt { 3 } + 7 \sqrt { 2 } == 4 + 7 \sqrt{2} + 3\sqrt{3}
+8.6 == \sqrt{74} ;; \sqrt{73.96} ;; \sqrt{74} \approx 8.6
+8.6 != \sqrt{76} ;; -8.6 ;; -\sqrt{74} ;; \sqrt{86}
+
+# fractions, mixed numbers
+\frac { 25 } { 14 } == \dfrac{25}{14} ;; 25/14 ;; \frac{50}{28} ;; 1\frac{11}{14}
+\frac { 25 } { 14 } == \frac{2.5}{1.4} ;; 1 11/14
+\frac { 25 } { 14 } != 1.79 ;; 25 ;; 14/25 ;; \frac{25}{41}
+0.5 == \frac12 ;; 50% ;; .5 ;; ½ ;; 1/2 ;; \frac{0.5}{1} ;; \frac 1 2
+4 \frac { 4 } { 11 } == \frac{48}{11} ;; 48/11 ;; 4 4/11
+4 \frac { 4 } { 11 } != \frac{16}{11} ;; -4\frac{4}{11} ;; 4 ;; 44/11
+4.5 == 4½ ;; 4 1/2 ;; 4\tfrac12 ;; \frac{9}{2} ;; 9/2
+4.5 != 4 \cdot \frac{1}{2} ;; 41/2
+\frac{\pi}{4} == \frac\pi4 ;; \frac{\pi}4 ;; \pi/4 ;; \frac{1}{4}\pi ;; 1/4 \pi ;; 0.25\pi
+\frac{\pi}{4} != \frac4\pi ;; 1/(4\pi)
+\frac { 15 } { 14 } \sqrt { 19 } == 15/14 \sqrt{19} ;; \frac{15\sqrt{19}}{14} ;; 15/14\sqrt{19}
+\frac { 15 } { 14 } \sqrt { 19 } == (15/14)\sqrt{19}
+\frac { 15 } { 14 } \sqrt { 19 } != 15/(14\sqrt{19}) ;; 14/15 \sqrt{19}
+\frac { 22 } { 5 } \pi == 22/5 \pi ;; 4.4\pi ;; 4 \frac{2}{5} \pi
+40 / 3 == \frac{40}{3} ;; 13\frac{1}{3} ;; 13 1/3
+40 / 3 != 13.3 ;; 40 ;; 3/40
+\sqrt { 26 } / 26 == \frac{\sqrt{26}}{26} ;; \frac{1}{\sqrt{26}}
+2\sqrt{2} == 2^{1.5} ;; 8^{1/2}
+\frac{x}{2} == 1/2 x ;; 0.5x ;; x/2
+\frac{x}{2} != \frac{1}{2x} ;; 2x
+
+# decimals, and what rounds to them
+57.1 == 57.14 ;; 57.1428 ;; 57.05 ;; \frac{400}{7} ;; 57.149999
+57.1 != 57.15 ;; 57.04 ;; 57 ;; 571
+57.14 != 57.1
+8.0 == 8 ;; 8.04
+8 == 7.99999999 ;; \sqrt{64} ;; 8.0 ;; \frac{7.5}{0.9375} ;; 4^{1.5}
+8 != 2x = 8 ;; 8.3 ;; 7.9999 ;; \sqrt{65} ;; 8.004 ;; -8
+\frac{1}{3} == 0.333333 ;; 1/3
+\frac{1}{3} != 0.3333 ;; 0.33
+3.1 == \frac{31}{10} ;; 3.0999999046325684
+- 8 == -8 ;; - 8 ;; −8 ;; x = - 8
+- 8 != 8 ;; --8
+-4 == - 4
+-4 != 4
+0.00001 == 1e-05 ;; 10^{-5} ;; 1 \times 10^{-5}
+2500 == 2.5 \times 10^3 ;; 2.5 \cdot 10^{3}
+
+# thousands
+4000 == 4,000 ;; 4{,}000 ;; 4\,000 ;; 4 000 ;; 4,\!000 ;; 4~000
+4,000 == 4000 ;; 4 000
+4000 != 4,00 ;; 40 00 ;; 4 ;; 4.000 ;; (4,000)
+400 != 4,00 ;; 4 00 ;; 4,0,0
+40000 != 4,0000 ;; 4 0000
+1234567 == 1,234,567 ;; 1 234 567 ;; 1\,234\,567
+4000.5 == 4,000.5 ;; 4 000.5
+3400 != (3,400)
+
+# two numbers side by side are no sum, and no product
+109 != 71 38 ;; 71 \quad 38 ;; 71~38 ;; 71{38} ;; 71\text{ }38 ;; 71 \, 38 ;; 100 9 ;; 71, 38
+109 != 71 + 39
+2.5 != 1.5 \quad 1.0 ;; 1.5 1.0 ;; 2 .5
+15 != 5 10 ;; 3 5 ;; 15 15 ;; 5 15 ;; 7 8.0
+15 == 3 \times 5 ;; 5 + 10
+3.5 != 3 0.5
+
+# ratios
+3 : 4 == 3:4 ;; 6:8 ;; 3\colon4 ;; 3 to 4 ;; \frac{3}{4}
+3 : 4 != 4:3 ;; 3:4:1 ;; 3 ;; 3, 4
+3:4 == \frac{3}{4} ;; 3 \text{ to } 4
+\frac { \sqrt 3 } { 4 } : 1 == \sqrt{3}:4
+5:9 == 10:18 ;; 5/9
+5:9 != 5:9:1 ;; 5:9:9 ;; 1:5:9 ;; 5 9 ;; 9:5 ;; 5
+1:2:3 == 1 : 2 : 3
+1:2:3 != 1:2 ;; 1:3:2 ;; 6
+
+# percent
+50 == 50% ;; 50\% ;; 50 percent
+50 != 0.5 ;; 50%% ;; 50\%\% ;; 50% %
+50% == 50 percent ;; 50 ;; 0.5 ;; 50% ;; \frac{1}{2} ;; 50.0\%
+50% != 5000% ;; 40% ;; 0.5% ;; 50%%
+
+# inequalities, intervals, points
+x < 60 == 60 > x ;; x \lt 60 ;; x<60. ;; (-\infty, 60) ;; x \in (-\infty, 60)
+x < 60 != 60 ;; x > 60 ;; x \le 60 ;; x <= 60 ;; x = 60 ;; x < 140 ;; 60 < x ;; -\infty, 60
+x < 60 != (-\infty, 60]
+x <= 60 == x \leq 60 ;; x\leqslant 60 ;; 60 \ge x ;; (-\infty, 60]
+x <= 60 != x < 60
+x \le 60 == x ≤ 60
+4 < x < 10 == 10 > x > 4 ;; x > 4 and x < 10 ;; x < 10 and x > 4 ;; x > 4, x < 10
+4 < x < 10 == x > 4 \text{ and } x < 10
+4 < x < 10 == (4, 10) ;; 4 < x \text{ and } x < 10 ;; 4<x<10 ;; 10 > x \text{ and } x > 4
+4 < x < 10 != 4, 10 ;; \{4, 10\} ;; 4 \le x < 10 ;; 10 < x < 4 ;; x > 4 ;; x < 4 and x > 10
+4 < x < 10 != [4, 10] ;; 4 > x > 10
+4 \le x < 10 == [4, 10) ;; 10 > x \ge 4 ;; x \ge 4 and x < 10
+4 \le x < 10 != 10 \ge x > 4 ;; (4, 10)
+(3, 4) == (3,4) ;; P(3, 4) ;; P = (3, 4) ;; A(3,4) ;; \left(3, 4\right)
+(3, 4) != (4,3) ;; 3, 4 ;; \{3, 4\} ;; 3 4 ;; [3, 4] ;; 34 ;; (3, 4, 5) ;; (3,4), (5,6)
+[0, 100] == [0,100]
+[0, 100] != 0, 100 ;; \{0, 100\} ;; (0, 100) ;; 50
+\{2, 3\} == 2, 3 ;; 3, 2 ;; \{3,2\}
+\{2, 3\} != 2 ;; 2, 4 ;; 2 3 ;; 23 ;; 2, 3, 4
+3, -3 == \pm 3 ;; -3, 3
+
+# degrees, minutes of arc
+109 == 109° ;; 109^\circ ;; 109^{\circ} ;; 109{}^{\circ} ;; 109 degrees ;; 109 \text{ degrees}
+109 == 109\degree ;; 109º ;; 109˚ ;; 109^o ;; 109 deg. ;; 109 ^ { \circ }
+109 != 108° ;; 109 108
+109^\circ == 109 ;; 109 \text{ degrees}.
+24.5 == 24^\circ 30' ;; 24° 30' ;; 24°30′ ;; 24^{\circ}30^{\prime}
+24.5 != 24^\circ 50' ;; 24' ;; 24° 5'
+36.9 == 36^\circ 52' ;; 36° 52' 12''
+36.9 != 36^\circ 9'
+
+# units
+10 == 10 \text{ units} ;; 10 cm ;; 10\,\text{cm} ;; 10cm ;; 10 \text{ cm}^2 ;; 10 cm^2 ;; 10 cm²
+10 == 10\text{ cm}^{2} ;; 10 m
+10 == 10 \text{ square units} ;; 10\ \mathrm{mm} ;; 10 in. ;; 10 inches ;; 10 kg ;; 10 seconds
+10 == 10 m/s ;; 10 dollars
+10 == 10 hrs ;; 10 \text{ radians} ;; 10 cm. ;; 10 cm^2. ;; 10 m/s^2 ;; 10 m/s². ;; 10 cm squared
+10 == 10 units squared
+10 == 10 meters per second ;; 10 ft/s ;; 10 \text{ m/s}^2 ;; 10 sq. units ;; 10 cubic meters
+10 == 10 \mathbf{cm} ;; 10 units.
+10 == 10 square centimeters ;; 10 feet per second squared ;; 10 km/h ;; 10\text{ in}^3 ;; 10.0 cm
+10 != 10 kangaroos ;; 10 k ;; 10x ;; 10 cm 5 ;; 5 cm 10 ;; 11 cm ;; 10 cm or 5 cm ;; 100 cm^2
+10 != 10 x cm
+48 \pi == 48\pi \text{ cm}^2 ;; 48\pi ;; 48 \pi \text{ units}^2 ;; 48π cm² ;; 48 \pi \text{ m/s}
+48 \pi != 150.8 ;; 48 ;; 4 8\pi
+10^2 == 100
+3x != 3x+2m
+2 != 2m
+2m != 2
+5 m == 5 ;; 5 meters
+
+# names beside the =
+4 == x = 4 ;; x=4 ;; x = \frac{8}{2} = 4 ;; 4 = x ;; x = 4 = y ;; x equals 4 ;; x is 4
+4 == x is equal to 4
+x = 4 == 4 ;; y = 4 ;; 4 = x
+45 == \angle ABC = 45 ;; m\angle A = 45 ;; m \angle ABC = 45^\circ ;; m \angle A B C = 45
+45 == m \angle 3 = 45 ;; \angle{ABC} = 45
+45 == \text{measure of } \angle A = 45 ;; The measure of angle A is 45 degrees.
+45 == m\angle ABC = 45° = x ;; ∠ABC = 45
+24 == \text{Area} = 24 \text{ cm}^2 ;; \theta = 24 ;; \overline { A B } = 24
+24 == m \angle A B C = 24 ;; \overline{AB} = 24 ;; θ = 24°
+24 == Area of \triangle ABC = 24 ;; \text{Area of } \triangle ABC = 24 ;; area = 24
+24 == The area is 24 ;; AB = 24 ;; A B = 24
+24 == The length of AB is 24 cm. ;; \text{arc } BC = 24 ;; A' B' = 24 ;; m \widehat{AB} = 24
+24 == x_{1} = 24 ;; x_1 = 24 ;; P = 24
+0.96 == \sin A = 0.96 ;; \sin \angle A = 0.96 ;; \cos(B) = 0.96 ;; \sin{A} = 0.96
+0.96 == \tan \theta = \frac{24}{25} ;; sin A = 0.96
+109 == 109 = x ;; 109^\circ = \angle ABC ;; 109 = m\angle 1 ;; \alpha = 109
+m + n - 180 == n+m-180 ;; x = m + n - 180 ;; m + n - 180 = x
+m + n - 180 != m+n+180 ;; x = m + n ;; m = n - 180
+y = 2x + 1 == y=2x+1 ;; 2x - y + 1 = 0 ;; 2x + 1
+y = 2x + 1 != y = 2x ;; 1
+a + b = 90 == a+b=90 ;; 90 = a + b ;; b + a = 90
+a + b = 90 != a + b > 90 ;; 90 ;; a - b = 90
+15 == AB = CD = 15 ;; AB=15 ;; The answer is 15 ;; answer: 15 ;; final answer is $15$
+15 == Answer = 15 ;; the final answer is: 15.
+8 != -x = 8 ;; x^2 = 8 ;; 2x = 8 ;; \frac{x}{2} = 8 ;; \sqrt{x} = 8 ;; x + 1 = 8 ;; xy = 8
+8 != 1/x = 8
+
+# a phrase beside the = that changes the value
+15 != not x = 15 ;; half of x = 15 ;; \text{half of } x = 15 ;; twice x = 15 ;; x squared = 15
+15 != \text{x squared} = 15
+15 != supplement = 15 ;; \text{the supplement of } \angle A = 15 ;; complement of x = 15
+15 != x is not 15 ;; 15 is wrong
+15 != 15 = not x ;; double x = 15 ;; NOT x = 15 ;; HALF x = 15 ;; opposite of x = 15
+15 != the answer is not 15 ;; negative x = 15 ;; no = 15 ;; x \neq 15
+15 != square of x = 15 ;; x minus 1 = 15 ;; sum of x and y = 15 ;; 15 = twice AB
+15 != a third of x = 15 ;; 15 more than x = 15
+15 != one of x = 15 ;; \text{maybe } x = 15 ;; \pi = 15 ;; x / 2 = 15 ;; if x = 15
+15 != x \approx 15 \text{ or } 5
+
+# chains
+106 == \approx 106 ;; ≈106 ;; approximately 106 ;; x \approx 106 ;; about 106 ;; \sim 106
+106 == x is about 106
+\sqrt{74} == \sqrt{74} \approx 8.6 ;; x = \sqrt{74} = 8.6
+\sqrt{74} != \sqrt{74} \approx 8.7 ;; 8.6 ;; 8.6 = 8.60
+15 != 14=15 ;; 5 = 14 = 15 ;; 5 \approx 15 ;; 15 = 5 ;; x = 15 = 5 ;; 14 = x = 15
+
+# hedges
+15 != 5, 14, 15, 35 ;; 5 or 14 ;; 5 or 15 ;; 15 or 5 ;; 15 \text{ or } 5 ;; 15 \text{ (or 5)}
+15 != \{5,14,15,35\} ;; 5;15 ;; \pm 15
+15 != [0,100] ;; 5/14/15 ;; 5,15 ;; 15; 5 ;; 15 and 5 ;; x = 5, x = 15 ;; x = 15 or x = 5
+15 != AB = 15, CD = 5 ;; 14 - 15
+15 != \max(5, 15) ;; 15 \mid 5 ;; 15 \cup 5 ;; (15, 5) ;; 10 < x < 20 ;; x > 14 ;; \{15, 5\}
+15 != A: 15 B: 5 ;; 15:5
+
+\overline{AB} == AB ;; \overline { A B } ;; A B
+AB == \overline{AB} ;; \overline{ AB }.
+AB != BC ;; ABC
+# decoration
+15 == 15. ;; \$15 ;; $15$ ;; \left(15\right) ;; 015 ;; \frac{30}{2} ;; {15} ;; \(15\) ;; \[15\]
+15 == $$15$$ ;; 15\ ;; 15,
+15 == \mathbf{15} ;; \boldsymbol{15} ;; \textbf{15} ;; \bm{15} ;; \mathrm{15}
+15 == \mathbf{\frac{30}{2}} ;; {\bf 15} ;; \underline{15} ;; \displaystyle 15
+15 == \textbf{15 \text{ cm}} ;; \mathbf{x} = \mathbf{15}
+15 != 1.5e1 ;; x ;; 15x ;; \frac{15} ;; 15} ;; \infty ;; \frac{1}{0} ;; \frac{0}{0} ;; answer: 14
+15 != \mathbf{51} ;; 1\mathbf{5} ;; \boxed{} ;; 15!
+
+# words
+red == red ;; Red ;; \text{red} ;; The answer is red.
+red != blue ;; der ;; red or blue ;; not red
+not enough information == \text{Not enough information} ;; not  enough information.
+not enough information != enough information ;; 15
+Yes == yes ;; \text{YES} ;; yes.
+Yes != no ;; yes no
+A == A ;; (A) ;; \text{A}
+A != B ;; A, B ;; A or B
+
+# figures
+\angle 3 \cong \angle Z == \angle3\cong\angle Z ;; \angle Z \cong \angle 3 ;; ∠3 ≅ ∠Z
+\angle 3 \cong \angle Z != \angle 3 \cong \angle Y ;; \angle 3 ;; 3 \cong Z
+\angle 2 and \angle 6 == \angle 6 \text{ and } \angle 2 ;; \angle 2, \angle 6
+\angle 2 and \angle 6 == \angle 2, and \angle 6
+\angle 2 and \angle 6 != \angle 2 \cong \angle 6 ;; \angle 2 ;; \angle 2, \angle 6, \angle 1
+\overline { A B } and \overline { C D } == \overline{AB} and \overline{CD} ;; AB and CD
+\overline { A B } and \overline { C D } == \overline{CD}, \overline{AB} ;; AB, CD
+\overline { A B } and \overline { C D } == \text{AB and CD}
+\overline { A B } and \overline { C D } != AB ;; AC and BD ;; AB \cong CD ;; AB and CD and EF
+AB, CD, and EF == AB, CD and EF ;; \overline{AB}, \overline{CD}, \overline{EF} ;; EF, AB, CD
+AB, CD, and EF != AB, CD ;; AB and EF
+
+# algebra
+20 y^2 - 10 y == 10y(2y-1) ;; -10y + 20y^{2}
+20 y^2 - 10 y != 20y^2 ;; 10y
+x^2 y^2 == x^2y^2 ;; (xy)^2
+x^2 == x^{2} ;; x \cdot x ;; x²
+x^2 != 2x ;; x
+0.5\pi == \frac{\pi}{2} ;; \pi/2
+64 - 16 \pi == 16(4-\pi) ;; -16\pi + 64
+
+# golds are read as generously as answers
+<answer> 3 </answer> == 3 ;; 3.0 ;; x = 3 ;; \frac{6}{2}
+<answer> 3 </answer> != 4 ;; answer ;; 33
+<think> 5 apples </think> <answer>3 cm</answer> == 3 ;; 3 cm
+<think> 5 apples </think> <answer>3 cm</answer> != 5
+She has 2 + 5 = 7 apples. #### 7 == 7 ;; 7.0
+She has 2 + 5 = 7 apples. #### 7 != 2 ;; 5
+#### 1,234 == 1234
+Answer: 3 == 3 ;; x = 3
+Answer: 3 != 2
+The answer is $\frac{1}{2}$. == 0.5
+\[3\] == 3
+\(\sqrt{2}\) == \sqrt{2}
+$3$ == 3
+so we get \boxed{3} == 3
+1e-05 == 0.00001 ;; 10^{-5} ;; 1e-05 ;; \frac{1}{100000}
+1e-05 != 0 ;; 0.0001 ;; 1
+1e+16 == 10000000000000000 ;; 10^{16}
+3.0999999046325684 == 3.1 ;; \frac{31}{10}
+3.0999999046325684 != 3 ;; 3.2
+0.30000000000000004 == 0.3
+1000.0999755859375 == 1000.1
+½ == 0.5
+\frac12 == 0.5
+109° == 109
+10 cm. == 10 ;; 10 cm
+\textbf{(B)} == B ;; (B)
+"""
+
+
+def read_cases(table: str) -> list[tuple[str, str, bool]]:
+    cases = []
+    for line in table.splitlines():
+        if line and not line.startswith("# "):
+            gold, relation, answers = re.split(" (==|!=) ", line, maxsplit=1)
+            cases += [(answer, gold, relation == "==") for answer in answers.split(" ;; ")]
+    return cases
+
+
+CASES = read_cases(ANSWERS)
+CASES += [("15\\", "15", True), (None, "15", False), ("", "15", False), ("   ", "15", False)]
+CASES += [("", "", False), ("nan", "", False)]  # a row without an answer is no gift
 ENDLESS = r"\sin((((9^{999})^{999})^{999})^{999})"  # needs a thousand million digits; within every static limit
 
 
@@ -1144,14 +1244,15 @@ def hostile(i: int, marker: str) -> str:
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
     (r"\boxed{\boxed{15}}", "15"),
     (r"a</think> \boxed{15}", "15"),  # the prompt may have opened the thinking
-    (r"<think>\boxed{15}</think> done", None),
-    (r"<think>\boxed{15}", None),
-    (r"<think>a</think> \boxed{15} <think>", None),
+    (r"<think>\boxed{15}</think> done", "15"),  # where a box has to stand is what format is for
+    (r"<think>\boxed{15}", "15"),
+    (r"<think>\boxed{5}</think> \boxed{15} <think>", "15"),
+    (r"\boxed{15}, in \boxed", "15"),
     (r"\boxed{15} \boxed{\frac{1}{2}", None),
     ("15", None),
     ("", None),
 ])  # fmt: skip
-def test_last_boxed_is_what_the_response_commits_to_outside_the_thinking(response, answer):
+def test_last_boxed_is_what_the_response_commits_to_wherever_it_stands(response, answer):
     assert last_boxed(response) == answer
 
 
@@ -1164,8 +1265,11 @@ def test_last_boxed_is_what_the_response_commits_to_outside_the_thinking(respons
     (r"<think> </think> \boxed{15}", 0.0),
     (r"<think>a \boxed{15}</think>", 0.0),
     (r"sure <think>a</think> \boxed{15}", 0.0),
-    (r"<think>a</think> b</think> \boxed{15}", 0.0),
-    (r"<think>a<think>b</think> \boxed{15}", 0.0),
+    (r"<think>I end with </think> and \boxed{}. So</think> \boxed{15}", 1.0),  # prose about the tags
+    (r"<think>They want <think> </think> tags. So</think> \boxed{15}", 1.0),
+    (r"<think>a</think> \boxed{15}, thought out between <think></think>", 1.0),
+    (r"<think>a</think> as said in <think>: \boxed{15}", 1.0),
+    (r"<think> <think> </think> \boxed{15}", 0.0),
     (r"<think>a</think> \boxed{15} <think>b</think>", 0.0),
     (r"\boxed{15}", 0.0),
     ("", 0.0),
@@ -1398,8 +1502,7 @@ def test_accuracy_and_format_are_reported_without_a_weight(grader):
 
 def test_cheats_get_no_accuracy(grader):
     cheats = [
-        r"\boxed{15} \boxed{5}", r"<think>\boxed{15}</think> \boxed{}", r"<think>\boxed{15}</think>",
-        r"<think>\boxed{15}", r"\boxed{5, 14, 15, 35}", r"\boxed{5 or 15}", r"\boxed{5} or 15", "15",
+        r"\boxed{15} \boxed{5}", r"<think>\boxed{15}</think> \boxed{}", r"\boxed{5, 14, 15, 35}", r"\boxed{5 or 15}", r"\boxed{5} or 15", "15",
     ]  # fmt: skip
     for name in ("accuracy", "exact", "numeric", "choice", "per_image"):
         gold = "C" if name == "choice" else "15"
