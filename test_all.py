@@ -983,7 +983,7 @@ x \le 60 == x ≤ 60
 4 < x < 10 != [4, 10] ;; 4 > x > 10
 4 \le x < 10 == [4, 10) ;; 10 > x \ge 4 ;; x \ge 4 and x < 10
 4 \le x < 10 != 10 \ge x > 4 ;; (4, 10)
-(3, 4) == (3,4) ;; P(3, 4) ;; P = (3, 4) ;; A(3,4) ;; \left(3, 4\right)
+(3, 4) == (3,4) ;; (x, y) = (3, 4) ;; P(3, 4) ;; P = (3, 4) ;; A(3,4) ;; \left(3, 4\right)
 (3, 4) != (4,3) ;; 3, 4 ;; \{3, 4\} ;; 3 4 ;; [3, 4] ;; 34 ;; (3, 4, 5) ;; (3,4), (5,6)
 [0, 100] == [0,100]
 [0, 100] != 0, 100 ;; \{0, 100\} ;; (0, 100) ;; 50
@@ -1031,6 +1031,7 @@ x = 4 == 4 ;; y = 4 ;; 4 = x
 45 == m\angle ABC = 45° = x ;; ∠ABC = 45
 24 == \text{Area} = 24 \text{ cm}^2 ;; \theta = 24 ;; \overline { A B } = 24
 24 == m \angle A B C = 24 ;; \overline{AB} = 24 ;; θ = 24°
+24 == \text{Thus } x = 24 ;; therefore AB = 24
 24 == Area of \triangle ABC = 24 ;; \text{Area of } \triangle ABC = 24 ;; area = 24
 24 == The area is 24 ;; AB = 24 ;; A B = 24
 24 == The length of AB is 24 cm. ;; \text{arc } BC = 24 ;; A' B' = 24 ;; m \widehat{AB} = 24
@@ -1050,6 +1051,7 @@ a + b = 90 != a + b > 90 ;; 90 ;; a - b = 90
 8 != 1/x = 8
 
 # a phrase beside the = that changes the value
+15 != the 14 = 15 ;; \theta 14 = 15 ;; \sin 14 = 15 ;; a 14 = 15 ;; x 14 = 15 ;; 2 x = 15
 15 != not x = 15 ;; half of x = 15 ;; \text{half of } x = 15 ;; twice x = 15 ;; x squared = 15
 15 != \text{x squared} = 15
 15 != supplement = 15 ;; \text{the supplement of } \angle A = 15 ;; complement of x = 15
