@@ -1020,7 +1020,7 @@ x \le 60 == x ≤ 60
 4 < x < 10 != [4, 10] ;; 4 > x > 10
 4 \le x < 10 == [4, 10) ;; 10 > x \ge 4 ;; x \ge 4 and x < 10
 4 \le x < 10 != 10 \ge x > 4 ;; (4, 10)
-(3, 4) == (3,4) ;; P(3, 4) ;; P = (3, 4) ;; A(3,4) ;; \left(3, 4\right)
+(3, 4) == (3,4) ;; (x, y) = (3, 4) ;; P(3, 4) ;; P = (3, 4) ;; A(3,4) ;; \left(3, 4\right)
 (3, 4) != (4,3) ;; 3, 4 ;; \{3, 4\} ;; 3 4 ;; [3, 4] ;; 34 ;; (3, 4, 5) ;; (3,4), (5,6)
 [0, 100] == [0,100]
 [0, 100] != 0, 100 ;; \{0, 100\} ;; (0, 100) ;; 50
@@ -1068,6 +1068,7 @@ x = 4 == 4 ;; y = 4 ;; 4 = x
 45 == m\angle ABC = 45° = x ;; ∠ABC = 45
 24 == \text{Area} = 24 \text{ cm}^2 ;; \theta = 24 ;; \overline { A B } = 24
 24 == m \angle A B C = 24 ;; \overline{AB} = 24 ;; θ = 24°
+24 == \text{Thus } x = 24 ;; therefore AB = 24
 24 == Area of \triangle ABC = 24 ;; \text{Area of } \triangle ABC = 24 ;; area = 24
 24 == The area is 24 ;; AB = 24 ;; A B = 24
 24 == The length of AB is 24 cm. ;; \text{arc } BC = 24 ;; A' B' = 24 ;; m \widehat{AB} = 24
@@ -1087,6 +1088,7 @@ a + b = 90 != a + b > 90 ;; 90 ;; a - b = 90
 8 != 1/x = 8
 
 # a phrase beside the = that changes the value
+15 != the 14 = 15 ;; \theta 14 = 15 ;; \sin 14 = 15 ;; a 14 = 15 ;; x 14 = 15 ;; 2 x = 15
 15 != not x = 15 ;; half of x = 15 ;; \text{half of } x = 15 ;; twice x = 15 ;; x squared = 15
 15 != \text{x squared} = 15
 15 != supplement = 15 ;; \text{the supplement of } \angle A = 15 ;; complement of x = 15
@@ -1320,17 +1322,16 @@ def test_without_rounding_a_decimal_gold_takes_only_its_value():
 
 
 @pytest.mark.skipif(not GEO3K.exists(), reason="needs shared/geo3k")
-def test_every_geo3k_gold_is_itself_and_none_of_its_wrong_choices():
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_geo3k_gold_is_itself_and_none_of_its_wrong_choices(every):
     rows = [json.loads(line) for line in (GEO3K / "answers.jsonl").read_text().splitlines()]
     assert len(rows) == 2401
-    own = [(row["answer"], row["answer"]) for row in rows]
-    pairs = [
-        (choice, row["answer"])
-        for row in rows
-        for choice in row["choices"]
-        if choice != row["answer"]
-    ]
+    own, pairs = [], []
+    for row in rows:
+        own.append((row["answer"], row["answer"]))
+        pairs += [(choice, row["answer"]) for choice in row["choices"] if choice != row["answer"]]
     assert len(pairs) == 7198  # 2401 * 3, less five choices that repeat the gold
+    own, pairs = own[::every], pairs[::every]
     with Grader() as grader:
         grader.shortcut = False  # parsed and compared for real, not found equal as strings
         assert [pair for pair, ok in zip(own, grader.grade(own), strict=True) if not ok] == []
@@ -1338,15 +1339,26 @@ def test_every_geo3k_gold_is_itself_and_none_of_its_wrong_choices():
         assert grader.timeouts == grader.crashes == 0
 
 
+def test_hundreds_of_answers_are_judged_each_way():
+    assert sum(right for _, _, right in CASES) >= 200 <= sum(not right for _, _, right in CASES)
+
+
 # ---- nothing a model writes can hang, crash or run
 
 
-def test_hostile_answers_are_wrong_in_seconds_and_change_no_other_verdict(tmp_path):
-    cases = random.Random(0).choices(CASES, k=1000)
-    cases += [(hostile(i, str(tmp_path / "x")), "15", False) for i in range(1000)]
+@pytest.mark.parametrize(
+    "count, time_limit", [(280, 1.0), pytest.param(1000, 2.0, marks=pytest.mark.slow)]
+)
+def test_hostile_answers_are_wrong_in_seconds_and_change_no_other_verdict(
+    tmp_path, count, time_limit
+):
+    numbers = re.compile(r"[-0-9.]+")  # a busy machine may take a second for a sane root
+    easy = [case for case in CASES if time_limit == 2 or numbers.fullmatch(case[0] or "")]
+    cases = random.Random(0).choices(easy, k=count)
+    cases += [(hostile(i, str(tmp_path / "x")), "15", False) for i in range(count)]
     random.Random(1).shuffle(cases)
     start = time.monotonic()
-    with Grader() as fresh:
+    with Grader(time_limit=time_limit) as fresh:
         got = fresh.grade([case[:2] for case in cases])
         pids = [worker.pid for worker in fresh.pool]
     assert time.monotonic() - start < 60 and not any(map(running, pids))
@@ -1450,6 +1462,42 @@ def test_close_ends_the_workers_and_grading_goes_on_with_new_ones():
     grader.close()
 
 
+@pytest.mark.parametrize("gold", [
+    "9" * 100_000, "{" * 100_000, "1 " * 50_000, "°" * 100_000, r"\boxed{" * 15_000, "a=" * 50_000,
+])  # fmt: skip
+def test_a_gold_of_100_000_characters_is_as_cheap_as_an_answer(gold):
+    start = time.monotonic()
+    with Grader() as short:
+        assert short.grade([("15", gold), (gold, "15"), (gold, gold)] * 10) == [False] * 30
+        assert short.pool == [] and time.monotonic() - start < 2
+    assert score("numeric", "15", gold) == score("exact", "15", gold) == 0
+
+
+def test_normalising_takes_time_in_proportion_to_the_text(monkeypatch):
+    monkeypatch.setattr(reward, "MAX_CHARS", 10**6)
+    for unit in (
+        "1",
+        "1.1",
+        "1/",
+        "1 000",
+        "°",
+        "{",
+        "x=",
+        "AB ",
+        r"\frac",
+        r"\text{",
+        "½",
+        " is ",
+        "x < ",
+    ):
+        seconds = {}
+        for count in (2_000, 20_000):
+            start = time.process_time()
+            reward.normalise(unit * (count // len(unit)))
+            seconds[count] = time.process_time() - start
+        assert seconds[20_000] < 40 * seconds[2_000] + 0.1, unit  # quadratic would be 100 times
+
+
 def test_workers_do_not_load_torch(grader):
     grader.grade([(r"\sqrt{4}", "2")])
     maps = Path(f"/proc/{grader.pool[0].pid}/maps").read_text()
@@ -1502,7 +1550,8 @@ def test_accuracy_and_format_are_reported_without_a_weight(grader):
 
 def test_cheats_get_no_accuracy(grader):
     cheats = [
-        r"\boxed{15} \boxed{5}", r"<think>\boxed{15}</think> \boxed{}", r"\boxed{5, 14, 15, 35}", r"\boxed{5 or 15}", r"\boxed{5} or 15", "15",
+        r"\boxed{15} \boxed{5}", r"<think>\boxed{15}</think> \boxed{}", r"\boxed{5, 14, 15, 35}",
+        r"\boxed{5 or 15}", r"\boxed{5} or 15", "15", r"<think>\boxed{15} or \boxed{5}</think>",
     ]  # fmt: skip
     for name in ("accuracy", "exact", "numeric", "choice", "per_image"):
         gold = "C" if name == "choice" else "15"
@@ -1629,6 +1678,8 @@ def bad(problem, response, gold):
     return float("nan")
 def short(response):
     return 1
+def cut(problem, response, gold):
+    return 1 / 0
 """)
     asked = dataclasses.replace(problem("<image><image>?"), answers=("red", "blue"))
     weights = f"{file}:both=0.5,{file}:both(9)=3,{file}:one=-1"
@@ -1641,6 +1692,11 @@ def short(response):
     ]  # a text stays one
     with pytest.raises(ValueError, match=r"bad' is nan for train.parquet row 17"):
         rewards(f"{file}:bad=1", ["a"], ["4"])
+    with pytest.raises(
+        ValueError, match=r"mine.py:cut' failed for train.parquet row 17: ZeroDiv.*mine.py, line 12"
+    ) as failure:
+        rewards(f"{file}:cut=1", ["a"], ["4"])
+    assert isinstance(failure.value.__cause__, ZeroDivisionError)
     for name in (f"{file}:none", f"{file}:short", f"{tmp_path}/none.py:one"):
         with pytest.raises(ValueError, match=r"unknown reward.*of \(problem, response, gold\)"):
             parse_weights(f"{name}=1")
@@ -1689,6 +1745,16 @@ def test_weights_for_a_source_that_no_problem_has_stop_the_start(tmp_path, tiny,
         settings = train.Settings(model=str(tiny[False]), instruction="", rewards=rewards, **places)
         with pytest.raises(ValueError, match=rf"no problem has: \['{unknown}'\]; see --source_key"):
             train.build(settings, torch.device("cpu"))
+
+
+def test_golds_that_hold_a_whole_solution_are_read_by_every_reward(grader):
+    for name, gold, answer in (
+        ("accuracy", "<answer> 3 </answer>", "3.0"), ("accuracy", "so 1 + 2 #### 3", "3"),
+        ("choice", "<think>A?</think><answer> B </answer>", "b"), ("numeric", "#### 40", "41"),
+        ("exact", "<answer>Red car</answer>", "red car"), ("exact", r"It is \boxed{red}", "red"),
+    ):  # fmt: skip
+        got = rewards(f"{name}=1", [rf"\boxed{{{answer}}}", r"\boxed{A}"], [gold] * 2, grader)
+        assert got["reward"] == [1, 0], gold
 
 
 def test_responses_and_problems_must_pair_up():
@@ -1880,6 +1946,25 @@ def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, proce
     ]
 
 
+def test_the_audit_lists_golds_that_no_normal_answer_can_match(tmp_path):
+    golds = ["15", r"2 \sqrt { 221 }", "Answer: 3", "<answer> 3 </answer>", "1e-05", "red", "- 8",
+             "10 cm", r"\angle 2 and \angle 6", "P(3, 4)", "3 : 4", r"20 y^2 - 10 y", "x < 60",
+             "3 big apples", "between 3 and 5 apples", "5 wugs", "1 2"]  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    rows = [{"answer": gold, "response": ""} for gold in golds]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = audit(file, check=True).stdout
+    assert [line for line in out.splitlines() if "itself" in line] == [
+        "rows.jsonl row 13: gold '3 big apples' equals only itself, not a plain '3'",
+        "rows.jsonl row 14: gold 'between 3 and 5 apples' equals only itself, not a plain '5'",
+        "rows.jsonl row 15: gold '5 wugs' equals only itself, not a plain '5'",
+        "rows.jsonl row 16: gold '1 2' is not equal to itself",
+    ]
+    assert "gradable golds: 13 of 17;" in out
+    # of other rewards than accuracy a plain spelling says nothing
+    assert "gradable golds: 17 of 17" in audit(file, "--rewards", "exact=1", check=True).stdout
+
+
 @pytest.mark.parametrize("line, message", [
     (b'{"answer": "1"', "JSONDecodeError"), (b"[" * 100_000, "RecursionError"), (b'["answer"]', "TypeError"),
     (b"7", "TypeError"), (b'"answer"', "TypeError"), (b'{"question": "?"}', "KeyError.*text or a list"),
@@ -1888,7 +1973,7 @@ def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, proce
     (b'{"answer": "\xff"}', "UnicodeDecodeError"), (b"", "JSONDecodeError"),
 ])  # fmt: skip
 def test_the_audit_names_file_and_row_of_what_is_broken(tmp_path, line, message):
-    (tmp_path / "rows.jsonl").write_bytes(b'{"answer": "1"}\n' + line + b"\n")
+    (tmp_path / "rows.jsonl").write_bytes(b'{"answer": "1", "response": ""}\n' + line + b"\n")
     with pytest.raises(ValueError, match=rf"rows\.jsonl row 1 is broken .*{message}"):
         reward.read_rows(str(tmp_path / "rows.jsonl"), "answer", "data_source")
 
