@@ -28,10 +28,13 @@ import random
 import re
 import resource
 import runpy
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -40,6 +43,9 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the models are tiny, and two workers share the cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a test never downloads
 
 import data
@@ -279,6 +285,11 @@ def build_processor(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS):
 @pytest.fixture(scope="module")
 def processor():
     return build_processor()
+
+
+def few_or_all(few, all_of_them):
+    """Sizes for parametrize: a sample, and with -m slow the whole."""
+    return [few, pytest.param(all_of_them, marks=pytest.mark.slow)]
 
 
 def encode(image, form="PNG", **options):
@@ -579,7 +590,7 @@ def test_resized_size_is_on_the_grid_within_bounds_and_left_alone_by_qwens_rule(
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     same = total = 0
-    for width, height, low, high, factor in random_cases(4000):
+    for width, height, low, high, factor in random_cases(1000):
         try:
             new = data.resized_size(width, height, low, high, factor)
         except ValueError as error:  # bounds of one prime number of tiles, say 263, have no size of aspect below 200
@@ -590,7 +601,7 @@ def test_resized_size_is_on_the_grid_within_bounds_and_left_alone_by_qwens_rule(
         assert smart_resize(new[1], new[0], factor, low, high) == new[::-1]
         same += smart_resize(height, width, factor, low, high) == new[::-1]
         total += 1
-    assert total > 3000 and same > 0.9 * total  # the rule itself wherever it keeps its promise
+    assert total > 750 and same > 0.9 * total  # the rule itself wherever it keeps its promise
 
 
 def test_resize_by_hand():
@@ -1322,7 +1333,7 @@ def test_without_rounding_a_decimal_gold_takes_only_its_value():
 
 
 @pytest.mark.skipif(not GEO3K.exists(), reason="needs shared/geo3k")
-@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", few_or_all(16, 1))
 def test_every_geo3k_gold_is_itself_and_none_of_its_wrong_choices(every):
     rows = [json.loads(line) for line in (GEO3K / "answers.jsonl").read_text().splitlines()]
     assert len(rows) == 2401
@@ -2031,20 +2042,6 @@ def random_groups(actor, counts=(0, 1, 3), lengths=((3, 5), (4, 4, 1), (2, 9)), 
     return groups
 
 
-def draw(engine, prompts, n, seed=0, **options):
-    return engine.generate([[prompt] for prompt in prompts], n, seed, **options)
-
-
-def as_groups(prompts, drawn):
-    """What the engine drew for each prompt, as Actor.logprobs takes it."""
-    return [(p, [r.turns for r in rs]) for p, rs in zip(prompts, drawn, strict=True)]
-
-
-def sampled(drawn):
-    """(N,) sampler_logprobs of all that was drawn."""
-    return torch.cat([r.sampler_logprobs for rollouts in drawn for r in rollouts])
-
-
 @pytest.mark.parametrize("packing", ["shared", "packed", "padded"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_equal_the_plain_hugging_face_forward(actor, packing, temperature):
@@ -2223,27 +2220,25 @@ def test_weights_have_lora_merged_and_equal_a_plain_model(actor, tiny):
 
 
 def test_an_actor_serves_a_notebook_without_processes(tiny):
-    script = f"""
-import model, rollout, torch, transformers
-from PIL import Image
-network = transformers.AutoModelForImageTextToText.from_pretrained({str(tiny[True])!r}, attn_implementation="sdpa")
-actor = model.Actor(network, transformers.AutoProcessor.from_pretrained({str(tiny[True])!r}))
-prompts = [actor.prompt("<image>How many sides?", [Image.new("RGB", (56, 84), "red")]), actor.prompt("Which colour?")]
-drawn = rollout.HFEngine(actor, max_response_tokens=6).generate([[p] for p in prompts], n=3, seed=0)
-groups = [(p, [r.turns for r in rs]) for p, rs in zip(prompts, drawn)]
-gaps = []
-for on in (True, False):
-    actor.checkpoint_activations(on)
-    logprobs, _ = actor.logprobs(groups)
-    logprobs.sum().backward()
-    gaps.append((logprobs - torch.cat([r.sampler_logprobs for rs in drawn for r in rs])).abs().max().item())
-actor.save({str(tiny[True] / "again")!r})
-print(max(gaps) < 1e-5, actor.summarize_trained())
-"""
-    printed = run_python(["-c", script], cwd=HERE)
-    assert printed == (
-        "True parameters trained: language 0.63M of 0.63M, projector 0.20M of 0.20M, tower 0.30M of 0.30M\n"
-    )
+    printed = run_apart("use_in_a_notebook", str(tiny[True])).splitlines()[-1]
+    parts = "language 0.63M of 0.63M, projector 0.20M of 0.20M, tower 0.30M of 0.30M"
+    assert printed == f"True parameters trained: {parts}"
+
+
+def use_in_a_notebook(folder):
+    network = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa")
+    actor = model.Actor(network, AutoProcessor.from_pretrained(folder))
+    image = Image.new("RGB", (56, 84), "red")
+    prompts = [actor.prompt("<image>How many sides?", [image]), actor.prompt("Which colour?")]
+    drawn = draw(rollout.HFEngine(actor, max_response_tokens=6), prompts, 3)
+    gaps = []
+    for on in (True, False):
+        actor.checkpoint_activations(on)
+        logprobs, _ = actor.logprobs(as_groups(prompts, drawn))
+        logprobs.sum().backward()
+        gaps.append((logprobs - sampled(drawn)).abs().max().item())
+    actor.save(Path(folder) / "again")
+    print(max(gaps) < 1e-5, actor.summarize_trained())
 
 
 def test_without_lora_there_is_no_adapter_to_save(actor, tmp_path):
@@ -2367,18 +2362,34 @@ def test_chunked_logprobs_equal_log_softmax_with_gradients(softcap):
 
 
 def test_the_head_holds_one_chunk_of_logits_however_many_tokens():
-    # vocabulary 152k, float32: a chunk of 64 rows is 37 MiB, all logits of 640 rows would be 371
-    # MiB
-    code = (
-        f"import sys, torch, resource; sys.path.insert(0, {str(HERE)!r}); import model; n = int(sys.argv[1])\n"
-        "h, w = torch.randn(n, 16, requires_grad=True), torch.randn(152064, 16, requires_grad=True)\n"
-        "y, none = torch.randint(0, 1000, (n,)), torch.tensor([], dtype=torch.long)\n"
-        "request = model.Request(y, none, 1.0, None, 'value', 64)\n"
-        "model.ChunkedLogprobs.apply(h, w, request)[0].sum().backward()\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
-    )
-    few, many = (float(run_python(["-c", code, str(n)]).splitlines()[-1]) for n in (64, 640))
-    assert many - few < 152064 * 64 * 4 / 2**20
+    # 64 rows of 50,000 float32 are 12.2 MiB; all 640 rows would be 122
+    few, many = (float(run_apart("print_peak_of_the_head", rows)) for rows in (64, 640))
+    assert many - few < 3 * 12.2
+
+
+def print_peak_of_the_head(rows):
+    """MiB that one forward and backward of the head takes at most."""
+    ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # freed blocks of 1 MiB and more go back at once
+    h, weight = (torch.randn(n, 16, requires_grad=True) for n in (rows, 50_000))
+    targets, banned = torch.randint(0, 1000, (rows,)), torch.tensor([], dtype=torch.long)
+    request = model.Request(targets, banned, 1.0, None, "value", 64)
+    before = reset_peak()
+    model.ChunkedLogprobs.apply(h, weight, request)[0].sum().backward()
+    print(mebibytes("VmHWM") - before)
+
+
+def mebibytes(name):
+    """VmRSS or VmHWM, the most that it has been, of this process."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(name + r":\s*(\d+)", status)[1]) / 1024
+
+
+def reset_peak():
+    """Let VmHWM begin anew; returns what is in use, in MiB."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return mebibytes("VmRSS")
 
 
 def test_extract_multi_modal_inputs_reads_the_forward_signature():
@@ -2658,7 +2669,9 @@ def tiny_family(name: str, folder: Path) -> Path:
     if name == "llava":  # as on the hub, where the tower still has a module around it
         file = folder / "model.safetensors"
         weights = load_file(file)
-        named = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in weights.items()}
+        named = {
+            k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in weights.items()
+        }
         save_file(named, file, metadata={"format": "pt"})
     return Path(folder)
 
@@ -2800,74 +2813,22 @@ def process_group():
     torch.distributed.destroy_process_group()
 
 
-def test_sampler_logprobs_equal_the_trainers(actor, process_group):
-    actor.temperature = 0.7
-    prompts = prompts_with(actor, 0, 1, 3, 1)
-    drawn = draw(rollout.HFEngine(actor, max_response_tokens=12), prompts, n=5)
-    assert [len(rollouts) for rollouts in drawn] == [5, 5, 5, 5]
-    with torch.no_grad():
-        logprobs, _ = actor.logprobs(as_groups(prompts, drawn))
-    close(sampled(drawn), logprobs, atol=1e-5)
+def draw(engine, prompts, n, seed=0, **options):
+    return engine.generate([[prompt] for prompt in prompts], n, seed, **options)
 
 
-def test_vision_tokens_are_never_drawn_and_the_rest_is_uniform_when_the_head_is_zero(
-    actor, process_group
-):
-    torch.nn.init.zeros_(actor.model.lm_head.weight)
-    actor.model.generation_config.update(
-        top_k=1, top_p=0.1, repetition_penalty=2.0
-    )  # not the trained distribution
-    engine = rollout.HFEngine(actor, max_response_tokens=30)
-    [group] = draw(engine, prompts_with(actor, 1), n=200)
-    tokens = torch.cat([r.response for r in group])
-    allowed = actor.model.config.text_config.vocab_size - len(actor.banned_ids)
-    assert not torch.isin(tokens, torch.tensor(actor.banned_ids)).any()
-    assert len(tokens.unique()) > 0.95 * allowed
-    close(
-        torch.cat([r.sampler_logprobs for r in group]),
-        torch.full((len(tokens),), -math.log(allowed)),
-        atol=1e-5,
-    )
+def as_groups(prompts, drawn):
+    """What the engine drew for each prompt, as Actor.logprobs takes it."""
+    return [(p, [r.turns for r in rs]) for p, rs in zip(prompts, drawn, strict=True)]
 
 
-def test_a_response_ends_with_the_end_token_or_is_marked_truncated(actor, process_group):
-    torch.nn.init.zeros_(actor.model.lm_head.weight)
-    engine = rollout.HFEngine(actor, max_response_tokens=200)
-    [group] = draw(engine, prompts_with(actor, 0), n=100, seed=1)
-    [end] = actor.eos_ids
-    assert {r.truncated for r in group} == {True, False}
-    for r in group:
-        assert (r.response == end).sum() == (not r.truncated) and len(r.response) == len(
-            r.sampler_logprobs
-        )
-        assert len(r.response) == 200 if r.truncated else r.response[-1] == end
-        assert "<|im_end|>" not in r.text(actor.processor.tokenizer)
+def sampled(drawn):
+    """(N,) sampler_logprobs of all that was drawn."""
+    return torch.cat([r.sampler_logprobs for rollouts in drawn for r in rollouts])
 
 
-def test_generation_is_fixed_by_its_seed_and_greedy_by_nothing(actor, process_group):
-    engine, prompts = rollout.HFEngine(actor, max_response_tokens=8), prompts_with(actor, 1, 0)
-
-    def ids(**options):
-        return [r.response.tolist() for g in draw(engine, prompts, **options) for r in g]
-
-    state = torch.get_rng_state()
-    assert ids(n=3, seed=1) == ids(n=3, seed=1) != ids(n=3, seed=2)
-    assert ids(n=1, seed=1, greedy=True) == ids(n=1, seed=2, greedy=True)
-    assert torch.equal(state, torch.get_rng_state())
-
-
-# --------------------------------------------------------------------------------------------------
-# rollout.py: vLLM
-
-needs_vllm = pytest.mark.skipif(
-    rollout.choose_engine("auto")[0] != "vllm", reason=rollout.choose_engine("auto")[1]
-)
-
-
-def vllm_engine(actor, folder, **changes):
-    settings = dict(dtype=torch.float32, tp=1, memory_fraction=0.3, eager=True, max_prompt_tokens=400,
-                    max_response_tokens=24, max_images=3)  # fmt: skip
-    return rollout.VLLMEngine(actor, str(folder), **settings | changes)
+def drawn_ids(engine, prompts, n, seed, **options):
+    return [r.response.tolist() for rs in draw(engine, prompts, n, seed, **options) for r in rs]
 
 
 def largest_gap(actor, engine, prompts, n=4, seed=0):
@@ -2876,6 +2837,113 @@ def largest_gap(actor, engine, prompts, n=4, seed=0):
     with torch.no_grad():
         logprobs, _ = actor.logprobs(as_groups(prompts, drawn))
     return (sampled(drawn) - logprobs).abs().max().item()
+
+
+needs_vllm = pytest.mark.skipif(
+    rollout.choose_engine("auto")[0] != "vllm", reason=rollout.choose_engine("auto")[1]
+)
+in_vllms_process = [needs_vllm, pytest.mark.xdist_group("vllm")]
+
+
+def with_bounds(folder):
+    """The actor of a model whose processor leaves the tests' images alone, as vLLM needs."""
+    return model.Actor.from_pretrained(str(folder), pixels=(MIN_PIXELS, MAX_PIXELS))
+
+
+def start_vllm(actor, folder, tp=1):
+    limits = dict(max_prompt_tokens=400, max_response_tokens=24, max_images=3, max_videos=2)
+    settings = dict(dtype=torch.float32, tp=tp, memory_fraction=0.3, eager=True)
+    return rollout.VLLMEngine(actor, str(folder), **settings, **limits)
+
+
+class KeptVLLM:
+    """At most one vLLM engine: a start takes seconds, so the tests of one model share it."""
+
+    engine = folder = None
+
+    def engine_for(self, actor, folder):
+        """An engine with the actor's weights; one that has just started has those of the folder."""
+        if self.folder == folder:
+            self.engine.actor = actor
+            self.engine.sync(actor)
+        else:
+            self.close()
+            self.engine = start_vllm(actor, folder)
+            self.folder = folder
+        self.engine.max_response_tokens = 24
+        return self.engine
+
+    def close(self):
+        if self.engine:
+            self.engine.close()
+        self.engine = self.folder = None
+
+
+@pytest.fixture(scope="session")
+def vllm(process_group):
+    kept = KeptVLLM()
+    yield kept
+    kept.close()
+
+
+@pytest.fixture(params=["hf", pytest.param("vllm", marks=in_vllms_process)])
+def engine(request, tiny, process_group):
+    """Either engine, for what both promise, over an actor of its own: engine.actor."""
+    actor = with_bounds(tiny[False])
+    if request.param == "vllm":
+        return request.getfixturevalue("vllm").engine_for(actor, tiny[False])
+    return rollout.HFEngine(actor, max_response_tokens=24)
+
+
+def test_sampler_logprobs_equal_the_trainers(engine):
+    engine.actor.temperature = 0.7
+    prompts = prompts_with(engine.actor, 0, 1, 3, 1)
+    assert [len(rollouts) for rollouts in draw(engine, prompts, 5)] == [5, 5, 5, 5]
+    assert largest_gap(engine.actor, engine, prompts, n=5) < 1e-4
+
+
+def test_without_a_head_all_tokens_but_the_banned_ones_are_drawn_equally_often(engine):
+    actor = engine.actor
+    torch.nn.init.zeros_(actor.model.lm_head.weight)
+    # none of this belongs to the trained distribution
+    actor.model.generation_config.update(top_k=1, top_p=0.1, repetition_penalty=2.0)
+    engine.sync(actor)
+    [rollouts] = drawn = draw(engine, prompts_with(actor, 1), 200)
+    tokens = torch.cat([r.response for r in rollouts])
+    allowed = actor.model.config.text_config.vocab_size - len(actor.banned_ids)
+    assert not torch.isin(tokens, torch.tensor(actor.banned_ids)).any()
+    assert len(tokens.unique()) > 0.95 * allowed
+    close(sampled(drawn), torch.full((len(tokens),), -math.log(allowed)), atol=1e-5)
+
+
+def test_a_response_ends_with_the_end_token_or_is_marked_truncated(engine):
+    actor = engine.actor
+    torch.nn.init.zeros_(actor.model.lm_head.weight)
+    engine.sync(actor)
+    [rollouts] = draw(engine, prompts_with(actor, 0), 100, seed=1)
+    [end] = actor.eos_ids
+    assert {r.truncated for r in rollouts} == {True, False}
+    for r in rollouts:
+        assert (r.response == end).sum() == (not r.truncated)
+        assert len(r.response) == len(r.sampler_logprobs)
+        assert len(r.response) == 24 if r.truncated else r.response[-1] == end
+        assert "<|im_end|>" not in r.text(actor.processor.tokenizer)
+
+
+def test_generation_is_fixed_by_its_seed_and_greedy_by_nothing(engine):
+    prompts = prompts_with(engine.actor, 1, 0, 1)
+    ids = functools.partial(drawn_ids, engine, prompts)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    assert ids(3, seed=1) == ids(3, seed=1) != ids(3, seed=2)
+    assert len({tuple(r) for r in ids(4, seed=1)}) == 12  # no two responses share their noise
+    likeliest = ids(1, seed=1, greedy=True)
+    assert likeliest == ids(1, seed=2, greedy=True)
+    assert likeliest == drawn_ids(rollout.HFEngine(engine.actor, 24), prompts, 1, 0, greedy=True)
+    assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads() == threads
+
+
+# --------------------------------------------------------------------------------------------------
+# rollout.py: vLLM
 
 
 def perturb(actor, part="", scale=0.05, seed=0):
@@ -2887,122 +2955,109 @@ def perturb(actor, part="", scale=0.05, seed=0):
 
 
 @needs_vllm
-@pytest.mark.parametrize("tied", [True, False])
-def test_vllm_follows_the_trainer_through_every_kind_of_update(tiny, process_group, tied):
-    actor = model.Actor.from_pretrained(
-        str(tiny[tied]), pixels=(28 * 28, 28 * 28 * 64), temperature=0.7
-    )
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.parametrize("tied", [False, True])
+def test_vllm_follows_the_trainer_through_every_kind_of_update(tiny, vllm, tied):
+    actor = with_bounds(tiny[tied])
+    actor.temperature = 0.7
     prompts = prompts_with(actor, 0, 1, 3)
-    with contextlib.closing(vllm_engine(actor, tiny[tied])) as engine:
-        assert largest_gap(actor, engine, prompts) < 1e-4
-        # "visual" with the same images: an encoder output cached under the old weights must not
-        # survive
-        for part in ("", "visual", "", "embed_tokens", "norm", "bias"):
-            perturb(actor, part, 0.2 if part else 0.05)
-            assert largest_gap(actor, engine, prompts) > 1e-2, f"{part!r} changed nothing"
-            stats = engine.sync(actor)
-            assert largest_gap(actor, engine, prompts) < 1e-4, part
-        assert stats["gigabytes"] == pytest.approx(
-            4e-9 * sum(v.numel() for v in actor.model.state_dict().values())
-        )
-        assert stats["gigabytes_per_second"] > 0
-        with_lora(actor)
-        assert largest_gap(actor, engine, prompts) > 1e-2
-        engine.sync(actor)
-        assert largest_gap(actor, engine, prompts) < 1e-4
-
-
-@needs_vllm
-@pytest.mark.parametrize("name", ["qwen3_vl", "internvl", "idefics3"])
-def test_vllm_follows_other_families(name, family_folder, process_group):
-    actor = model.Actor.from_pretrained(str(family_folder(name)), pixels=(28 * 28, 28 * 28 * 64))
-    prompts = prompts_with(actor, 0, 1, 2)
-    with contextlib.closing(vllm_engine(actor, family_folder(name))) as engine:
-        assert largest_gap(actor, engine, prompts) < 1e-4
-        perturb(actor)
-        assert largest_gap(actor, engine, prompts) > 1e-2
-        engine.sync(actor)
-        assert largest_gap(actor, engine, prompts) < 1e-4
-
-
-@needs_vllm
-def test_vllm_samples_the_trained_distribution(tiny, process_group):
-    actor = model.Actor.from_pretrained(str(tiny[False]), pixels=(28 * 28, 28 * 28 * 64))
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    with contextlib.closing(vllm_engine(actor, tiny[False])) as engine:
-        prompts = prompts_with(actor, 1, 0, 1)
-
-        def ids(**options):
-            return [r.response.tolist() for g in draw(engine, prompts, **options) for r in g]
-
-        assert ids(n=3, seed=1) == ids(n=3, seed=1) != ids(n=3, seed=2)
-        assert len({tuple(r) for r in ids(n=4, seed=1)}) == 12  # no two responses share their noise
-        assert ids(n=1, seed=1, greedy=True) == ids(n=1, seed=2, greedy=True)
-        hf = rollout.HFEngine(actor, 24)
-        greedy = [g[0].response.tolist() for g in draw(hf, prompts, 1, greedy=True)]
-        assert ids(n=1, seed=0, greedy=True) == greedy
-        torch.nn.init.zeros_(actor.model.lm_head.weight)
-        engine.sync(actor)
-        [group] = draw(engine, prompts[:1], 200)
-        tokens = torch.cat([r.response for r in group])
-        allowed = actor.model.config.text_config.vocab_size - len(actor.banned_ids)
-        assert (
-            not torch.isin(tokens, torch.tensor(actor.banned_ids)).any()
-            and len(tokens.unique()) > 0.95 * allowed
-        )
-        close(
-            torch.cat([r.sampler_logprobs for r in group]),
-            torch.full((len(tokens),), -math.log(allowed)),
-            atol=1e-5,
-        )
-        assert {r.truncated for r in group} == {True, False}
-        for r in group:
-            assert len(r.response) == 24 if r.truncated else r.response[-1] in actor.eos_ids
+    engine = vllm.engine_for(actor, tiny[tied])
     assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads() == threads
+    assert largest_gap(actor, engine, prompts) < 1e-4
+    # "visual" with the same images: an encoder output cached under the old weights must not survive
+    for part in ("", "visual", "", "embed_tokens", "norm", "bias"):
+        perturb(actor, part, 0.2 if part else 0.05)
+        assert largest_gap(actor, engine, prompts) > 1e-2, f"{part!r} changed nothing"
+        stats = engine.sync(actor)
+        assert largest_gap(actor, engine, prompts) < 1e-4, part
+    numbers = sum(v.numel() for v in actor.model.state_dict().values())
+    assert stats["gigabytes"] == pytest.approx(4e-9 * numbers)
+    assert stats["gigabytes_per_second"] > 0
+    with_lora(actor)
+    assert largest_gap(actor, engine, prompts) > 1e-2
+    engine.sync(actor)
+    assert largest_gap(actor, engine, prompts) < 1e-4
+
+
+@needs_vllm
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.parametrize("name", [
+    "qwen3_vl", pytest.param("internvl", marks=pytest.mark.slow), pytest.param("idefics3", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_vllm_follows_other_families(name, family_folder, vllm):
+    actor = with_bounds(family_folder(name))
+    prompts = prompts_with(actor, 0, 1, 2)
+    engine = vllm.engine_for(actor, family_folder(name))
+    assert largest_gap(actor, engine, prompts) < 1e-4
+    perturb(actor)
+    assert largest_gap(actor, engine, prompts) > 1e-2
+    engine.sync(actor)
+    assert largest_gap(actor, engine, prompts) < 1e-4
+
+
+@needs_vllm
+@pytest.mark.xdist_group("vllm")
+def test_vllm_serves_an_exported_model_with_its_adapters_merged(actor, vllm, tmp_path):
+    with_lora(actor).save(tmp_path)
+    exported = with_bounds(tmp_path)
+    prompts = prompts_with(exported, 0, 1)
+    engine = vllm.engine_for(exported, tmp_path)
+    assert largest_gap(exported, engine, prompts) < 1e-4
+    assert largest_gap(actor, engine, prompts) < 1e-4
+
+
+@needs_vllm
+@pytest.mark.xdist_group("vllm")
+def test_vllm_refuses_another_prompt(tiny, vllm):
+    actor = with_bounds(tiny[False])
+    [prompt] = prompts_with(actor, 1)
+    engine = vllm.engine_for(actor, tiny[False])
+    resized = dataclasses.replace(prompt, images=[prompt.images[0].resize((56, 28))])
+    with pytest.raises(RuntimeError, match="another prompt than the trainer"):
+        draw(engine, [resized], 1)
+
+
+LAYER = "model.language_model.layers.1."
+
+
+@needs_vllm
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.parametrize("name, message", [
+    (LAYER + "self_attn.k_proj.weight", "were not in the model"),
+    pytest.param(LAYER + "mlp.down_proj.weight", "were not in the model", marks=pytest.mark.slow),
+    pytest.param(LAYER + "extra.weight", "extra", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_vllm_refuses_another_model_and_ends_without_the_trainers_processes(
+    tiny, vllm, name, message
+):
+    actor = with_bounds(tiny[False])
+    weights = dict(actor.model.state_dict())
+    if name in weights:
+        del weights[name]
+    else:
+        weights[name] = torch.zeros(2)
+    engine = vllm.engine_for(actor, tiny[False])
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        engine.sync(SimpleNamespace(weights=lambda dtype: iter(weights.items())))
+    vllm.close()  # it is not usable after that
     assert torch.distributed.is_initialized()
 
 
 @needs_vllm
-def test_vllm_refuses_another_prompt_and_another_model(tiny, process_group):
-    actor = model.Actor.from_pretrained(str(tiny[False]), pixels=(28 * 28, 28 * 28 * 64))
-    [prompt] = prompts_with(actor, 1)
-    with contextlib.closing(vllm_engine(actor, tiny[False])) as engine:
-        resized = dataclasses.replace(prompt, images=[prompt.images[0].resize((56, 28))])
-        with pytest.raises(RuntimeError, match="another prompt than the trainer"):
-            draw(engine, [resized], 1)
-        with pytest.raises(ValueError, match="greedy with n=2"):
-            draw(engine, [prompt], 2, greedy=True)
-
-    def altered(change):
-        weights = dict(actor.model.state_dict())
-        change(weights)
-        return SimpleNamespace(weights=lambda dtype: iter(weights.items()))
-
-    layer = "model.language_model.layers.1."
-    for change, message in (
-        (lambda w: w.pop(layer + "mlp.down_proj.weight"), "were not in the model"),
-        (lambda w: w.pop(layer + "self_attn.k_proj.weight"), "were not in the model"),
-        (lambda w: w.update({layer + "extra.weight": torch.zeros(2)}), "extra"),
-    ):
-        with contextlib.closing(vllm_engine(actor, tiny[False])) as engine:
-            with pytest.raises((RuntimeError, ValueError), match=message):
-                engine.sync(altered(change))
-
-
-@needs_vllm
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_vllm_follows_sharded_weights_on_two_ranks_and_the_gate_sees_a_missed_sync(tiny, tp):
-    torchrun("check_vllm_on_two_ranks", str(tiny[tp == 1]), str(tp))
+    run_apart("check_vllm_on_two_ranks", str(tiny[tp == 1]), tp, ranks=2)
 
 
 def check_vllm_on_two_ranks(folder, tp):
-    """Run by torchrun, with 2 ranks."""
+    """Run with 2 ranks."""
     device = processes.start_processes()
-    actor = model.Actor.from_pretrained(folder, pixels=(28 * 28, 28 * 28 * 64))
+    actor = with_bounds(folder)
     prompts = prompts_with(actor, 0, 1, 3)[
         :: 1 if torch.distributed.get_rank() else 2
     ]  # 2 on one rank, 3 on the other
-    engine = vllm_engine(actor, folder, tp=int(tp))
+    engine = start_vllm(actor, folder, tp=tp)
     actor.shard(device)
     optimizer = torch.optim.AdamW(actor.model.parameters(), lr=1e-2)
     assert largest_gap(actor, engine, prompts) < 1e-4
@@ -3326,16 +3381,9 @@ def observations(r):
     return [turn for turn in r.turns if isinstance(turn, rollout.Observation)]
 
 
-def test_in_conversations_the_samplers_logprobs_equal_the_trainers(actor, process_group):
-    actor.temperature = 0.7
-    assert conversation_gap(actor, *countdown(actor, rollout.HFEngine(actor, 12))) < 1e-5
-
-
-@needs_vllm
-def test_in_conversations_vllms_logprobs_equal_the_trainers(tiny, process_group):
-    actor = model.Actor.from_pretrained(str(tiny[False]), pixels=(28 * 28, 28 * 28 * 64))
-    with contextlib.closing(vllm_engine(actor, tiny[False], max_response_tokens=12)) as engine:
-        assert conversation_gap(actor, *countdown(actor, engine)) < 1e-4
+def test_in_conversations_the_samplers_logprobs_equal_the_trainers(engine):
+    engine.actor.temperature, engine.max_response_tokens = 0.7, 12
+    assert conversation_gap(engine.actor, *countdown(engine.actor, engine)) < 1e-4
 
 
 def test_a_conversation_over_the_limit_ends_before_its_next_turn(actor, process_group):
@@ -3385,19 +3433,32 @@ def test_the_codeword_environment_by_hand(tmp_path):
         assert game.step(rf"<think>look</think>\boxed{{{said}}}") == (None, reward_of)
 
 
-def test_two_ranks_train_on_conversations_of_which_one_has_none_to_evaluate(tmp_path):
+def test_two_ranks_train_on_conversations_of_which_one_has_none_to_evaluate(seedling, tmp_path):
     figures.make_codewords(tmp_path / "codewords", train=40, test=3)
-    rows = data.load_problems(tmp_path / "codewords")
-    tiny_model.build_warm_tiny(
-        tmp_path / "codeword-model", rows, tiny_model.TINY_INSTRUCTION, updates=30
-    )
-    torchrun("--task", "codeword", "--engine", "hf", "--out", str(tmp_path), "--steps", "1", "--eval_rows", "1",
-             "--prompts_per_step", "6", "--minibatch_prompts", "3", "--responses_per_prompt", "4",
-             "--max_tokens_per_pack", "400", "--kl_coefficient", "0.1", script=HERE / "train.py")  # fmt: skip
-    before, *_ = rows = metrics(tmp_path / "codeword")
-    [step] = [row for row in rows if "train/reward" in row]
-    assert before["eval/format"] == 1  # of the last turn: the first one is "ok"
+    code, log = torchrun(
+        HERE / "train.py", "--task", "codeword", "--engine", "hf", "--out", tmp_path, "--model", seedling / "tiny-model",
+        "--steps", "1", "--eval_rows", "1", "--prompts_per_step", "6", "--minibatch_prompts", "3",
+        "--responses_per_prompt", "4", "--max_tokens_per_pack", "400", "--kl_coefficient", "0.1",
+    )  # fmt: skip
+    assert code == 0, log
+    [step] = learning_steps(tmp_path / "codeword")
     assert step["train/gap"] < 1e-5 and step["train/learnt_tokens"] > 0
+
+
+def test_a_conversation_is_judged_by_its_last_turn(actor, grader):
+    encode_text = actor.processor.tokenizer.encode
+    said = [
+        torch.tensor(encode_text(text + "<|im_end|>"))
+        for text in ("ok", "<think>I look.</think>\\boxed{4}")
+    ]
+    turns = [said[0], rollout.Observation(problem("Now?", ()), 3), said[1]]
+    logprobs = torch.zeros(len(said[0]) + len(said[1]))
+    conversation = rollout.Rollout(turns, logprobs, False, reward=0.25)
+    weights = parse_weights("accuracy=1")
+    got = rollout.score(
+        [[conversation]], [problem()], 1, actor.processor.tokenizer, weights, grader
+    )
+    assert (got["format"].item(), got["accuracy"].item(), got["reward"].item()) == (1, 1, 0.25)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3574,19 +3635,14 @@ def test_a_turn_with_a_video_counts_it_once_in_a_cumulative_trace(actor):
     assert all(torch.equal(got.inputs[name], value) for name, value in later.inputs.items())
 
 
-@needs_vllm
-def test_vllm_sees_the_same_videos(tiny, process_group):
-    actor = model.Actor.from_pretrained(str(tiny[False]), pixels=(28 * 28, 28 * 28 * 64))
-    prompts = mixed_prompts(actor)
-    with contextlib.closing(vllm_engine(actor, tiny[False], max_videos=2)) as engine:
-        assert largest_gap(actor, engine, prompts) < 1e-4
-    assert largest_gap(actor, rollout.HFEngine(actor, 12), prompts) < 1e-5
+def test_engine_and_trainer_see_the_same_videos(engine):
+    assert largest_gap(engine.actor, engine, mixed_prompts(engine.actor)) < 1e-4
 
 
 def test_a_rank_with_text_alone_trains_beside_one_with_images_and_videos(
     tiny, process_group, tmp_path
 ):
-    torchrun("save_mixed_gradients", str(tiny[False]), str(tmp_path / "two.pt"))
+    run_apart("save_mixed_gradients", str(tiny[False]), str(tmp_path / "two.pt"), ranks=2)
     actor = model.Actor.from_pretrained(str(tiny[False]))
     batches = mixed_batches(actor)
     torch.cat([actor.logprobs(batch)[0] for pair in batches for batch in pair]).sum().backward()
@@ -3608,7 +3664,7 @@ def mixed_batches(actor):
 
 
 def save_mixed_gradients(folder, out):
-    """Run by torchrun, with 2 ranks."""
+    """Run with 2 ranks."""
     device = processes.start_processes()
     actor = model.Actor.from_pretrained(folder)
     batches = mixed_batches(actor)
@@ -3621,8 +3677,7 @@ def save_mixed_gradients(folder, out):
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_train_on_a_row_of_text_and_one_of_pictures_and_videos(start, tmp_path):
-    copy_start(start, tmp_path)
+def test_two_ranks_train_on_a_row_of_text_and_one_of_pictures_and_videos(seedling, tmp_path):
     frames = [{"bytes": raw, "path": None} for raw in stills(3)]
     clip = [{"bytes": film(2), "path": None}]
     image = {"bytes": red(), "path": None}
@@ -3634,13 +3689,12 @@ def test_two_ranks_train_on_a_row_of_text_and_one_of_pictures_and_videos(start, 
     )
     write(tmp_path, "test.parquet", problem=["<video>What?"], images=[[]], videos=[clip])
     train_file, test_file = (str(tmp_path / f"{split}.parquet") for split in ("train", "test"))
-    torchrun(*SHORT, "--out", str(tmp_path), "--data", train_file, "--test_data", test_file, "--prompts_per_step", "2",
-             "--minibatch_prompts", "2", "--steps", "2", "--kl_coefficient", "0.1", "--max_frames", "2",
-             "--max_frame_pixels", "1568", script=HERE / "train.py")  # fmt: skip
-    steps = [row for row in metrics(tmp_path / "tiny") if "train/reward" in row]
-    assert len(steps) == 2 and all(
-        row["train/gap"] < 1e-5 and row["train/learnt_tokens"] > 0 for row in steps
-    )
+    folder = train_whole(seedling, tmp_path, "--data", train_file, "--test_data", test_file, "--prompts_per_step", "2",
+                         "--minibatch_prompts", "2", "--responses_per_prompt", "4", "--steps", "2",
+                         "--kl_coefficient", "0.1", "--max_frames", "2", "--max_frame_pixels", "1568", ranks=2)  # fmt: skip
+    steps = learning_steps(folder)
+    assert len(steps) == 2
+    assert all(row["train/gap"] < 1e-5 and row["train/learnt_tokens"] > 0 for row in steps)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3776,7 +3830,7 @@ def test_eight_ranks_get_even_shares_of_real_geometry3k_groups(tiny):
 def small_run(folder, groups_seed=0, prepare=lambda actor: None, **changes):
     """A Run on the tiny model in `folder` with plain SGD: its steps are the gradient, too long to
     be rounded away."""
-    settings, _ = train.parse_settings(["--preset", "tiny", "--engine", "hf"])
+    settings, _ = train.parse_settings(["--preset", "tiny", "--engine", "hf", *own_flags()])
     settings = dataclasses.replace(settings, model=str(folder), kl_coefficient=0.0, **changes)
     actor = model.Actor.from_pretrained(
         settings.model, temperature=settings.temperature, packing=settings.packing
@@ -3871,22 +3925,17 @@ def test_sharding_keeps_trained_weights_in_float32_and_changes_no_logprob(
     assert actor.logprobs(groups)[0].mean() > before.mean()
 
 
-def test_dynamic_sampling_replaces_flat_groups(start, tmp_path):
-    copy_start(start, tmp_path)
-    flags = [str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--steps", "1", "--eval_rows", "2",
-             "--freeze_vision", "true", "--gradient_checkpointing", "true"]  # fmt: skip
+def test_dynamic_sampling_replaces_flat_groups(seedling, tmp_path):
+    flags = (*SHORT, "--steps", "1", "--rewards", "rare=1", "--resume", "no", "--freeze_vision", "true",
+             "--gradient_checkpointing", "true")  # fmt: skip
     tokens = []
     for extra in ("0", "3"):
-        run_python([*flags, "--dynamic_sampling", extra])
-        tokens += [
-            row["train/learnt_tokens"]
-            for row in metrics(tmp_path / "tiny")
-            if "train/reward" in row
-        ]
-    assert tokens[0] < tokens[1]
-    assert (
-        tmp_path / "tiny.1" / "metrics.jsonl"
-    ).exists()  # the first run was set aside, not mixed up
+        folder = train_whole(seedling, tmp_path, *flags, "--dynamic_sampling", extra)
+        [step] = learning_steps(folder)
+        tokens.append(step["train/learnt_tokens"])
+    assert 0 < tokens[0] < tokens[1]
+    # the first run was set aside, not mixed up
+    assert (tmp_path / "tiny.1" / "metrics.jsonl").exists()
 
 
 def test_a_sampler_that_is_not_the_policy_stops_the_run(tiny, process_group):
@@ -3903,7 +3952,12 @@ def test_a_sampler_that_is_not_the_policy_stops_the_run(tiny, process_group):
 def test_two_processes_that_share_prompts_equal_one_that_pads(
     tiny, process_group, tmp_path, prepare
 ):
-    torchrun("save_one_update", str(tiny[False]), str(tmp_path / "two.pt"), prepare)
+    arguments = str(tiny[False]), str(tmp_path / "two.pt"), prepare
+    if prepare == "nothing":
+        code, log = torchrun(__file__, "save_one_update", *map(json.dumps, arguments))
+        assert code == 0, log
+    else:
+        run_apart("save_one_update", *arguments, ranks=2)
     totals, weights, _ = one_update(tiny[False], packing="padded", prepare=globals()[prepare])
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     assert two["loss"] == pytest.approx(totals["loss"], rel=1e-5)
@@ -3921,7 +3975,7 @@ def nothing(actor):
 
 
 def save_one_update(folder, out, prepare):
-    """Run by torchrun, with 2 ranks."""
+    """Run with 2 ranks."""
     processes.start_processes()
     totals, weights, _ = one_update(folder, max_tokens_per_pack=100, prepare=globals()[prepare])
     if torch.distributed.get_rank() == 0:
@@ -3929,55 +3983,120 @@ def save_one_update(folder, out, prepare):
     torch.distributed.destroy_process_group()
 
 
-def run_python(arguments, **options):
-    """Run a Python of this environment to its end; returns what it printed, errors included."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+def nursery():
+    """Import everything once; then, for every job on stdin, fork its ranks and print how they ended.
+
+    A job names a function of this file, which a rank calls. Any rank that fails ends the others.
+    """
+    for line in sys.stdin:
+        job = json.loads(line)
+        Path(job["log"]).write_text("")
+        with socket.create_server(("localhost", 0)) as free:
+            port = free.getsockname()[1]
+        ranks = set()
+        for rank in range(job["ranks"]):
+            child = os.fork()
+            if child == 0:
+                be_rank(job, rank, port)
+            ranks.add(child)
+        first_failure = 0
+        while ranks:
+            child, status = os.wait()
+            ranks.remove(child)
+            code = os.waitstatus_to_exitcode(status)
+            if code and not first_failure:
+                first_failure = code
+                for other in ranks:
+                    os.kill(other, signal.SIGKILL)
+        print(first_failure, flush=True)
+
+
+def be_rank(job, rank, port):
+    """Run a job in this process as torchrun would, and end it without what Python does at exit."""
+    code = 1
+    signal.alarm(job["seconds"])
+    try:
+        log = os.open(job["log"], os.O_WRONLY | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        if job["ranks"] > 1:
+            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+            os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(job["ranks"]))
+        sys.argv = [job["function"], *map(str, job["arguments"])]
+        globals()[job["function"]](*job["arguments"])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+@functools.cache
+def start_nursery():
+    """The process that runs nursery(); it ends with this one."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    command = [sys.executable, __file__, "nursery"]
+    return subprocess.Popen(command, env=os.environ | ENVIRONMENT, text=True, **pipes)
+
+
+def launch(function, *arguments, ranks=1, seconds=170):
+    """Call a function of this file in `ranks` fresh processes.
+
+    Returns the exit code of the first rank that failed, else 0, and what all ranks printed.
+    """
+    server = start_nursery()
+    with tempfile.NamedTemporaryFile("r") as log:
+        job = dict(
+            function=function, arguments=arguments, ranks=ranks, seconds=seconds, log=log.name
+        )
+        print(json.dumps(job), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        return code, log.read()
+
+
+def run_apart(function, *arguments, **options):
+    """launch for what has to succeed; returns what was printed."""
+    code, log = launch(function, *arguments, **options)
+    assert code == 0, log[-6000:]
+    return log
+
+
+def torchrun(*command, ranks=2, restarts=0, **env):
+    """The real torchrun. Returns the exit code and what was printed."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--max-restarts={restarts}"]
     done = subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
+        [sys.executable, *launcher, f"--nproc_per_node={ranks}", *map(str, command)],
+        env=os.environ | ENVIRONMENT | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        env=env,
-        timeout=180,
-        **options,
+        timeout=170,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def torchrun(*arguments, script=__file__, ranks=2, **options):
-    return run_python(
-        [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-            str(script),
-            *arguments,
-        ],
-        **options,
-    )
+    return done.returncode, done.stdout
 
 
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="session")
-def start(tmp_path_factory):
-    """A short warm-up on few figures, shared by the runs below: they are about the machinery, not
-    the accuracy."""
-    folder = tmp_path_factory.mktemp("start")
-    figures.make_figures(folder / "figures", train=200, test=24)
-    problems = data.load_problems(folder / "figures")
-    tiny_model.build_warm_tiny(
-        folder / "tiny-model", problems, train.PRESETS["tiny"]["instruction"], updates=60
-    )
-    return folder
+SHORT = ("--prompts_per_step", "8", "--minibatch_prompts", "4", "--responses_per_prompt", "4", "--steps", "3",
+         "--eval_every", "3", "--eval_rows", "10", "--save_every", "3", "--max_response_tokens", "24")  # fmt: skip
 
 
-SHORT = ("--preset", "tiny", "--engine", "hf", "--prompts_per_step", "8", "--minibatch_prompts", "4",
-         "--responses_per_prompt", "4", "--steps", "3", "--eval_every", "3", "--eval_rows", "12",
-         "--kl_coefficient", "0")  # fmt: skip
+def learning_steps(folder):
+    return [row for row in metrics(folder) if "train/reward" in row]
 
 
 def copy_start(start, folder):
@@ -3985,13 +4104,18 @@ def copy_start(start, folder):
     return folder
 
 
-@pytest.fixture(scope="session")
-def finished(start, tmp_path_factory):
-    """The folder of a short run that has ended."""
-    folder = copy_start(start, tmp_path_factory.mktemp("finished"))
-    run_python([str(HERE / "train.py"), *SHORT, "--out", str(folder), "--kl_coefficient", "0.1", "--eval_samples", "4",
-                "--minibatch_prompts", "8"])  # fmt: skip
+def train_whole(start, folder, *flags, **options):
+    """A run that has to end well, from a copy of `start`; returns the run's folder."""
+    code, log = train_apart(copy_start(start, folder), *flags, **options)
+    assert code == 0, log[-6000:]
     return folder / "tiny"
+
+
+@pytest.fixture(scope="session")
+def finished(seedling, tmp_path_factory):
+    """The folder of a short run that has ended."""
+    return train_whole(seedling, tmp_path_factory.mktemp("finished"), *SHORT, "--kl_coefficient", "0.1",
+                       "--eval_samples", "4", "--minibatch_prompts", "8")  # fmt: skip
 
 
 def test_a_run_writes_metrics_report_responses_checkpoint_and_export(finished):
@@ -4018,7 +4142,7 @@ def test_a_run_writes_metrics_report_responses_checkpoint_and_export(finished):
         for line in (finished / "responses" / "eval-000003.jsonl").read_text().splitlines()
     ]
     assert (
-        len(records) == 48
+        len(records) == 10 * 4
         and {"question", "answer", "response", "accuracy", "truncated"} <= records[0].keys()
     )
     exported = model.Actor.from_pretrained(str(finished / "model"))
@@ -4030,26 +4154,17 @@ def test_a_run_writes_metrics_report_responses_checkpoint_and_export(finished):
     assert report["curves"]["train/kl"][2] == [3, pytest.approx(steps[2]["train/kl"], rel=1e-4)]
 
 
-PLAIN = """
-import sys, model, torch, transformers
-folder, ids = sys.argv[1], torch.tensor([eval(sys.argv[2])])
-network, processor = (getattr(transformers, f"Auto{x}").from_pretrained(folder)
-                      for x in ("ModelForImageTextToText", "Processor"))
-assert processor.chat_template and network.generation_config.eos_token_id == processor.tokenizer.eos_token_id
-print(network(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist())
-"""
-
-
 @pytest.mark.parametrize(
     "flags, ranks", [((), 2), (("--lora_rank", "4", "--learning_rate", "1e-2"), 1)]
 )
 def test_an_exported_checkpoint_scores_as_the_trainer_in_a_fresh_process_and_in_vllm(
-    start, tmp_path, process_group, flags, ranks
+    seedling, tmp_path, process_group, flags, ranks
 ):
-    copy_start(start, tmp_path)
-    torchrun(*SHORT, "--out", str(tmp_path), *flags, script=HERE / "train.py", ranks=ranks)
-    out, checkpoint = tmp_path / "exported", tmp_path / "tiny" / "checkpoints" / "step-000003"
-    run_python([str(HERE / "model.py"), "export", str(checkpoint), str(out)])
+    checkpoint = (
+        train_whole(seedling, tmp_path, *SHORT, *flags, ranks=ranks) / "checkpoints" / "step-000003"
+    )
+    out = tmp_path / "exported"
+    run_apart("run_model", "export", str(checkpoint), str(out))
     weights = load_file(out / "model.safetensors")
     assert all(
         torch.equal(w, weights[n])
@@ -4078,51 +4193,44 @@ def test_an_exported_checkpoint_scores_as_the_trainer_in_a_fresh_process_and_in_
     assert weights.keys() == base.keys() and any(
         not torch.equal(w, base[n]) for n, w in weights.items()
     )
-    got = run_python(["-c", PLAIN, str(out), str(ids.tolist())], cwd=HERE).splitlines()[-1]
+    got = run_apart("print_plain_scores", str(out), ids.tolist()).splitlines()[-1]
     close(torch.tensor(json.loads(got)), expected, atol=1e-4)
 
     if not flags:
         return
-    run_python(
-        [
-            str(HERE / "model.py"),
-            "export",
-            str(checkpoint),
-            str(tmp_path / "apart"),
-            "--keep_adapter",
-        ]
-    )
+    run_apart("run_model", "export", str(checkpoint), str(tmp_path / "apart"), "--keep_adapter")
     from peft import PeftModel
 
     apart = PeftModel.from_pretrained(
         AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny-model"), tmp_path / "apart")  # fmt: skip
     logits = apart(input_ids=ids[None]).logits[0, :-1]
     close(logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0], expected, atol=1e-4)
-    if importlib.util.find_spec("vllm"):
-        exported = model.Actor.from_pretrained(str(out), pixels=(28 * 28, 28 * 28 * 64))
-        with contextlib.closing(vllm_engine(exported, out)) as engine:
-            assert largest_gap(exported, engine, prompts_with(exported, 0, 1)) < 1e-4
 
 
 @pytest.mark.skipif(not GEO3K.exists(), reason="the Geometry3K sample is not there")
-def test_two_steps_on_real_geometry3k_rows(start, tmp_path):
-    copy_start(start, tmp_path)
-    run_python(
-        [str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--steps", "2", "--data", str(GEO3K / "train.parquet"),
-         "--test_data", str(GEO3K / "validation.parquet"), "--max_pixels", str(28 * 28 * 48), "--min_pixels", "784",
-         "--max_prompt_tokens", "600", "--prompts_per_step", "4", "--eval_every", "2"]
+def test_two_steps_on_real_geometry3k_rows(seedling, tmp_path):
+    folder = train_whole(
+        seedling, tmp_path, *SHORT, "--steps", "2", "--data", str(GEO3K / "train.parquet"), "--test_data",
+        str(GEO3K / "validation.parquet"), "--max_pixels", str(28 * 28 * 48), "--min_pixels", "784",
+        "--max_prompt_tokens", "600", "--prompts_per_step", "4", "--eval_every", "2",
     )  # fmt: skip
-    steps = [row for row in metrics(tmp_path / "tiny") if "train/reward" in row]
+    steps = learning_steps(folder)
     assert len(steps) == 2 and all(row["train/gap"] < 1e-4 for row in steps)
 
 
-def test_grpo_learns(start, tmp_path):
+def test_grpo_learns(tmp_path):
     """The smallest problem there is: one colour question, learnt from a model that only knows the
     format."""
-    copy_start(start, tmp_path)
-    run_python([str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--steps", "30", "--eval_every", "30",
-                "--prompts_per_step", "16", "--minibatch_prompts", "16", "--responses_per_prompt", "8"])  # fmt: skip
-    rewards = [row["train/reward"] for row in metrics(tmp_path / "tiny") if "train/reward" in row]
+    start = tmp_path / "start"
+    figures.make_figures(start / "figures", train=200, test=24)
+    problems = data.load_problems(start / "figures")
+    instruction = train.PRESETS["tiny"]["instruction"]
+    tiny_model.build_warm_tiny(start / "tiny-model", problems, instruction, updates=60)
+    folder = train_whole(
+        start, tmp_path / "run", *SHORT, "--steps", "30", "--eval_every", "30", "--prompts_per_step", "16",
+        "--minibatch_prompts", "16", "--responses_per_prompt", "8", "--rewards", "accuracy=0.9,format=0.1",
+    )  # fmt: skip
+    rewards = [row["train/reward"] for row in learning_steps(folder)]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
 
 
@@ -4139,6 +4247,7 @@ def test_the_readme_defines_every_metric_that_a_run_logs_and_no_other(finished):
     names = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell[1])]
     patterns = {name: re.sub("[A-Z]+", ".+", re.escape(name)) for name in names}
     logged = {name for row in metrics(finished) for name in row} - {"step"}
+    logged = {name for name in logged if "varied" not in name}  # this run's own reward
     for name in logged:
         assert any(re.fullmatch(pattern, name) for pattern in patterns.values()), (
             f"{name} is not in the README"
@@ -4206,7 +4315,9 @@ def test_the_report_is_one_page_that_loads_nothing_and_holds_text_as_data(tmp_pa
     )
     assert "default-src 'none'" in page
     report = embedded(tmp_path)
-    texts = [token[0] for token in report["steps"][0]["groups"][0]["responses"][0]["turns"][0]["tokens"]]
+    texts = [
+        token[0] for token in report["steps"][0]["groups"][0]["responses"][0]["turns"][0]["tokens"]
+    ]
     assert texts == [text.replace("\ud800", "?") for text in HOSTILE]
     assert "train/loss" not in report["curves"]  # JSON has no nan
     assert len(list(tmp_path.iterdir())) == 4  # what it is made from, and itself
@@ -4330,20 +4441,11 @@ def test_weights_and_biases_is_refused_where_it_is_missing(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
-def test_weights_and_biases_gets_every_metric_of_every_step(start, tmp_path, monkeypatch):
-    copy_start(start, tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    run_python(
-        [str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--steps", "2", "--wandb", "grpo"]
-    )
-    [log] = (tmp_path / "tiny" / "wandb").glob("offline-run-*/run-*.wandb")
+def test_weights_and_biases_gets_every_metric_of_every_step(seedling, tmp_path):
+    folder = train_whole(seedling, tmp_path, "--steps", "2", "--wandb", "grpo")
+    [log] = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     seen = log.read_bytes()
-    assert all(
-        name.encode() in seen
-        for row in metrics(tmp_path / "tiny")
-        for name in row
-        if name != "step"
-    )
+    assert all(name.encode() in seen for row in metrics(folder) for name in row if name != "step")
 
 
 def test_a_conversation_is_shown_with_what_was_read_and_what_the_picture_gave(actor):
@@ -4397,7 +4499,9 @@ def test_the_page_opens_on_a_coloured_step_and_has_a_second_view_where_there_is_
     assert opened.count('class="read"') == 8 and opened.count("8 responses, scroll sideways") == 2
     picture_view = browse(page, "#2/picture")
     assert 'id="groups" class="picture"' in picture_view
-    assert picture_view.count('class="down clear"') == 8 * 2 + 1  # in the group with a picture alone
+    assert (
+        picture_view.count('class="down clear"') == 8 * 2 + 1
+    )  # in the group with a picture alone
     assert picture_view.count(">row 1 · no picture, so nothing to compare") == 1
     assert "the picture gave 0.25 nats a token" in picture_view  # (1.5 - 1.0) / 2
     without = browse(page, "#1/picture")  # no token of step 1 has a fourth number
@@ -4410,7 +4514,9 @@ def test_every_curve_has_a_title_and_says_what_is_healthy_and_broken():
     template = (HERE / "support" / "report.html").read_text()
     panels = template.split("const PANELS = [")[1].split("\n];")[0].split("\n  {title: ")[1:]
     for panel in panels:
-        assert re.search(r'healthy:\s+"[^"]+"', panel) and re.search(r'broken:\s+"[^"]+"', panel), panel
+        assert re.search(r'healthy:\s+"[^"]+"', panel) and re.search(r'broken:\s+"[^"]+"', panel), (
+            panel
+        )
     named = {name for panel in panels for name in re.findall(r'"(train/\w+)"', panel)}
     table = (HERE / "README.md").read_text().split("| metric |")[1].split("\n## ")[0]
     assert set(re.findall(r"`(train/\w+)`", table)) <= named
@@ -4419,7 +4525,9 @@ def test_every_curve_has_a_title_and_says_what_is_healthy_and_broken():
 def test_without_a_terminal_progress_is_a_plain_line_every_ten_steps(
     tiny, process_group, tmp_path, capsys
 ):
-    run, groups = small_run(tiny[False], out=str(tmp_path), name="run", steps=25, minibatch_prompts=8)
+    run, groups = small_run(
+        tiny[False], out=str(tmp_path), name="run", steps=25, minibatch_prompts=8
+    )
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     for g in groups:
@@ -4539,27 +4647,35 @@ def struck(function, number, event, count):
     return wrapper
 
 
-def faulty_run(job):
-    """train.py with a reward that is never flat, and with a fault. Run by the nursery and by
-    torchrun."""
-    job = json.loads(job)
-    reward.REWARDS["varied"] = lambda problem, response, gold: (
-        random.random()
-    )  # from a global random state
-    if job["watch"]:
-        watch(Path(job["watch"]))
-    if job["fault"].isdigit():  # no file can become longer, as if the disk were full
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(job["fault"]), resource.RLIM_INFINITY))
-    elif job["fault"] == "memory":
+def faulty_run(argv, faults):
+    """train.py with a reward that is never flat, and with faults.
+
+    Faults: `kill`, see strike, on rank `rank`; `file_bytes`, which no file can exceed, as if the
+    disk were full; `memory`, the GPU's is full; `watch`, a file to note this process's needs in.
+    """
+    reward.REWARDS |= dict(varied=varied, rare=rare)
+    if "watch" in faults:
+        watch(Path(faults["watch"]))
+    if "memory" in faults:
         reward.REWARDS["varied"] = out_of_memory
-    elif job["fault"] and os.environ.get("RANK", "0") == job["rank"]:
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            strike(job["fault"])
-    if job["script"]:
-        sys.argv = [job["script"], *job["argv"]]
-        runpy.run_path(job["script"], run_name="__main__")
+    if "file_bytes" in faults:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (faults["file_bytes"], resource.RLIM_INFINITY))
+    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if "kill" in faults and first_life and int(os.environ.get("RANK", 0)) == faults.get("rank", 0):
+        strike(faults["kill"])
+    sys.argv = [faults.get("script", "train.py"), *argv]
+    if "script" in faults:
+        runpy.run_path(faults["script"], run_name="__main__")
     else:
-        train.main(job["argv"])
+        train.main(argv)
+
+
+def varied(problem, response, gold):
+    return random.random()  # from a global random state
+
+
+def rare(problem, response, gold):
+    return float(random.random() < 0.2)
 
 
 def out_of_memory(problem, response, gold):
@@ -4587,55 +4703,24 @@ def watch(file):
     reward.REWARDS["varied"] = look
 
 
-def nursery():
-    """Import everything once; then, for every job on stdin, fork a child that runs it, and print
-    how it ended."""
-    for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                log = os.open(json.loads(line)["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(log, 1)
-                os.dup2(log, 2)
-                faulty_run(line)
-                code = 0
-            except SystemExit as stop:
-                code = stop.code
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
 STEPS = ("--preset", "tiny", "--engine", "hf", "--prompts_per_step", "2", "--minibatch_prompts", "1", "--steps", "6",
          "--responses_per_prompt", "2", "--max_response_tokens", "4", "--eval_every", "3", "--eval_rows", "2",
          "--kl_coefficient", "0", "--rewards", "accuracy=0.5,varied=1", "--save_every", "2")  # fmt: skip
 
 
-def job(folder, *flags, fault="", rank="0", watch="", script=""):
-    argv = [*STEPS, "--out", str(folder), "--resume", "auto", *flags]
-    files = dict(watch=str(watch), script=str(script), log=str(folder / "log.txt"))
-    return json.dumps(dict(argv=argv, fault=fault, rank=rank) | files)
+def own_flags():
+    """The user's own settings: FLAGS="--optimizer mine" pytest test_all.py -k killed_again."""
+    return shlex.split(os.environ.get("FLAGS", ""))
 
 
-@pytest.fixture(scope="session")
-def launch():
-    """A function that runs train.py in a folder, on one process, and returns its exit code and what
-    it printed."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    server = subprocess.Popen([sys.executable, __file__, "nursery"], env=env, text=True, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE)  # fmt: skip
+def argv_of(folder, *flags):
+    """A run of a few small steps in a folder."""
+    return [*STEPS, "--out", str(folder), "--resume", "auto", *own_flags(), *flags]
 
-    def run(folder, *flags, **options):
-        print(job(folder, *flags, **options), file=server.stdin, flush=True)
-        return int(server.stdout.readline()), (folder / "log.txt").read_text()
 
-    yield run
-    server.stdin.close()
-    server.wait()
+def train_apart(folder, *flags, ranks=1, seconds=170, **faults):
+    """train.py in a folder; returns its exit code and what it printed. Faults: see faulty_run."""
+    return launch("faulty_run", argv_of(folder, *flags), faults, ranks=ranks, seconds=seconds)
 
 
 @pytest.fixture(scope="session")
@@ -4644,7 +4729,7 @@ def seedling(tmp_path_factory):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     folder = tmp_path_factory.mktemp("seedling")
-    figures.make_figures(folder / "figures", train=20, test=5)
+    figures.make_figures(folder / "figures", train=20, test=10)
     tiny_model.build_tiny(
         folder / "tiny-model", ["How many sides? <think>I look.</think>\\boxed{4}<|im_end|>"] * 2
     )
@@ -4682,10 +4767,10 @@ def assert_same(got, expected):
 
 
 @pytest.fixture(scope="session")
-def unbroken(launch, seedling, tmp_path_factory):
+def unbroken(seedling, tmp_path_factory):
     """The outcome of a run that nothing happened to."""
     folder = copy_start(seedling, tmp_path_factory.mktemp("unbroken"))
-    code, log = launch(folder)
+    code, log = train_apart(folder)
     assert code == 0, log
     rows, weights, state = outcome(folder)
     assert weights != (folder / "tiny-model" / "model.safetensors").read_bytes()
@@ -4708,54 +4793,50 @@ KILLS = (  # wherever a run can be; the first ones are met one after another by 
 CHAIN = KILLS[:10]
 
 
-def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(
-    launch, seedling, unbroken, tmp_path
-):
+def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(seedling, unbroken, tmp_path):
     copy_start(seedling, tmp_path)
     for i, kill in enumerate(CHAIN):
-        code, log = launch(tmp_path, "--save_in_background", str(i % 2 == 0), fault=f"9 {kill}")
+        code, log = train_apart(tmp_path, "--save_in_background", str(i % 2 == 0), kill=f"9 {kill}")
         assert code == -9, f"{kill}\n{log}"
         if "Log.write" in kill:  # a kill in the middle of a line
             with (tmp_path / "tiny" / "metrics.jsonl").open("a") as file:
                 file.write('{"step": 5, "train/rew')
-    code, log = launch(tmp_path)
+    code, log = train_apart(tmp_path)
     assert code == 0 and "resumed from" in log, log
     assert_same(outcome(tmp_path), unbroken)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", KILLS)
-def test_a_run_killed_anywhere_ends_as_if_nothing_had_happened(
-    launch, seedling, unbroken, tmp_path, kill
-):
+def test_a_run_killed_anywhere_ends_as_if_nothing_had_happened(seedling, unbroken, tmp_path, kill):
     copy_start(seedling, tmp_path)
-    code, log = launch(
-        tmp_path, "--save_in_background", str(KILLS.index(kill) % 2 == 1), fault=f"9 {kill}"
+    code, log = train_apart(
+        tmp_path, "--save_in_background", str(KILLS.index(kill) % 2 == 1), kill=f"9 {kill}"
     )
     assert code == -9, log
-    code, log = launch(tmp_path)
+    code, log = train_apart(tmp_path)
     assert code == 0, log
     assert_same(outcome(tmp_path), unbroken)
 
 
 @pytest.mark.slow
-def test_a_killed_run_with_vllm_ends_as_if_nothing_had_happened(launch, seedling, tmp_path):
+def test_a_killed_run_with_vllm_ends_as_if_nothing_had_happened(seedling, tmp_path):
     pytest.importorskip("vllm")
     whole, killed = (copy_start(seedling, tmp_path / name) for name in ("whole", "killed"))
-    code, log = launch(whole, "--engine", "vllm")
+    code, log = train_apart(whole, "--engine", "vllm")
     assert code == 0, log
-    code, log = launch(killed, "--engine", "vllm", fault="9 call train.update 7")
+    code, log = train_apart(killed, "--engine", "vllm", kill="9 call train.update 7")
     assert code == -9, log
-    code, log = launch(killed, "--engine", "vllm")
+    code, log = train_apart(killed, "--engine", "vllm")
     assert code == 0 and "resumed from" in log, log
     assert_same(outcome(killed), outcome(whole))
 
 
 def test_a_signal_ends_the_run_after_the_step_and_a_second_one_at_once(
-    launch, seedling, unbroken, tmp_path
+    seedling, unbroken, tmp_path
 ):
     copy_start(seedling, tmp_path)
-    code, log = launch(tmp_path, fault="15 call train.update 5")
+    code, log = train_apart(tmp_path, kill="15 call train.update 5")
     assert (
         code == 143
         and "step 3: SIGTERM; the checkpoint is written, go on with --resume auto" in log
@@ -4763,41 +4844,37 @@ def test_a_signal_ends_the_run_after_the_step_and_a_second_one_at_once(
     assert (
         tmp_path / "tiny" / "checkpoints" / "step-000003"
     ).is_dir() and "model exported" not in log
-    code, log = launch(tmp_path, fault="2 call train.score 1")
+    code, log = train_apart(tmp_path, kill="2 call train.score 1")
     assert code == 130 and "step 4: SIGINT" in log, log
-    code, log = launch(tmp_path, fault="2 call train.update 1; 2 call train.update 2")
+    code, log = train_apart(tmp_path, kill="2 call train.update 1; 2 call train.update 2")
     assert code == -2 and "SIGINT" not in log, log
-    code, log = launch(tmp_path)
+    code, log = train_apart(tmp_path)
     assert code == 0, log
     assert_same(outcome(tmp_path), unbroken)
 
 
-def test_a_full_disk_stops_the_run_and_loses_no_earlier_checkpoint(
-    launch, seedling, unbroken, tmp_path
-):
+def test_a_full_disk_stops_the_run_and_loses_no_earlier_checkpoint(seedling, unbroken, tmp_path):
     copy_start(seedling, tmp_path)
-    code, log = launch(
-        tmp_path, fault="15 call train.update 4"
+    code, log = train_apart(
+        tmp_path, kill="15 call train.update 4"
     )  # leaves with a checkpoint of step 2
     assert code == 143, log
-    code, log = launch(tmp_path, fault="1000000")  # bytes, and a checkpoint has 7 million
+    code, log = train_apart(tmp_path, file_bytes=1_000_000)  # bytes, and a checkpoint has 7 million
     assert code == 1 and re.search(
         r"step 4: a checkpoint could not be written \(rank 0: .*File too large", log
     ), log
     assert "go on with --resume auto" in log
-    code, log = launch(tmp_path)
+    code, log = train_apart(tmp_path)
     assert code == 0 and "step-000002" in log, log
     assert_same(outcome(tmp_path), unbroken)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
-    launch, seedling, unbroken, tmp_path
-):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(seedling, unbroken, tmp_path):
     copy_start(seedling, tmp_path)
-    launch(tmp_path, fault="15 call train.update 7")
+    train_apart(tmp_path, kill="15 call train.update 7")
     [shard] = (tmp_path / "tiny" / "checkpoints" / "step-000004").glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-1000])
-    code, log = launch(tmp_path, "--learning_rate", "6.5e-4", "--steps", "5")
+    code, log = train_apart(tmp_path, "--learning_rate", "6.5e-4", "--steps", "5")
     assert code == 0 and re.search(
         "step-000004 is damaged.*step-000004.1; trying the one before", log
     ), log
@@ -4807,13 +4884,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     )
 
 
-def test_resume_must_have_a_checkpoint(launch, seedling, tmp_path):
-    code, log = launch(copy_start(seedling, tmp_path), "--resume", "must")
+def test_resume_must_have_a_checkpoint(seedling, tmp_path):
+    code, log = train_apart(copy_start(seedling, tmp_path), "--resume", "must")
     assert code == 1 and "--resume must: no whole checkpoint in" in log
 
 
-def test_the_folder_of_a_run_says_what_it_is_made_of(launch, seedling, tmp_path):
-    launch(copy_start(seedling, tmp_path), fault="15 call train.build 1")
+def test_the_folder_of_a_run_says_what_it_is_made_of(seedling, tmp_path):
+    train_apart(copy_start(seedling, tmp_path), kill="15 call train.build 1")
     made = json.loads((tmp_path / "tiny" / "run.json").read_text())
     assert {
         "command",
@@ -4857,7 +4934,7 @@ def whole_state(run):
 
 
 def go_on_with_two_ranks(folder, out):
-    """Run by torchrun: go on from the checkpoint of one rank, and leave one of two."""
+    """Run with 2 ranks: go on from the checkpoint of one rank, and leave one of two."""
     processes.start_processes()
     run, groups = adam_run(folder, out)
     checkpoint.load_checkpoint(
@@ -4877,7 +4954,7 @@ def test_a_checkpoint_of_one_rank_goes_on_with_two_and_the_reverse(tiny, process
     learn(run, groups)
     checkpoint.save_checkpoint(run)
     saved = whole_state(run)
-    torchrun("go_on_with_two_ranks", str(tiny[False]), str(tmp_path))
+    run_apart("go_on_with_two_ranks", str(tiny[False]), str(tmp_path), ranks=2)
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     assert two["states"][0].keys() == saved.keys()
     assert all(torch.equal(two["states"][0][name], value) for name, value in saved.items())
@@ -5024,10 +5101,14 @@ def test_a_run_goes_on_exactly_with_any_optimizer(tiny, process_group, tmp_path,
     assert same(whole_state(again), whole_state(run))
     names = {name.split(" ")[-1] for name in whole_state(run) if " " in name}
     adam = {"step", "exp_avg", "exp_avg_sq"}
-    assert names == {"adamw": adam, "muon": adam | {"momentum_buffer"}}.get(kind, {"momentum_buffer"})
+    assert names == {"adamw": adam, "muon": adam | {"momentum_buffer"}}.get(
+        kind, {"momentum_buffer"}
+    )
 
 
-def test_muon_takes_the_language_models_matrices_and_a_learning_rate_serves_both(tiny, process_group):
+def test_muon_takes_the_language_models_matrices_and_a_learning_rate_serves_both(
+    tiny, process_group
+):
     run, _ = small_run(tiny[False], optimizer="muon", prepare=lambda actor: actor.freeze("tower"))
     optimizer, schedule = train.build_optimizer(run.settings, run.actor)
     matrices, rest = (set(group["param_names"]) for group in optimizer.param_groups)
@@ -5058,15 +5139,15 @@ def test_state_that_a_checkpoint_would_miss_is_an_error_when_it_is_saved(
 ):
     run, groups = run_with("hiding", tiny[False], tmp_path)
     learn(run, groups)
-    with pytest.raises(RuntimeError, match="is updated, and optimizer.state holds nothing for it"):
+    with pytest.raises(RuntimeError, match=r"is updated, and optimizer.state holds nothing for it"):
         checkpoint.save_checkpoint(run)
     run, groups = adam_run(tiny[False], tmp_path)
     run.optimizer.state[run.optimizer.param_groups[0]["params"][1]]["age"] = 3
-    with pytest.raises(RuntimeError, match="holds age = 3 for .* tensors alone"):
+    with pytest.raises(RuntimeError, match=r"holds age = 3 for .* tensors alone"):
         checkpoint.save_checkpoint(run)
     first = [next(run.actor.model.named_parameters())]
     run.optimizer = torch.optim.AdamW(first)
-    with pytest.raises(RuntimeError, match="is trained, and not among optimizer.param_groups"):
+    with pytest.raises(RuntimeError, match=r"is trained, and not among optimizer.param_groups"):
         checkpoint.save_checkpoint(run)
     run.optimizer = torch.optim.AdamW([first[0][1]])
     with pytest.raises(ValueError, match="make it from named_parameters"):
@@ -5154,8 +5235,8 @@ def test_an_update_that_is_not_finite_is_kept_for_study_and_stops_the_run(
     assert where == "train.parquet row 17" and prompt.dtype == torch.long and len(responses) == 4
 
 
-def test_a_full_gpu_names_the_setting_and_how_far_to_lower_it(launch, seedling, tmp_path):
-    code, log = launch(copy_start(seedling, tmp_path), fault="memory")
+def test_a_full_gpu_names_the_setting_and_how_far_to_lower_it(seedling, tmp_path):
+    code, log = train_apart(copy_start(seedling, tmp_path), memory=True)
     assert (
         code == 1 and "set --max_tokens_per_pack to 4096 or --gradient_checkpointing true" in log
     ), log
@@ -5307,14 +5388,15 @@ def test_a_parquet_file_that_is_not_whole_is_refused_by_name(tmp_path, how):
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about what it finds in the headers
-def test_broken_bytes_of_every_format_are_readable_or_a_value_error():
+@pytest.mark.parametrize("count", few_or_all(500, 4000))
+def test_broken_bytes_of_every_format_are_readable_or_a_value_error(count):
     rng, noise = random.Random(0), Image.effect_noise((24, 31), 50).convert("RGB")
     exif = Image.Exif()
     exif[0x112] = 6
     options = [dict(form="JPEG", exif=exif), dict(form="WEBP", lossless=True)]
     options += [dict(form=form) for form in data.FORMATS]
     files, refused = [encode(noise, **option) for option in options], 0
-    for i in range(4000):
+    for i in range(count):
         raw = bytearray(files[i % len(files)])
         for _ in range(rng.choice((1, 2, 5, 20))):
             place = rng.randrange(rng.choice((len(raw), min(len(raw), 120))))
@@ -5323,12 +5405,12 @@ def test_broken_bytes_of_every_format_are_readable_or_a_value_error():
             data.decode_image(bytes(raw[: rng.choice((None, len(raw) // 2))]))
         except ValueError:
             refused += 1
-    assert 1000 < refused < 4000
+    assert count / 4 < refused < count
 
 
-def test_the_same_file_is_not_trained_on_and_held_out(launch, seedling, tmp_path):
+def test_the_same_file_is_not_trained_on_and_held_out(seedling, tmp_path):
     copy_start(seedling, tmp_path)
-    code, log = launch(tmp_path, "--data", str(tmp_path / "figures" / "train.parquet"))
+    code, log = train_apart(tmp_path, "--data", str(tmp_path / "figures" / "train.parquet"))
     assert code == 1 and re.search(
         r"train\.parquet would be trained on and held out; set --test_data", log
     ), log
@@ -5356,27 +5438,12 @@ def test_code_and_pickles_that_come_with_a_model_are_not_run(seedling, tmp_path)
 # --- several processes, and many steps
 
 
-def torchrun_faulty(folder, *flags, fault="", restarts=0):
-    """Two ranks, of which rank 1 meets the fault. Returns the exit code and what was printed."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "RUN_MARK": str(folder)}
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        f"--max-restarts={restarts}",
-    ]
-    command = [
-        sys.executable,
-        *launcher,
-        __file__,
-        "faulty_run",
-        job(folder, *flags, fault=fault, rank="1"),
-    ]
-    done = subprocess.run(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=170
-    )
-    return done.returncode, done.stdout
+def torchrun_faulty(folder, *flags, restarts=0, **faults):
+    """Two ranks, of which rank 1 meets the faults."""
+    argv, faults = argv_of(folder, *flags), dict(rank=1, **faults)
+    arguments = json.dumps(argv), json.dumps(faults)
+    mark = dict(RUN_MARK=str(folder))
+    return torchrun(__file__, "faulty_run", *arguments, restarts=restarts, **mark)
 
 
 def marked_processes(folder):
@@ -5396,10 +5463,10 @@ def test_two_ranks_go_on_by_themselves_and_after_a_signal_to_one_of_them(seedlin
     )
     code, log = torchrun_faulty(quiet)
     assert code == 0, log
-    code, log = torchrun_faulty(killed, fault="9 call train.update 7", restarts=1)
+    code, log = torchrun_faulty(killed, kill="9 call train.update 7", restarts=1)
     assert code == 0 and "resumed from" in log, log
     assert_same(outcome(killed), outcome(quiet))
-    code, log = torchrun_faulty(asked, fault="15 call train.score 3")
+    code, log = torchrun_faulty(asked, kill="15 call train.score 3")
     assert code == 1 and log.count("step 3: SIGTERM; the checkpoint is written") == 1, log
     assert re.search(r"exitcode\s*: 143", log), log
     code, log = torchrun_faulty(asked)
@@ -5415,7 +5482,7 @@ def test_nothing_is_left_of_a_run_that_loses_a_rank(seedling, tmp_path, engine):
     copy_start(seedling, tmp_path)
     env = dict(tp="2" if engine == "vllm" else "1")
     code, log = torchrun_faulty(
-        tmp_path, "--engine", engine, "--rollout_tp", env["tp"], fault="9 call train.update 3"
+        tmp_path, "--engine", engine, "--rollout_tp", env["tp"], kill="9 call train.update 3"
     )
     ended = time.monotonic()
     assert code == 1 and "-9" in log, log
@@ -5426,12 +5493,12 @@ def test_nothing_is_left_of_a_run_that_loses_a_rank(seedling, tmp_path, engine):
 
 @pytest.mark.slow
 def test_two_thousand_steps_need_no_more_memory_files_threads_or_processes_than_a_few(
-    launch, seedling, tmp_path
+    seedling, tmp_path
 ):
     copy_start(seedling, tmp_path)
-    code, log = launch(
+    code, log = train_apart(
         tmp_path, "--steps", "2000", "--prompts_per_step", "1", "--eval_every", "250", "--save_every", "50",
-        "--max_response_tokens", "2", watch=tmp_path / "seen",
+        "--max_response_tokens", "2", seconds=900, watch=str(tmp_path / "seen"),
     )  # fmt: skip
     assert code == 0, log[-3000:]
     seen = np.loadtxt(tmp_path / "seen")  # megabytes, files, threads, children
@@ -5511,19 +5578,14 @@ def measured_update(actor, groups, variant):
     actor.use_packing(variant.split(",")[0])
     features = actor.image_features([p for p, _ in groups]) if variant.endswith("kept") else None
     actor.model.zero_grad()
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    status = lambda name: (
-        int(re.search(name + r":\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-    )  # noqa: E731
-    before, start = status("VmRSS"), time.perf_counter()
+    before = reset_peak()
+    start = time.perf_counter()
     if variant == "padded, all":
         logprobs = padded_with_all_logits(actor, groups)
     else:
         logprobs, _ = actor.logprobs(groups, features, entropy="none")
     (-logprobs.mean()).backward()
-    return time.perf_counter() - start, status("VmHWM") - before, logprobs.detach()
+    return time.perf_counter() - start, mebibytes("VmHWM") - before, logprobs.detach()
 
 
 @pytest.mark.bench
@@ -5578,4 +5640,4 @@ def test_bench_of_the_update(tiny):
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])
+    globals()[sys.argv[1]](*map(json.loads, sys.argv[2:]))
