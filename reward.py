@@ -238,7 +238,8 @@ def answers_to(gold: str | Sequence[str], response: str) -> list[tuple[str, str]
 
 def accuracy_rewards(samples: Sequence[tuple], grader: Grader) -> list[float]:
     """1.0 where the boxed answer has the value of any of the golds."""
-    pairs, owners = [], []
+    pairs = []
+    owners = []  # whose sample each pair is
     for i, (problem, response) in enumerate(samples):
         for gold in as_tuple(problem.gold):
             pairs.append((last_boxed(response), gold))
@@ -252,7 +253,8 @@ def accuracy_rewards(samples: Sequence[tuple], grader: Grader) -> list[float]:
 def per_image_rewards(samples: Sequence[tuple], grader: Grader) -> list[float]:
     """The share of golds, one for each image, that the answers between semicolons or commas have
     the value of."""
-    pairs, owners = [], []
+    pairs = []
+    owners = []  # whose sample each pair is
     for i, (problem, response) in enumerate(samples):
         answer = last_boxed(response) or ""
         golds = as_tuple(problem.gold)
@@ -1056,7 +1058,9 @@ def audit(rows: Sequence[Row], weights: dict[str, dict[str, float]], grader: Gra
     """Print the golds that cannot be graded, the responses graded otherwise than recorded, and how
     many of all there are."""
     single = {source: {accuracy_name(named): 1.0} for source, named in weights.items()}
-    golds = [replace(row, gold=gold) for row in rows for gold in as_tuple(row.gold)]
+    golds = []
+    for row in rows:
+        golds += [replace(row, gold=gold) for gold in as_tuple(row.gold)]
     told = [row for row in rows if row.response is not None]
 
     def accuracy(problems: Sequence[Row], responses: Iterable[str]) -> list[float]:
