@@ -238,7 +238,8 @@ def answers_to(gold: str | Sequence[str], response: str) -> list[tuple[str, str]
 
 def accuracy_rewards(samples: Sequence[tuple], grader: Grader) -> list[float]:
     """1.0 where the boxed answer has the value of any of the golds."""
-    pairs, owners = [], []
+    pairs = []
+    owners = []  # whose sample each pair is
     for i, (problem, response) in enumerate(samples):
         for gold in as_tuple(problem.gold):
             pairs.append((last_boxed(response), gold))
@@ -252,7 +253,8 @@ def accuracy_rewards(samples: Sequence[tuple], grader: Grader) -> list[float]:
 def per_image_rewards(samples: Sequence[tuple], grader: Grader) -> list[float]:
     """The share of golds, one for each image, that the answers between semicolons or commas have
     the value of."""
-    pairs, owners = [], []
+    pairs = []
+    owners = []  # whose sample each pair is
     for i, (problem, response) in enumerate(samples):
         answer = last_boxed(response) or ""
         golds = as_tuple(problem.gold)
@@ -444,7 +446,7 @@ REWRITES = [(re.compile(pattern), latex) for pattern, latex in (
     (r"(\\frac\{[^{}]*\}) *(\\pi|[0-9])", r"\1{\2}"),
     (r"(?<![0-9.,}^_)/a-zA-Z])([0-9]+) ?/ ?([0-9]+)(?![0-9^_]|\.[0-9]| ?/)", r"\\frac{\1}{\2}"),
     (r"(?<![0-9.,}^_)])([0-9]+) *\\frac\{([0-9]+)\}\{([0-9]+)\}", r"(\1+\\frac{\2}{\3})"),
-    # names
+    (r"^ *\(([^()]*(?:<|>|\\[lg]e )[^()]*)\) *$", r"\1"),  # (x < 3)
     (r"^ *[A-Z]'? *(?=\([^()]*,[^()]*\) *$)", ""),  # P(3, 4)
 )]  # fmt: skip
 THOUSANDS = r"(?<![0-9.,])[0-9]{{1,3}}(?:[{0}][0-9]{{3}})+(?![0-9]|[{0}][0-9])"
@@ -1056,7 +1058,9 @@ def audit(rows: Sequence[Row], weights: dict[str, dict[str, float]], grader: Gra
     """Print the golds that cannot be graded, the responses graded otherwise than recorded, and how
     many of all there are."""
     single = {source: {accuracy_name(named): 1.0} for source, named in weights.items()}
-    golds = [replace(row, gold=gold) for row in rows for gold in as_tuple(row.gold)]
+    golds = []
+    for row in rows:
+        golds += [replace(row, gold=gold) for gold in as_tuple(row.gold)]
     told = [row for row in rows if row.response is not None]
 
     def accuracy(problems: Sequence[Row], responses: Iterable[str]) -> list[float]:

@@ -1018,7 +1018,7 @@ ANSWERS = r"""
 50% != 5000% ;; 40% ;; 0.5% ;; 50%%
 
 # inequalities, intervals, points
-x < 60 == 60 > x ;; x \lt 60 ;; x<60. ;; (-\infty, 60) ;; x \in (-\infty, 60)
+x < 60 == 60 > x ;; (60 > x) ;; x \lt 60 ;; x<60. ;; (-\infty, 60) ;; x \in (-\infty, 60)
 x < 60 != 60 ;; x > 60 ;; x \le 60 ;; x <= 60 ;; x = 60 ;; x < 140 ;; 60 < x ;; -\infty, 60
 x < 60 != (-\infty, 60]
 x <= 60 == x \leq 60 ;; x\leqslant 60 ;; 60 \ge x ;; (-\infty, 60]
@@ -1704,7 +1704,7 @@ def cut(problem, response, gold):
     with pytest.raises(ValueError, match=r"bad' is nan for train.parquet row 17"):
         rewards(f"{file}:bad=1", ["a"], ["4"])
     with pytest.raises(
-        ValueError, match=r"mine.py:cut' failed for train.parquet row 17: ZeroDiv.*mine.py, line 12"
+        ValueError, match=r"mine.py:cut' failed for train.parquet row 17: ZeroDiv.*mine.py, line 13"
     ) as failure:
         rewards(f"{file}:cut=1", ["a"], ["4"])
     assert isinstance(failure.value.__cause__, ZeroDivisionError)
