@@ -730,6 +730,31 @@ def test_a_processor_with_other_bounds_is_refused_instead_of_resizing_again():
         build_reader(other)(problem())
 
 
+def test_prompts_are_made_ahead_in_a_thread_and_none_is_made_twice(processor, monkeypatch):
+    reader = build_reader(processor, kept=4)
+    made, threads = Counter(), set()
+    make = reader._make
+
+    def counted(asked, later):
+        made[asked.where, later] += 1
+        threads.add(threading.current_thread())
+        return make(asked, later)
+
+    monkeypatch.setattr(reader, "_make", counted)
+    problems = [problem(where=str(i)) for i in range(4)]
+    reader.ahead(problems)
+    reader._thread.submit(len, "").result()  # it has come to the end
+    prompts = [reader(asked) for asked in problems]
+    reader.ahead(problems)  # they are kept, so there is nothing to make
+    assert [reader(asked) for asked in problems] == prompts
+    assert set(made.values()) == {1} and len(made) == 4
+    assert threading.main_thread() not in threads
+    broken = problem("<image><image>two for one", where="row 9")
+    reader.ahead([broken])
+    with pytest.raises(ValueError, match="row 9"):
+        reader(broken)
+
+
 def test_usable_problems_counts_overlong_and_broken_rows(tmp_path, processor):
     truncated = red(300, 300)[:200]
     file = write(
