@@ -304,6 +304,7 @@ class Prompt:
     inputs: dict[str, Tensor]
     # frames (F, height, width, 3) and their timing
     videos: list[tuple[np.ndarray, dict]] = field(default_factory=list)
+    text: str = ""  # what the chat template made of it, one token for each image
 
 
 @dataclass(frozen=True)
@@ -403,6 +404,19 @@ class Reader:
             images, videos, text = self._parts(shown, later)
         except ValueError as error:
             raise ValueError(f"{problem.where}: {error}") from error
+        return self._assemble(problem, images, videos, text)
+
+    def white(self, prompt: Prompt) -> Prompt:
+        """The same prompt with white pictures of the same sizes, so of the same ids; itself where
+        it has no picture. What is likelier with its own pictures was seen in them."""
+        if not prompt.images and not prompt.videos:
+            return prompt
+        images = [Image.new("RGB", image.size, "white") for image in prompt.images]
+        videos = [(np.full_like(frames, 255), timing) for frames, timing in prompt.videos]
+        return self._assemble(prompt.problem, images, videos, prompt.text)
+
+    def _assemble(self, problem: Problem, images: list, videos: list, text: str) -> Prompt:
+        """Let the processor make ids and pixels."""
         media = {"images": images} if images else {}
         if videos:
             frames, timing = zip(*videos, strict=True)
@@ -416,7 +430,7 @@ class Reader:
         del inputs["attention_mask"]  # one prompt, no padding
         ids = inputs.pop("input_ids")[0]
         short_ids = self.processor.tokenizer(text, **plain).input_ids[0]
-        return Prompt(problem, ids, short_ids, images, inputs, videos)
+        return Prompt(problem, ids, short_ids, images, inputs, videos, text)
 
     def _parts(self, problem: Problem, later: bool) -> tuple[list, list, str]:
         """Images, videos with their timing, and the text, as the processor takes them."""

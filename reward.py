@@ -153,6 +153,21 @@ class Response(str):
         return self
 
 
+def inside_box(texts: Sequence[str]) -> list[bool]:
+    r"""For the texts of a response's tokens, which of them hold a part of the last \boxed{...}."""
+    whole = "".join(texts)
+    answer = last_boxed(whole)
+    if answer is None:
+        return [False] * len(texts)
+    start = whole.index("{", whole.rindex(r"\boxed")) + 1
+    end = start + len(answer)
+    inside, place = [], 0
+    for text in texts:
+        inside.append(place < end and place + len(text) > start)
+        place += len(text)
+    return inside
+
+
 def last_boxed(text: str) -> str | None:
     r"""The content of the last \boxed{...}, wherever it stands; None without one, or if it never
     closes."""

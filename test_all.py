@@ -3928,6 +3928,78 @@ def test_flat_groups_change_nothing_but_are_not_computed(tiny, process_group):
     assert nothing.packs == [] and train.update(run, nothing, 0, None) == {}
 
 
+def test_the_tokens_inside_the_last_box_are_found_whatever_the_tokens():
+    texts = ["<think>", r"\boxed{1}", "</think>", r"\box", "ed{", "1", "2}", "<|im_end|>"]
+    assert reward.inside_box(texts) == [False] * 5 + [True, True, False]
+    assert reward.inside_box([r"\boxed{", "x"]) == [False, False]
+
+
+def test_a_white_prompt_has_the_same_ids_and_other_pixels(actor):
+    [pictured, plain] = prompts_with(actor, 2, 0)
+    reader = data.Reader(actor.processor, 28 * 28, 28 * 28 * 64, "")
+    white = reader.white(pictured)
+    assert torch.equal(white.ids, pictured.ids)
+    assert [image.size for image in white.images] == [image.size for image in pictured.images]
+    assert {image.getextrema() for image in white.images} == {((255, 255),) * 3}
+    pixels = white.inputs["pixel_values"]
+    assert pixels.shape == pictured.inputs["pixel_values"].shape
+    assert not torch.equal(pixels, pictured.inputs["pixel_values"])
+    assert reader.white(plain) is plain
+
+
+def test_looks_are_what_the_picture_gave_and_zero_on_white_pictures(tiny, process_group):
+    run, groups = small_run(tiny[False], minibatch_prompts=8)
+    rollouts = {i: group.rollouts[0] for i, group in enumerate(groups)}
+    looks = train.measure_looks(run, rollouts)["looks"]
+    pictured = [(i, rollouts[i]) for i in rollouts if run.test_set[i].images]
+    nats = []
+    for i, drawn in pictured:
+        own, white = run.test_set[i], data.with_images(run.test_set, i, "blank")
+        pairs = [[(run.reader(shown), [drawn.turns])] for shown in (own, white)]
+        with_picture, without = (run.actor.logprobs(pair)[0] for pair in pairs)
+        nats.append((with_picture - without).detach())
+    assert looks == pytest.approx(torch.cat(nats).mean().item(), abs=1e-5) and abs(looks) > 1e-3
+    run.test_set = [data.with_images(run.test_set, i, "blank") for i in range(8)]
+    assert train.measure_looks(run, rollouts)["looks"] == 0
+    run.test_set = [dataclasses.replace(row, images=(), question="What?") for row in run.test_set]
+    assert train.measure_looks(run, rollouts) == {}
+
+
+def test_tokens_that_look_weigh_more_and_responses_the_same(tiny, process_group):
+    run, groups = small_run(tiny[False], minibatch_prompts=8, look_weight=1.0)
+    [minibatch] = minibatches_of(run, groups)
+    [pack] = minibatch.packs
+    logprobs, entropy = run.actor.logprobs(pack.groups)
+    pack.remember(logprobs.detach())
+    weighted, _ = train.pack_loss(run.settings, minibatch, pack, logprobs, entropy)
+    s = dataclasses.replace(run.settings, look_weight=0.0)
+    plain = dataclasses.replace(pack, white_logprobs=None)
+    # on-policy the loss is -sum w A: the weights average 1 in every response
+    expected, _ = train.pack_loss(s, minibatch, plain, logprobs, entropy)
+    close(grpo.policy_loss(logprobs, logprobs, pack.advantages, pack.lengths)[0], -pack.advantages)
+    gradients = [
+        torch.autograd.grad(loss, logprobs, retain_graph=True)[0] for loss in (weighted, expected)
+    ]
+    assert not torch.allclose(*gradients)
+    looks = logprobs.detach() - pack.white_logprobs
+    close(gradients[0], gradients[1] * grpo.look_weights(looks, pack.lengths, 1.0))
+
+
+def test_an_alarm_is_given_where_accuracy_rises_and_looks_fall():
+    def rows(accuracies, looks):
+        told = [
+            {"step": i, "eval/accuracy": a, "eval/looks_answer": x}
+            for i, (a, x) in enumerate(zip(accuracies, looks, strict=True))
+        ]
+        return [*told, {"step": 0, "blank/accuracy": 0.25}]
+
+    warning = report.looks_away(rows([0.4, 0.5, 0.6], [2.0, 1.5, 0.9]))
+    assert "without looking" in warning and "0.250 at step 0" in warning
+    assert report.looks_away(rows([0.4, 0.5, 0.6], [2.0, 1.5, 1.1])) == ""
+    assert report.looks_away(rows([0.4, 0.6, 0.5], [2.0, 1.5, 0.9])) == ""
+    assert report.looks_away(rows([0.4, 0.6], [2.0, 0.5])) == ""
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_sharding_keeps_trained_weights_in_float32_and_changes_no_logprob(
     tiny, process_group, frozen
@@ -4399,7 +4471,7 @@ def test_rollouts_show_what_the_update_did_to_each_token_of_groups_that_teach(
         if cut > 0:  # the first two and the last two are left
             assert turn["tokens"].pop(2) == [f" [{cut} tokens left out] ", 0, 0]
             numbers = numbers[:2] + numbers[-2:]
-        assert [tuple(token[1:]) for token in turn["tokens"]] == [
+        assert [tuple(token[1:3]) for token in turn["tokens"]] == [
             pytest.approx(pair, abs=1e-4) for pair in numbers
         ]
 

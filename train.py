@@ -211,18 +211,36 @@ def with_advantages(groups: list[Group], scale: str) -> list[Group]:
 
 @torch.no_grad()
 def score_tokens(run: Run, pack: TrainPack, is_first: bool) -> TrainPack:
-    """The pack with its old_logprobs, and with ref_logprobs where there is a reference.
+    """The pack with its old_logprobs, with ref_logprobs where there is a reference, and with
+    white_logprobs where tokens that look weigh more.
 
     The first minibatch's packs get no old_logprobs: the policy has not moved when they are learnt
     from, so that update's own forward gives them, and no extra pass is made.
     """
-    old = ref = None
+    old = ref = white = None
     if not is_first:
         old, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
     if run.reference is not None:
         with run.reference.without_adapters():
             ref, _ = run.reference.logprobs(pack.groups, pack.features, entropy="none")
-    return replace(pack, old_logprobs=old, ref_logprobs=ref)
+    if run.settings.look_weight:
+        white = score_white(run, pack)
+    return replace(pack, old_logprobs=old, ref_logprobs=ref, white_logprobs=white)
+
+
+@torch.no_grad()
+def score_white(run: Run, pack: TrainPack) -> Tensor:
+    """(N,) log-probs of the pack's tokens where all its pictures are white: one more forward."""
+    groups = []
+    for prompt, responses in pack.groups:
+        white_responses = []
+        for turns in responses:
+            white_responses.append(
+                [turn if isinstance(turn, Tensor) else run.reader.white(turn) for turn in turns]
+            )
+        groups.append((run.reader.white(prompt), white_responses))
+    logprobs, _ = run.actor.logprobs(groups, entropy="none")
+    return logprobs
 
 
 def update(
@@ -311,6 +329,9 @@ def pack_loss(
         total_responses=minibatch.responses,
         max_response_tokens=s.max_response_tokens,
     )
+    if pack.white_logprobs is not None:
+        looks = old - pack.white_logprobs
+        weights = weights * grpo.look_weights(looks, pack.lengths, s.look_weight)
     per_token = losses + s.kl_coefficient * kl - s.entropy_coefficient * entropy
     loss = pack.weight * (weights * per_token).sum()
     gap = (pack.sampler_logprobs - old).abs()
@@ -455,6 +476,7 @@ class TrainPack:
     sampler_logprobs: Tensor  # (N,) nats, like the next two
     old_logprobs: Tensor | None = None  # None until the policy has been asked, see score_tokens
     ref_logprobs: Tensor | None = None
+    white_logprobs: Tensor | None = None  # old_logprobs with white pictures, for --look_weight
     features: dict | None = None  # of a frozen vision tower, computed once for all passes
     weight: float = 1.0  # 0 for a filler: all ranks make the same number of passes
 
@@ -484,12 +506,13 @@ def load_minibatch(run: Run, plan: Plan, is_first: bool) -> Minibatch:
     return Minibatch(packs, plan.tokens, plan.responses, plan.imbalance)
 
 
-def load_pack(run: Run, shares: list[Share]) -> TrainPack:
-    """One pass; prompts that were sampled elsewhere are made again from their rows. An advantage
-    per token would be spread here."""
+def load_pack(run: Run, shares: list[Share], problems: data.Problems | None = None) -> TrainPack:
+    """One pass; prompts that were sampled elsewhere are made again from their rows, those of the
+    training set unless told. An advantage per token would be spread here."""
+    problems = run.train_set if problems is None else problems
     groups, rollouts, advantages = [], [], []
     for group, chosen in shares:
-        prompt = run.reader(run.train_set[group.index])
+        prompt = run.reader(problems[group.index])
         picked = [group.rollouts[i] for i in chosen]
         groups.append((prompt, [rollout.read(run.reader) for rollout in picked]))
         rollouts += picked
@@ -641,7 +664,7 @@ def evaluation(run: Run, log: report.Log) -> float:
         views = ("own",)
     accuracy = {}
     for view in views:
-        metrics, records = evaluate(
+        metrics, records, rollouts = evaluate(
             run.engine,
             run.test_set,
             run.reader,
@@ -653,12 +676,66 @@ def evaluation(run: Run, log: report.Log) -> float:
             view=view,
         )
         accuracy[view] = metrics["accuracy"]
+        if view == "own":
+            metrics |= measure_looks(run, rollouts)
         name = "eval" if view == "own" else view
         log.write(run.step, {f"{name}/{metric}": value for metric, value in metrics.items()})
         say(f"step {run.step}: {name}, {len(records)} responses: {describe(metrics)}")
         log.responses(name, records)
+    log.check_looks(run.step)
     log.page()
     return accuracy["own"]
+
+
+LOOKED_AT = 64  # held-out problems
+
+
+@torch.no_grad()
+def measure_looks(run: Run, rollouts: dict[int, Rollout]) -> dict[str, float]:
+    """How much answers owe to the pictures of the first held-out problems that have some.
+
+    Returns:
+        `looks`, mean nats over the tokens that the policy wrote, of log p(token | picture) -
+        log p(token | white picture), and `looks_answer`, over those inside the last box; nothing
+        where there is no picture or no box.
+    """
+    seen = [i for i in sorted(rollouts) if run.test_set[i].images or run.test_set[i].videos]
+    seen = seen[:LOOKED_AT]
+    if not seen:
+        return {}
+    own = seen[dist.get_rank() :: dist.get_world_size()]
+    groups = [looked_at(run, i, rollouts[i]) for i in own]
+    # vLLM may be awake beside this, so the passes are small
+    passes = cut_into_packs(groups, run.settings.max_tokens_per_pack // 4)
+    filler = [(looked_at(run, seen[0], rollouts[seen[0]]), [0])]
+    sums = dict(looks=0.0, tokens=0.0, looks_answer=0.0, answer_tokens=0.0)
+    for i in range(int(all_max(len(passes)))):  # equally many on every rank
+        shares = passes[i] if i < len(passes) else filler
+        pack = load_pack(run, shares, run.test_set)
+        logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
+        looks = (logprobs - score_white(run, pack)).cpu()
+        if i >= len(passes):
+            continue
+        inside = []
+        for group, _ in shares:
+            texts = report.token_texts(run.actor.processor.tokenizer, group.rollouts[0].response)
+            inside += reward.inside_box(texts)
+        inside = torch.tensor(inside)
+        sums["looks"] += looks.sum().item()
+        sums["tokens"] += len(looks)
+        sums["looks_answer"] += looks[inside].sum().item()
+        sums["answer_tokens"] += inside.sum().item()
+    totals = all_sum(sums, run.device)
+    metrics = {"looks": totals["looks"] / totals["tokens"]}
+    if totals["answer_tokens"]:
+        metrics["looks_answer"] = totals["looks_answer"] / totals["answer_tokens"]
+    return metrics
+
+
+def looked_at(run: Run, index: int, rollout: Rollout) -> Group:
+    """A held-out problem and a response to it, to be laid into a pack."""
+    prompt = run.reader(run.test_set[index])
+    return Group(index, len(prompt.ids), 0, [rollout], scores={}, advantages=torch.zeros(1))
 
 
 @torch.no_grad()
@@ -678,8 +755,11 @@ def show_rollouts(run: Run, log: report.Log, groups: list[Group]) -> None:
         logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
         moved = (logprobs - pack.sampler_logprobs).split(pack.lengths.tolist())
         [(prompt, responses)] = pack.groups
+        looks = None
+        if any(turn.images or turn.videos for turn in prompts_of(turns_of(pack.groups))):
+            looks = (logprobs - score_white(run, pack)).split(pack.lengths.tolist())
         tokenizer = run.actor.processor.tokenizer
-        shown.append(report.shown_group(prompt, responses, group, moved, tokenizer))
+        shown.append(report.shown_group(prompt, responses, group, moved, tokenizer, looks))
     log.rollouts(run.step + 1, len(groups), shown)
 
 
@@ -1015,6 +1095,9 @@ class Settings:
         0.3, "how far the probability ratio may rise above 1 (DAPO: higher than --clip_low)"
     )
     clip_dual: float = setting(3.0, "most that a token's loss is of |A| where A < 0; 0: no limit")
+    look_weight: float = setting(
+        0.0, "0 to 1: how far tokens that look at the picture weigh more; one more forward"
+    )
     entropy_coefficient: float = setting(0.0, "weight of an entropy bonus")
     aggregation: str = setting(
         "token", "mean over tokens (token), over responses (sequence), Dr. GRPO's (constant)"
@@ -1173,7 +1256,7 @@ LIMITS = {  # least and most of the numbers that have bounds
     "max_frame_pixels",
     (0, 1e9): "dynamic_sampling warmup_updates eval_rows save_every max_not_finite learning_rate weight_decay "
     "kl_coefficient clip_high clip_dual entropy_coefficient lora_rank lora_alpha",
-    (0, 1): "clip_low final_learning_rate", (0, 0.999999): "beta2 lora_dropout", (0.01, 1): "memory_fraction",
+    (0, 1): "look_weight clip_low final_learning_rate", (0, 0.999999): "beta2 lora_dropout", (0.01, 1): "memory_fraction",
     (0.01, 100): "temperature", (1e-6, 1e9): "max_sampler_gap max_grad_norm", (0.01, 1e5): "timeout video_fps",
 }  # fmt: skip
 
