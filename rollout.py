@@ -909,6 +909,7 @@ ENVIRONMENTS = {"codeword": Codeword}
 
 
 @functools.cache
+@functools.cache  # a file runs once
 def find_environment(task: str) -> type | None:
     """The environment that --task names: one of ENVIRONMENTS, or `path.py:Class`; "" is none.
 
