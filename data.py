@@ -153,7 +153,8 @@ def make_problem(cells: dict[str, list], where: str, folder: Path, file_name: st
         answers = [_letter_of(answer, choices) for answer in answers]
     texts = tuple("" if tables.is_empty(answer) else str(answer) for answer in answers)
     question, images = _place_by_number(question, images)
-    unplaced = bool(images or videos) and IMAGE not in question and VIDEO not in question
+    placed = not question.strip() or IMAGE in question or VIDEO in question
+    unplaced = bool(images or videos) and not placed
     if unplaced:
         question = IMAGE * len(images) + VIDEO * len(videos) + question
     kind = ",".join(map(str, _flat(cells["type"])))
@@ -219,8 +220,8 @@ def decode_image(raw: bytes) -> Image.Image:
         image.load()  # the whole of it, so that a truncated file shows here
     except UnidentifiedImageError as error:
         raise ValueError(
-            f"{len(raw)} bytes that begin with {raw[:16]!r} are not a readable image, which is one "
-            f"of {', '.join(FORMATS)}; repair or remove the row"
+            f"{len(raw)} bytes are not a readable image: they begin with {raw[:16]!r}, and "
+            f"{', '.join(FORMATS)} are read; repair or remove the row"
         ) from error
     except BROKEN as error:
         raise ValueError(
@@ -560,7 +561,8 @@ def _text(value: Any, what: str) -> str:
             f"--columns {what}=COLUMN.{field}"
         )
     if isinstance(value, list | bytes):
-        raise ValueError(f"the {what} is a {type(value).__name__}, not text; store it as text")
+        kind = type(value).__name__
+        raise ValueError(f"the {what} is {kind}, not text; name another with --columns {what}=")
     return str(value)
 
 

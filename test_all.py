@@ -407,10 +407,10 @@ def test_a_row_keeps_its_texts_types_and_place(tmp_path):
     assert [(p.question, p.answer, p.type, len(p.images)) for p in rows] == [
         ("a", "1", "", 0),
         ("", "2", "", 0),
-        ("c", "3", "Triangle,Circle", 2),
+        ("<image><image>c", "3", "Triangle,Circle", 2),
     ]
-    assert [p.question for p in rows[::-2]] == ["c", "a"] and rows[-1].source == "train-1.parquet"
-    assert [p.question for p in rows.select([2, 0])] == ["c", "a"]
+    assert [p.question for p in rows[::-2]] == ["<image><image>c", "a"] and rows[-1].source == "train-1.parquet"
+    assert [p.question for p in rows.select([2, 0])] == ["<image><image>c", "a"]
     assert [p.gold for p in rows] == ["1", "2", "3"]
     with pytest.raises(IndexError):
         rows[3]
@@ -427,10 +427,8 @@ def test_columns_may_have_other_names(tmp_path):
         kind=["k"],
         from_=["s"],
     )
-    names = dict(
-        image_key="image", problem_key="q", answer_key="a", type_key="kind", source_key="from_"
-    )
-    row = data.load_problems(file, **names)[0]
+    names = "image=image,problem=q,answer=a,type=kind,source=from_"
+    row = data.load_problems(file, columns=names)[0]
     assert (row.question, row.answer, row.images, row.type, row.source) == (
         "a<image>",
         "7",
@@ -475,25 +473,25 @@ def test_a_folder_gives_the_files_of_the_split(tmp_path):
             names(absent)
 
 
-def test_a_folder_without_split_names_gives_all_files_and_a_glob_what_it_matches(tmp_path):
+def test_a_folder_without_split_names_is_refused_and_a_glob_gives_what_it_matches(tmp_path):
     for name in ("b.parquet", "a.parquet"):
         write(tmp_path, name, problem=[name])
-    assert [p.question for p in data.load_problems(tmp_path)] == ["a.parquet", "b.parquet"]
+    # both would be trained on and held out
+    with pytest.raises(ValueError, match=r"'train' among \['a.parquet', 'b.parquet'\].*glob"):
+        data.load_problems(tmp_path)
+    rows = data.load_problems(f"{tmp_path}/*.parquet")
+    assert [p.question for p in rows] == ["a.parquet", "b.parquet"]
     assert [p.question for p in data.load_problems(f"{tmp_path}/b*.parquet")] == ["b.parquet"]
 
 
 def test_what_cannot_be_loaded_says_what_is_there(tmp_path):
-    with pytest.raises(ValueError, match=r"'problem' among \['answer', 'q'\].*problem_key"):
+    with pytest.raises(ValueError, match=r"the problem among \['answer', 'q'\].*problem=NAME"):
         data.load_problems(write(tmp_path, problem=None, answer=["1"], q=["a"]))
-    with pytest.raises(ValueError, match=r"'answer' among \['problem'\].*answer_key"):
+    with pytest.raises(ValueError, match=r"the answer among \['problem'\].*answer=NAME"):
         data.load_problems(write(tmp_path, problem=["a"], answer=None))
-    with pytest.raises(ValueError, match=r"'images'.*image_key"):  # not taken for text-only data
-        data.load_problems(write(tmp_path, image=[red()]))
     for column, value in (("problem", ["4"]), ("answer", [["4"]]), ("answer", {"a": "4"})):
-        with pytest.raises(
-            ValueError, match=rf"'{column}' is (list|struct).*but .* {column} is text"
-        ):
-            data.load_problems(write(tmp_path, **{column: [value]}))
+        with pytest.raises(ValueError, match=rf"train\.parquet row 0: the {column} is a? ?(list|s)"):
+            data.load_problems(write(tmp_path, **{column: [value]}))[0]
     with pytest.raises(ValueError, match="no rows"):
         data.load_problems(
             write(tmp_path, problem=pa.array([], pa.string()), answer=pa.array([], pa.string()))
@@ -762,7 +760,7 @@ def test_usable_problems_counts_overlong_and_broken_rows(tmp_path, processor):
         problem=[
             "<image>ok",
             "<image>" + "long " * 200,
-            "no placeholder",
+            "<image>two<image>",
             "<image>torn",
             "<image>empty",
             "<image>ok",
@@ -777,7 +775,7 @@ def test_usable_problems_counts_overlong_and_broken_rows(tmp_path, processor):
         data.usable_problems(rows, build_reader(processor), 300)
     usable, report = data.usable_problems(rows, build_reader(processor), 300, skip_bad_rows=True)
     assert [p.answer for p in usable] == ["1", "6"]
-    assert (report.kept, report.overlong, len(report.bad)) == (2, 1, 3)
+    assert (len(report.rows), report.overlong, len(report.bad)) == (2, 1, 3)
     assert [message.split(":")[0] for message in report.bad] == [
         f"train.parquet row {i}" for i in (2, 3, 4)
     ]
@@ -812,7 +810,7 @@ def test_real_geo3k_rows_become_prompts(processor):
     ) == (60, 360, 60)
     assert all(len(p.images) == 1 and p.answer and p.type for p in rows)
     usable, report = data.usable_problems(rows[:20], build_reader(processor), 10_000)
-    assert len(usable) == report.kept == 20 and not report.bad and report.overlong == 0
+    assert len(usable) == len(report.rows) == 20 and not report.bad and report.overlong == 0
 
 
 # --- batches
@@ -1779,7 +1777,7 @@ def test_weights_for_a_source_that_no_problem_has_stop_the_start(tmp_path, tiny,
     ):
         places = dict(data=file, test_data=held_out)
         settings = train.Settings(model=str(tiny[False]), instruction="", rewards=rewards, **places)
-        with pytest.raises(ValueError, match=rf"no problem has: \['{unknown}'\]; see --source_key"):
+        with pytest.raises(ValueError, match=rf"no problem has: \['{unknown}'\]; name their column"):
             train.build(settings, torch.device("cpu"))
 
 
@@ -1964,7 +1962,7 @@ def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, proce
         rollout.HFEngine(actor, max_response_tokens=4),
         parse_weights("accuracy=1;b:exact=1"),
     )
-    problems = data.load_problems(file, answer_key="gold")
+    problems = data.load_problems(file, columns="answer=gold")
     with Grader() as grader:
         reader = build_reader(actor.processor)
         _, records = rollout.evaluate(engine, problems, reader, 2, 0, weights, grader)
@@ -5382,17 +5380,17 @@ BAD_IMAGES = {  # what the cell holds, and what the message says of it
     "floats": (encode(Image.new("F", (4, 4)), "TIFF"), "holds floats"),
     "PostScript": (
         POSTSCRIPT,
-        "not a readable image .*cannot identify",
+        "not a readable image: they begin with b'%!PS.*PNG, JPEG",
     ),  # Pillow would start Ghostscript
-    "SVG": (SVG, "not a readable image .*cannot identify"),
+    "SVG": (SVG, "not a readable image: they begin with b'<svg"),
     "long": (red(5700, 28), "5700 x 28, longer than 200 to 1"),
     "number": (7, "int, not bytes, a path"),
     "nothing": ({"bytes": None, "path": None}, "NoneType"),
     "no base64": ("no base64!", "not a file's path, base64"),
     "raw data URL": ("data:image/png,raw", "not a file's path, base64"),
-    "up": ("../secret.png", "leads out of the parquet file's folder"),
-    "absolute": ("/etc/hosts.png", "leads out of the parquet file's folder"),
-    "link out": ("out.png", "leads out of the parquet file's folder"),
+    "up": ("../secret.png", "leads out of the folder"),
+    "absolute": ("/etc/hosts.png", "leads out of the folder"),
+    "link out": ("out.png", "leads out of the folder"),
     "link to itself": ("loop.png", "image 'loop.png'"),
     "folder": ("folder.png", "no plain file"),
     "pipe": ("pipe.png", "no plain file"),  # to read it would wait for ever
@@ -5425,7 +5423,6 @@ BAD_TEXTS = {
     "forged image": (dict(problem="<image><|image_pad|>"), "<\\|image_pad\\|>"),
     "video": (dict(problem="<image><video>"), "<video>"),
     "placeholders": (dict(problem="<image><image>"), "2 <image> in the question but 1 images"),
-    "no placeholder": (dict(problem="What?"), "0 <image> in the question but 1 images"),
     "empty answer": (dict(answer=" "), "the answer or the question is empty"),
     "empty question": (dict(problem=""), "the answer or the question is empty"),
     "huge question": (
@@ -5479,9 +5476,9 @@ def test_a_parquet_file_that_is_not_whole_is_refused_by_name(tmp_path, how):
     elif how == "binary column":
         write(tmp_path, answer=[b"4"])
     with pytest.raises(
-        ValueError, match=r"train\.parquet( is not a whole parquet file|.*'answer' is binary)"
+        ValueError, match=r"train\.parquet( is not a whole parquet file|.*the answer is bytes)|no parquet"
     ):
-        data.load_problems(file)
+        data.load_problems(file)[0]
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about what it finds in the headers
