@@ -27,6 +27,7 @@ import pkgutil
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -67,6 +68,7 @@ import torch
 import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 HERE = Path(__file__).parent
@@ -82,9 +84,9 @@ def close(got, expected, atol=1e-6):
 
 
 def test_advantages_by_hand():
-    # rewards 1,0,0,0: mean 1/4, population std sqrt(3)/4, so the winner gets sqrt(3)
+    # rewards 1,0,0,0: mean 1/4, squares 9/16 and 3 times 1/16, over n - 1 = 3: std 1/2
     got = grpo.group_advantages(torch.tensor([[1.0, 0, 0, 0]]))
-    close(got, torch.tensor([[3.0, -1, -1, -1]]) / 3**0.5, atol=1e-4)
+    close(got, torch.tensor([[1.5, -0.5, -0.5, -0.5]]), atol=1e-4)
 
 
 def test_advantages_without_scale_and_leave_one_out_by_hand():
@@ -128,6 +130,32 @@ def test_clipped_loss_by_hand(ratio, advantage, loss, clipped):
         torch.autograd.grad(got.sum(), logprobs)[0],
         torch.tensor([0.0 if clipped else -ratio * advantage]),
     )
+
+
+def test_dual_clip_by_hand():
+    # A = -2: r A = -8 at r = 4, so the loss 8 is held at 3 * 2; at r = 2 it is 4 and free
+    logprobs = torch.tensor([math.log(4), math.log(2), math.log(4)], requires_grad=True)
+    advantages = torch.tensor([-2.0, -2.0, 2.0])  # a gain is held by the clip, never by this one
+    inputs = (logprobs, torch.zeros(3), advantages, torch.tensor([3]), 0.2, 0.3)
+    got, cut = grpo.policy_loss(*inputs, clip_dual=3.0)
+    close(got, torch.tensor([6.0, 4.0, -2.6]))
+    assert cut.tolist() == [True, False, True]
+    close(torch.autograd.grad(got.sum(), logprobs)[0], torch.tensor([0.0, 4.0, 0.0]))
+    close(grpo.policy_loss(*inputs)[0], torch.tensor([8.0, 4.0, -2.6]))
+
+
+def test_a_ratio_beyond_float32_stays_finite():
+    # e^200 is inf, and inf * 0 or inf - inf nan, even where the clip holds
+    logprobs = torch.tensor([200.0, -200.0, 200.0], requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0, 0.0])
+    losses, _ = grpo.policy_loss(
+        logprobs, torch.zeros(3), advantages, torch.tensor([3]), 0.2, 0.3, clip_dual=3.0
+    )
+    kl = grpo.kl_estimate(-logprobs, torch.zeros(3), "k3")
+    close(losses, torch.tensor([-1.3, 0.8, 0.0]))
+    close(kl, torch.tensor([10.0, grpo.MAX_K3, 10.0]))
+    gradient = torch.autograd.grad((losses + kl).sum(), logprobs)[0]
+    close(gradient, torch.zeros(3))
 
 
 def test_sequence_ratio_is_the_geometric_mean_over_each_response():
@@ -181,6 +209,14 @@ def test_importance_weights_by_hand():
         torch.tensor([1.0, 1.0, math.exp(-0.5)]),
     )
     close(grpo.importance_weights(old, sampler, lengths, 2.0, "none"), torch.ones(3))
+
+
+def test_look_weights_by_hand():
+    # response 1 looks 3 and -1 nats, mean 2: shares 1.5 and 0.5; response 2 never looks
+    looks, lengths = torch.tensor([3.0, -1.0, 0.0]), torch.tensor([2, 1])
+    close(grpo.look_weights(looks, lengths, 1.0), torch.tensor([1.5, 0.5, 1.0]))
+    close(grpo.look_weights(looks, lengths, 0.5), torch.tensor([1.25, 0.75, 1.0]))
+    close(grpo.look_weights(looks, lengths, 0.0), torch.ones(3))
 
 
 @pytest.mark.parametrize(
@@ -881,188 +917,288 @@ def test_importing_data_needs_no_transformers():
 # --------------------------------------------------------------------------------------------------
 # reward.py
 
-# (gold, answers that are right, answers that are wrong), by hand
-ANSWERS = [
-    (r"2 \sqrt { 221 }", [r"2\sqrt{221}", r"\sqrt{884}"], [r"2\sqrt{22}", "221", "2"]),
-    (r"6 \sqrt 2", [r"6\sqrt{2}", r"\sqrt{72}", r"6\sqrt2", "6√2", "6sqrt(2)"], []),
-    (r"\sqrt{13}", [r"\sqrt 13"], []),
-    (
-        r"\frac { 25 } { 14 }",
-        [r"\dfrac{25}{14}", "25/14", r"\frac{50}{28}", r"1\frac{11}{14}"],
-        ["1.79"],
-    ),
-    ("0.5", [r"\frac12", "50%", ".5"], []),
-    (
-        r"4 \frac { 4 } { 11 }",
-        [r"\frac{48}{11}", "48/11", "4 4/11"],
-        [r"\frac{16}{11}", r"-4\frac{4}{11}"],
-    ),
-    ("3 : 4", ["3:4", "6:8", r"3\colon4"], ["4:3"]),
-    ("3:4", [r"\frac{3}{4}", "3 to 4", r"3 \text{ to } 4"], ["3"]),
-    (r"\frac { \sqrt 3 } { 4 } : 1", [r"\sqrt{3}:4"], []),
-    (
-        "x < 60",
-        ["x < 60", "60 > x", r"x \lt 60", "x<60.", r"(-\infty, 60)"],
-        ["60", "x > 60", r"x \le 60", "x <= 60", "x = 60", "x < 140"],
-    ),
-    ("x <= 60", [r"x \leq 60", r"x\leqslant 60"], ["x < 60"]),
-    (r"x \le 60", ["x ≤ 60"], []),
-    (
-        "109",
-        [
-            "109°",
-            r"109^\circ",
-            r"109^{\circ}",
-            "109 degrees",
-            r"109 \text{ degrees}",
-            r"109\degree",
-            "109º",
-            "109˚",
-            "109^o",
-            "109 deg.",
-        ],
-        ["108°"],
-    ),
-    (r"109^\circ", ["109"], []),
-    (
-        "10",
-        [
-            r"10 \text{ units}",
-            "10 cm",
-            r"10\,\text{cm}",
-            "10cm",
-            r"10 \text{ cm}^2",
-            "10 cm^2",
-            "10 cm²",
-            r"10\text{ cm}^{2}",
-            "10 m",
-            r"10 \text{ square units}",
-            r"10\ \mathrm{mm}",
-            "10 in.",
-            "10 inches",
-            "10 kg",
-            "10 seconds",
-            "10 m/s",
-            "10 dollars",
-            "10 hrs",
-            r"10 \text{ radians}",
-        ],
-        ["10 kangaroos", "10 k"],
-    ),
-    (r"48 \pi", [r"48\pi \text{ cm}^2", r"48\pi", r"48 \pi \text{ units}^2"], ["150.8"]),
-    ("3x", [], ["3x+2m"]),
-    ("2", [], ["2m"]),
-    ("2m", [], ["2"]),
-    ("10^2", ["100"], []),
-    ("4000", ["4,000", "4{,}000", r"4\,000"], []),
-    ("4,000", ["4000"], []),
-    ("400", [], ["4,00"]),
-    ("40000", [], ["4,0000"]),
-    ("1234567", ["1,234,567"], []),
-    ("3400", [], ["(3,400)"]),
-    ("4000.5", ["4,000.5"], []),
-    ("106", [r"\approx 106", "≈106", "approximately 106", r"x \approx 106"], []),
-    ("4", ["x = 4", "x=4", r"x = \frac{8}{2} = 4"], []),
-    ("45", [r"\angle ABC = 45", r"m\angle A = 45", r"m \angle ABC = 45^\circ"], []),
-    ("x = 4", ["4", "y = 4"], []),
-    (
-        "15",
-        [
-            "AB = CD = 15",
-            "15.",
-            r"\$15",
-            "$15$",
-            r"\left(15\right)",
-            "015",
-            r"\frac{30}{2}",
-            r"3 \times 5",
-            "{15}",
-            "15\\",
-        ],
-        [
-            "14=15",
-            "5 = 14 = 15",
-            r"5 \approx 15",
-            "1.5e1",
-            "5, 14, 15, 35",
-            "5 or 14",
-            "5 or 15",
-            "15 or 5",
-            r"15 \text{ or } 5",
-            r"15 \text{ (or 5)}",
-            r"\{5,14,15,35\}",
-            "5;15",
-            "5 15",
-            r"\pm 15",
-            "[0,100]",
-            "5/14/15",
-            "5,15",
-            "",
-            None,
-            "   ",
-            "x",
-            "15x",
-            r"\frac{15}",
-            "15}",
-            r"\infty",
-            r"\frac{1}{0}",
-            r"\frac{0}{0}",
-            "answer: 15",
-            "final answer is $15$",
-        ],
-    ),
-    ("24", [r"\text{Area} = 24 \text{ cm}^2"], []),
-    ("5", ["x_1 = 5"], []),
-    ("8", ["7.99999999", r"\sqrt{64}", "8.0"], ["2x = 8", "8.3", "7.9999", r"\sqrt{65}"]),
-    ("7", [r"\overline{AB} = 7"], []),
-    ("8.6", [r"\sqrt{74} \approx 8.6", r"\sqrt{74}"], [r"\sqrt{76}", "-8.6", r"-\sqrt{74}"]),
-    (
-        r"\sqrt{74}",
-        [r"\sqrt{74} \approx 8.6", r"x = \sqrt{74} = 8.6"],
-        [r"\sqrt{74} \approx 8.7", "8.6"],
-    ),
-    ("50", ["50%", r"50\%"], ["0.5"]),
-    ("50%", ["50 percent", "50", "0.5", "50%", r"\frac{1}{2}"], ["5000%", "40%", "0.5%"]),
-    ("red", ["red", "Red", r"\text{red}"], ["blue", "der"]),
-    (
-        "not enough information",
-        [r"\text{Not enough information}", "not  enough information."],
-        ["enough information", "15"],
-    ),
-    (
-        r"\angle 3 \cong \angle Z",
-        [
-            r"\angle 3 \cong \angle Z",
-            r"\angle3\cong\angle Z",
-            r"\angle Z \cong \angle 3",
-            "∠3 ≅ ∠Z",
-        ],
-        [r"\angle 3 \cong \angle Y"],
-    ),
-    (
-        r"\angle 2 and \angle 6",
-        [r"\angle 6 \text{ and } \angle 2", r"\angle 2, \angle 6"],
-        [r"\angle 2 \cong \angle 6", r"\angle 2"],
-    ),
-    ("a + b = 90", ["a+b=90", "90 = a + b", "b + a = 90"], ["a + b > 90", "90"]),
-    ("m + n - 180", ["n+m-180"], ["m+n+180"]),
-    ("20 y^2 - 10 y", ["10y(2y-1)"], ["20y^2"]),
-    ("57.1", ["57.14", "57.1428", "57.05", r"\frac{400}{7}"], ["57.15", "57.04", "57"]),
-    ("57.14", [], ["57.1"]),
-    ("-4", ["- 4"], ["4"]),
-    ("8.0", ["8"], []),
-    ("A", ["A", "(A)", r"\text{A}"], ["B"]),
-    ("x^2 y^2", ["x^2y^2"], []),
-    (r"\sqrt{2}", [r"2^{\frac{1}{2}}"], []),
-    ("x^2", ["x^{2}"], []),
-    ("(3, 4)", ["(3,4)"], []),
-    ("(3,4)", [], ["(4,3)"]),
-    (r"12 + 4 \sqrt { 5 }", [r"4(3+\sqrt{5})"], []),
-    (r"0.5\pi", [r"\frac{\pi}{2}"], []),
-    (r"4 + 3 \sqrt { 3 } + 7 \sqrt { 2 }", [r"4 + 7 \sqrt{2} + 3\sqrt{3}"], []),
-]
-CASES = [(answer, gold, True) for gold, right, _ in ANSWERS for answer in right]
-CASES += [(answer, gold, False) for gold, _, wrong in ANSWERS for answer in wrong]
+# By cause: "gold == answers that are right" or "gold != answers that are wrong", between ;;
+ANSWERS = r"""
+# roots
+2 \sqrt { 221 } == 2\sqrt{221} ;; \sqrt{884} ;; 2√221 ;; 2\sqrt{ 221 }
+2 \sqrt { 221 } != 2\sqrt{22} ;; 221 ;; 2 ;; \sqrt{221} ;; 2+\sqrt{221} ;; \sqrt{442}
+6 \sqrt 2 == 6\sqrt{2} ;; \sqrt{72} ;; 6\sqrt2 ;; 6√2 ;; 6sqrt(2) ;; \sqrt{2} \cdot 6
+6 \sqrt 2 == \frac{12}{\sqrt{2}}
+\sqrt{13} == \sqrt 13 ;; \sqrt13 ;; 13^{\frac{1}{2}} ;; 13^{0.5}
+\sqrt{13} != \sqrt{1}3 ;; 3.6 ;; -\sqrt{13}
+\sqrt{2} == 2^{\frac{1}{2}} ;; 2^{0.5} ;; 2^{1/2}
+\sqrt{\frac{5}{2}} == \sqrt{2.5} ;; \frac{\sqrt{10}}{2}
+12 + 4 \sqrt { 5 } == 4(3+\sqrt{5}) ;; 4\sqrt{5}+12
+4 + 3 \sqrt { 3 } + 7 \sqrt { 2 } == 4 + 7 \sqrt{2} + 3\sqrt{3}
+8.6 == \sqrt{74} ;; \sqrt{73.96} ;; \sqrt{74} \approx 8.6
+8.6 != \sqrt{76} ;; -8.6 ;; -\sqrt{74} ;; \sqrt{86}
+
+# fractions, mixed numbers
+\frac { 25 } { 14 } == \dfrac{25}{14} ;; 25/14 ;; \frac{50}{28} ;; 1\frac{11}{14}
+\frac { 25 } { 14 } == \frac{2.5}{1.4} ;; 1 11/14
+\frac { 25 } { 14 } != 1.79 ;; 25 ;; 14/25 ;; \frac{25}{41}
+0.5 == \frac12 ;; 50% ;; .5 ;; ½ ;; 1/2 ;; \frac{0.5}{1} ;; \frac 1 2
+4 \frac { 4 } { 11 } == \frac{48}{11} ;; 48/11 ;; 4 4/11
+4 \frac { 4 } { 11 } != \frac{16}{11} ;; -4\frac{4}{11} ;; 4 ;; 44/11
+4.5 == 4½ ;; 4 1/2 ;; 4\tfrac12 ;; \frac{9}{2} ;; 9/2
+4.5 != 4 \cdot \frac{1}{2} ;; 41/2
+\frac{\pi}{4} == \frac\pi4 ;; \frac{\pi}4 ;; \pi/4 ;; \frac{1}{4}\pi ;; 1/4 \pi ;; 0.25\pi
+\frac{\pi}{4} != \frac4\pi ;; 1/(4\pi)
+\frac { 15 } { 14 } \sqrt { 19 } == 15/14 \sqrt{19} ;; \frac{15\sqrt{19}}{14} ;; 15/14\sqrt{19}
+\frac { 15 } { 14 } \sqrt { 19 } == (15/14)\sqrt{19}
+\frac { 15 } { 14 } \sqrt { 19 } != 15/(14\sqrt{19}) ;; 14/15 \sqrt{19}
+\frac { 22 } { 5 } \pi == 22/5 \pi ;; 4.4\pi ;; 4 \frac{2}{5} \pi
+40 / 3 == \frac{40}{3} ;; 13\frac{1}{3} ;; 13 1/3
+40 / 3 != 13.3 ;; 40 ;; 3/40
+\sqrt { 26 } / 26 == \frac{\sqrt{26}}{26} ;; \frac{1}{\sqrt{26}}
+2\sqrt{2} == 2^{1.5} ;; 8^{1/2}
+\frac{x}{2} == 1/2 x ;; 0.5x ;; x/2
+\frac{x}{2} != \frac{1}{2x} ;; 2x
+
+# decimals, and what rounds to them
+57.1 == 57.14 ;; 57.1428 ;; 57.05 ;; \frac{400}{7} ;; 57.149999
+57.1 != 57.15 ;; 57.04 ;; 57 ;; 571
+57.14 != 57.1
+8.0 == 8 ;; 8.04
+8 == 7.99999999 ;; \sqrt{64} ;; 8.0 ;; \frac{7.5}{0.9375} ;; 4^{1.5}
+8 != 2x = 8 ;; 8.3 ;; 7.9999 ;; \sqrt{65} ;; 8.004 ;; -8
+\frac{1}{3} == 0.333333 ;; 1/3
+\frac{1}{3} != 0.3333 ;; 0.33
+3.1 == \frac{31}{10} ;; 3.0999999046325684
+- 8 == -8 ;; - 8 ;; −8 ;; x = - 8
+- 8 != 8 ;; --8
+-4 == - 4
+-4 != 4
+0.00001 == 1e-05 ;; 10^{-5} ;; 1 \times 10^{-5}
+2500 == 2.5 \times 10^3 ;; 2.5 \cdot 10^{3}
+
+# thousands
+4000 == 4,000 ;; 4{,}000 ;; 4\,000 ;; 4 000 ;; 4,\!000 ;; 4~000
+4,000 == 4000 ;; 4 000
+4000 != 4,00 ;; 40 00 ;; 4 ;; 4.000 ;; (4,000)
+400 != 4,00 ;; 4 00 ;; 4,0,0
+40000 != 4,0000 ;; 4 0000
+1234567 == 1,234,567 ;; 1 234 567 ;; 1\,234\,567
+4000.5 == 4,000.5 ;; 4 000.5
+3400 != (3,400)
+
+# two numbers side by side are no sum, and no product
+109 != 71 38 ;; 71 \quad 38 ;; 71~38 ;; 71{38} ;; 71\text{ }38 ;; 71 \, 38 ;; 100 9 ;; 71, 38
+109 != 71 + 39
+2.5 != 1.5 \quad 1.0 ;; 1.5 1.0 ;; 2 .5
+15 != 5 10 ;; 3 5 ;; 15 15 ;; 5 15 ;; 7 8.0
+15 == 3 \times 5 ;; 5 + 10
+3.5 != 3 0.5
+
+# ratios
+3 : 4 == 3:4 ;; 6:8 ;; 3\colon4 ;; 3 to 4 ;; \frac{3}{4}
+3 : 4 != 4:3 ;; 3:4:1 ;; 3 ;; 3, 4
+3:4 == \frac{3}{4} ;; 3 \text{ to } 4
+\frac { \sqrt 3 } { 4 } : 1 == \sqrt{3}:4
+5:9 == 10:18 ;; 5/9
+5:9 != 5:9:1 ;; 5:9:9 ;; 1:5:9 ;; 5 9 ;; 9:5 ;; 5
+1:2:3 == 1 : 2 : 3
+1:2:3 != 1:2 ;; 1:3:2 ;; 6
+
+# percent
+50 == 50% ;; 50\% ;; 50 percent
+50 != 0.5 ;; 50%% ;; 50\%\% ;; 50% %
+50% == 50 percent ;; 50 ;; 0.5 ;; 50% ;; \frac{1}{2} ;; 50.0\%
+50% != 5000% ;; 40% ;; 0.5% ;; 50%%
+
+# inequalities, intervals, points
+x < 60 == 60 > x ;; x \lt 60 ;; x<60. ;; (-\infty, 60) ;; x \in (-\infty, 60)
+x < 60 != 60 ;; x > 60 ;; x \le 60 ;; x <= 60 ;; x = 60 ;; x < 140 ;; 60 < x ;; -\infty, 60
+x < 60 != (-\infty, 60]
+x <= 60 == x \leq 60 ;; x\leqslant 60 ;; 60 \ge x ;; (-\infty, 60]
+x <= 60 != x < 60
+x \le 60 == x ≤ 60
+4 < x < 10 == 10 > x > 4 ;; x > 4 and x < 10 ;; x < 10 and x > 4 ;; x > 4, x < 10
+4 < x < 10 == x > 4 \text{ and } x < 10
+4 < x < 10 == (4, 10) ;; 4 < x \text{ and } x < 10 ;; 4<x<10 ;; 10 > x \text{ and } x > 4
+4 < x < 10 != 4, 10 ;; \{4, 10\} ;; 4 \le x < 10 ;; 10 < x < 4 ;; x > 4 ;; x < 4 and x > 10
+4 < x < 10 != [4, 10] ;; 4 > x > 10
+4 \le x < 10 == [4, 10) ;; 10 > x \ge 4 ;; x \ge 4 and x < 10
+4 \le x < 10 != 10 \ge x > 4 ;; (4, 10)
+(3, 4) == (3,4) ;; P(3, 4) ;; P = (3, 4) ;; A(3,4) ;; \left(3, 4\right)
+(3, 4) != (4,3) ;; 3, 4 ;; \{3, 4\} ;; 3 4 ;; [3, 4] ;; 34 ;; (3, 4, 5) ;; (3,4), (5,6)
+[0, 100] == [0,100]
+[0, 100] != 0, 100 ;; \{0, 100\} ;; (0, 100) ;; 50
+\{2, 3\} == 2, 3 ;; 3, 2 ;; \{3,2\}
+\{2, 3\} != 2 ;; 2, 4 ;; 2 3 ;; 23 ;; 2, 3, 4
+3, -3 == \pm 3 ;; -3, 3
+
+# degrees, minutes of arc
+109 == 109° ;; 109^\circ ;; 109^{\circ} ;; 109{}^{\circ} ;; 109 degrees ;; 109 \text{ degrees}
+109 == 109\degree ;; 109º ;; 109˚ ;; 109^o ;; 109 deg. ;; 109 ^ { \circ }
+109 != 108° ;; 109 108
+109^\circ == 109 ;; 109 \text{ degrees}.
+24.5 == 24^\circ 30' ;; 24° 30' ;; 24°30′ ;; 24^{\circ}30^{\prime}
+24.5 != 24^\circ 50' ;; 24' ;; 24° 5'
+36.9 == 36^\circ 52' ;; 36° 52' 12''
+36.9 != 36^\circ 9'
+
+# units
+10 == 10 \text{ units} ;; 10 cm ;; 10\,\text{cm} ;; 10cm ;; 10 \text{ cm}^2 ;; 10 cm^2 ;; 10 cm²
+10 == 10\text{ cm}^{2} ;; 10 m
+10 == 10 \text{ square units} ;; 10\ \mathrm{mm} ;; 10 in. ;; 10 inches ;; 10 kg ;; 10 seconds
+10 == 10 m/s ;; 10 dollars
+10 == 10 hrs ;; 10 \text{ radians} ;; 10 cm. ;; 10 cm^2. ;; 10 m/s^2 ;; 10 m/s². ;; 10 cm squared
+10 == 10 units squared
+10 == 10 meters per second ;; 10 ft/s ;; 10 \text{ m/s}^2 ;; 10 sq. units ;; 10 cubic meters
+10 == 10 \mathbf{cm} ;; 10 units.
+10 == 10 square centimeters ;; 10 feet per second squared ;; 10 km/h ;; 10\text{ in}^3 ;; 10.0 cm
+10 != 10 kangaroos ;; 10 k ;; 10x ;; 10 cm 5 ;; 5 cm 10 ;; 11 cm ;; 10 cm or 5 cm ;; 100 cm^2
+10 != 10 x cm
+48 \pi == 48\pi \text{ cm}^2 ;; 48\pi ;; 48 \pi \text{ units}^2 ;; 48π cm² ;; 48 \pi \text{ m/s}
+48 \pi != 150.8 ;; 48 ;; 4 8\pi
+10^2 == 100
+3x != 3x+2m
+2 != 2m
+2m != 2
+5 m == 5 ;; 5 meters
+
+# names beside the =
+4 == x = 4 ;; x=4 ;; x = \frac{8}{2} = 4 ;; 4 = x ;; x = 4 = y ;; x equals 4 ;; x is 4
+4 == x is equal to 4
+x = 4 == 4 ;; y = 4 ;; 4 = x
+45 == \angle ABC = 45 ;; m\angle A = 45 ;; m \angle ABC = 45^\circ ;; m \angle A B C = 45
+45 == m \angle 3 = 45 ;; \angle{ABC} = 45
+45 == \text{measure of } \angle A = 45 ;; The measure of angle A is 45 degrees.
+45 == m\angle ABC = 45° = x ;; ∠ABC = 45
+24 == \text{Area} = 24 \text{ cm}^2 ;; \theta = 24 ;; \overline { A B } = 24
+24 == m \angle A B C = 24 ;; \overline{AB} = 24 ;; θ = 24°
+24 == Area of \triangle ABC = 24 ;; \text{Area of } \triangle ABC = 24 ;; area = 24
+24 == The area is 24 ;; AB = 24 ;; A B = 24
+24 == The length of AB is 24 cm. ;; \text{arc } BC = 24 ;; A' B' = 24 ;; m \widehat{AB} = 24
+24 == x_{1} = 24 ;; x_1 = 24 ;; P = 24
+0.96 == \sin A = 0.96 ;; \sin \angle A = 0.96 ;; \cos(B) = 0.96 ;; \sin{A} = 0.96
+0.96 == \tan \theta = \frac{24}{25} ;; sin A = 0.96
+109 == 109 = x ;; 109^\circ = \angle ABC ;; 109 = m\angle 1 ;; \alpha = 109
+m + n - 180 == n+m-180 ;; x = m + n - 180 ;; m + n - 180 = x
+m + n - 180 != m+n+180 ;; x = m + n ;; m = n - 180
+y = 2x + 1 == y=2x+1 ;; 2x - y + 1 = 0 ;; 2x + 1
+y = 2x + 1 != y = 2x ;; 1
+a + b = 90 == a+b=90 ;; 90 = a + b ;; b + a = 90
+a + b = 90 != a + b > 90 ;; 90 ;; a - b = 90
+15 == AB = CD = 15 ;; AB=15 ;; The answer is 15 ;; answer: 15 ;; final answer is $15$
+15 == Answer = 15 ;; the final answer is: 15.
+8 != -x = 8 ;; x^2 = 8 ;; 2x = 8 ;; \frac{x}{2} = 8 ;; \sqrt{x} = 8 ;; x + 1 = 8 ;; xy = 8
+8 != 1/x = 8
+
+# a phrase beside the = that changes the value
+15 != not x = 15 ;; half of x = 15 ;; \text{half of } x = 15 ;; twice x = 15 ;; x squared = 15
+15 != \text{x squared} = 15
+15 != supplement = 15 ;; \text{the supplement of } \angle A = 15 ;; complement of x = 15
+15 != x is not 15 ;; 15 is wrong
+15 != 15 = not x ;; double x = 15 ;; NOT x = 15 ;; HALF x = 15 ;; opposite of x = 15
+15 != the answer is not 15 ;; negative x = 15 ;; no = 15 ;; x \neq 15
+15 != square of x = 15 ;; x minus 1 = 15 ;; sum of x and y = 15 ;; 15 = twice AB
+15 != a third of x = 15 ;; 15 more than x = 15
+15 != one of x = 15 ;; \text{maybe } x = 15 ;; \pi = 15 ;; x / 2 = 15 ;; if x = 15
+15 != x \approx 15 \text{ or } 5
+
+# chains
+106 == \approx 106 ;; ≈106 ;; approximately 106 ;; x \approx 106 ;; about 106 ;; \sim 106
+106 == x is about 106
+\sqrt{74} == \sqrt{74} \approx 8.6 ;; x = \sqrt{74} = 8.6
+\sqrt{74} != \sqrt{74} \approx 8.7 ;; 8.6 ;; 8.6 = 8.60
+15 != 14=15 ;; 5 = 14 = 15 ;; 5 \approx 15 ;; 15 = 5 ;; x = 15 = 5 ;; 14 = x = 15
+
+# hedges
+15 != 5, 14, 15, 35 ;; 5 or 14 ;; 5 or 15 ;; 15 or 5 ;; 15 \text{ or } 5 ;; 15 \text{ (or 5)}
+15 != \{5,14,15,35\} ;; 5;15 ;; \pm 15
+15 != [0,100] ;; 5/14/15 ;; 5,15 ;; 15; 5 ;; 15 and 5 ;; x = 5, x = 15 ;; x = 15 or x = 5
+15 != AB = 15, CD = 5 ;; 14 - 15
+15 != \max(5, 15) ;; 15 \mid 5 ;; 15 \cup 5 ;; (15, 5) ;; 10 < x < 20 ;; x > 14 ;; \{15, 5\}
+15 != A: 15 B: 5 ;; 15:5
+
+\overline{AB} == AB ;; \overline { A B } ;; A B
+AB == \overline{AB} ;; \overline{ AB }.
+AB != BC ;; ABC
+# decoration
+15 == 15. ;; \$15 ;; $15$ ;; \left(15\right) ;; 015 ;; \frac{30}{2} ;; {15} ;; \(15\) ;; \[15\]
+15 == $$15$$ ;; 15\ ;; 15,
+15 == \mathbf{15} ;; \boldsymbol{15} ;; \textbf{15} ;; \bm{15} ;; \mathrm{15}
+15 == \mathbf{\frac{30}{2}} ;; {\bf 15} ;; \underline{15} ;; \displaystyle 15
+15 == \textbf{15 \text{ cm}} ;; \mathbf{x} = \mathbf{15}
+15 != 1.5e1 ;; x ;; 15x ;; \frac{15} ;; 15} ;; \infty ;; \frac{1}{0} ;; \frac{0}{0} ;; answer: 14
+15 != \mathbf{51} ;; 1\mathbf{5} ;; \boxed{} ;; 15!
+
+# words
+red == red ;; Red ;; \text{red} ;; The answer is red.
+red != blue ;; der ;; red or blue ;; not red
+not enough information == \text{Not enough information} ;; not  enough information.
+not enough information != enough information ;; 15
+Yes == yes ;; \text{YES} ;; yes.
+Yes != no ;; yes no
+A == A ;; (A) ;; \text{A}
+A != B ;; A, B ;; A or B
+
+# figures
+\angle 3 \cong \angle Z == \angle3\cong\angle Z ;; \angle Z \cong \angle 3 ;; ∠3 ≅ ∠Z
+\angle 3 \cong \angle Z != \angle 3 \cong \angle Y ;; \angle 3 ;; 3 \cong Z
+\angle 2 and \angle 6 == \angle 6 \text{ and } \angle 2 ;; \angle 2, \angle 6
+\angle 2 and \angle 6 == \angle 2, and \angle 6
+\angle 2 and \angle 6 != \angle 2 \cong \angle 6 ;; \angle 2 ;; \angle 2, \angle 6, \angle 1
+\overline { A B } and \overline { C D } == \overline{AB} and \overline{CD} ;; AB and CD
+\overline { A B } and \overline { C D } == \overline{CD}, \overline{AB} ;; AB, CD
+\overline { A B } and \overline { C D } == \text{AB and CD}
+\overline { A B } and \overline { C D } != AB ;; AC and BD ;; AB \cong CD ;; AB and CD and EF
+AB, CD, and EF == AB, CD and EF ;; \overline{AB}, \overline{CD}, \overline{EF} ;; EF, AB, CD
+AB, CD, and EF != AB, CD ;; AB and EF
+
+# algebra
+20 y^2 - 10 y == 10y(2y-1) ;; -10y + 20y^{2}
+20 y^2 - 10 y != 20y^2 ;; 10y
+x^2 y^2 == x^2y^2 ;; (xy)^2
+x^2 == x^{2} ;; x \cdot x ;; x²
+x^2 != 2x ;; x
+0.5\pi == \frac{\pi}{2} ;; \pi/2
+64 - 16 \pi == 16(4-\pi) ;; -16\pi + 64
+
+# golds are read as generously as answers
+<answer> 3 </answer> == 3 ;; 3.0 ;; x = 3 ;; \frac{6}{2}
+<answer> 3 </answer> != 4 ;; answer ;; 33
+<think> 5 apples </think> <answer>3 cm</answer> == 3 ;; 3 cm
+<think> 5 apples </think> <answer>3 cm</answer> != 5
+She has 2 + 5 = 7 apples. #### 7 == 7 ;; 7.0
+She has 2 + 5 = 7 apples. #### 7 != 2 ;; 5
+#### 1,234 == 1234
+Answer: 3 == 3 ;; x = 3
+Answer: 3 != 2
+The answer is $\frac{1}{2}$. == 0.5
+\[3\] == 3
+\(\sqrt{2}\) == \sqrt{2}
+$3$ == 3
+so we get \boxed{3} == 3
+1e-05 == 0.00001 ;; 10^{-5} ;; 1e-05 ;; \frac{1}{100000}
+1e-05 != 0 ;; 0.0001 ;; 1
+1e+16 == 10000000000000000 ;; 10^{16}
+3.0999999046325684 == 3.1 ;; \frac{31}{10}
+3.0999999046325684 != 3 ;; 3.2
+0.30000000000000004 == 0.3
+1000.0999755859375 == 1000.1
+½ == 0.5
+\frac12 == 0.5
+109° == 109
+10 cm. == 10 ;; 10 cm
+\textbf{(B)} == B ;; (B)
+"""
+
+
+def read_cases(table: str) -> list[tuple[str, str, bool]]:
+    cases = []
+    for line in table.splitlines():
+        if line and not line.startswith("# "):
+            gold, relation, answers = re.split(" (==|!=) ", line, maxsplit=1)
+            cases += [(answer, gold, relation == "==") for answer in answers.split(" ;; ")]
+    return cases
+
+
+CASES = read_cases(ANSWERS)
+CASES += [("15\\", "15", True), (None, "15", False), ("", "15", False), ("   ", "15", False)]
+CASES += [("", "", False), ("nan", "", False)]  # a row without an answer is no gift
 ENDLESS = r"\sin((((9^{999})^{999})^{999})^{999})"  # needs a thousand million digits; within every static limit
 
 
@@ -1108,14 +1244,15 @@ def hostile(i: int, marker: str) -> str:
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
     (r"\boxed{\boxed{15}}", "15"),
     (r"a</think> \boxed{15}", "15"),  # the prompt may have opened the thinking
-    (r"<think>\boxed{15}</think> done", None),
-    (r"<think>\boxed{15}", None),
-    (r"<think>a</think> \boxed{15} <think>", None),
+    (r"<think>\boxed{15}</think> done", "15"),  # where a box has to stand is what format is for
+    (r"<think>\boxed{15}", "15"),
+    (r"<think>\boxed{5}</think> \boxed{15} <think>", "15"),
+    (r"\boxed{15}, in \boxed", "15"),
     (r"\boxed{15} \boxed{\frac{1}{2}", None),
     ("15", None),
     ("", None),
 ])  # fmt: skip
-def test_last_boxed_is_what_the_response_commits_to_outside_the_thinking(response, answer):
+def test_last_boxed_is_what_the_response_commits_to_wherever_it_stands(response, answer):
     assert last_boxed(response) == answer
 
 
@@ -1128,8 +1265,11 @@ def test_last_boxed_is_what_the_response_commits_to_outside_the_thinking(respons
     (r"<think> </think> \boxed{15}", 0.0),
     (r"<think>a \boxed{15}</think>", 0.0),
     (r"sure <think>a</think> \boxed{15}", 0.0),
-    (r"<think>a</think> b</think> \boxed{15}", 0.0),
-    (r"<think>a<think>b</think> \boxed{15}", 0.0),
+    (r"<think>I end with </think> and \boxed{}. So</think> \boxed{15}", 1.0),  # prose about the tags
+    (r"<think>They want <think> </think> tags. So</think> \boxed{15}", 1.0),
+    (r"<think>a</think> \boxed{15}, thought out between <think></think>", 1.0),
+    (r"<think>a</think> as said in <think>: \boxed{15}", 1.0),
+    (r"<think> <think> </think> \boxed{15}", 0.0),
     (r"<think>a</think> \boxed{15} <think>b</think>", 0.0),
     (r"\boxed{15}", 0.0),
     ("", 0.0),
@@ -1362,8 +1502,7 @@ def test_accuracy_and_format_are_reported_without_a_weight(grader):
 
 def test_cheats_get_no_accuracy(grader):
     cheats = [
-        r"\boxed{15} \boxed{5}", r"<think>\boxed{15}</think> \boxed{}", r"<think>\boxed{15}</think>",
-        r"<think>\boxed{15}", r"\boxed{5, 14, 15, 35}", r"\boxed{5 or 15}", r"\boxed{5} or 15", "15",
+        r"\boxed{15} \boxed{5}", r"<think>\boxed{15}</think> \boxed{}", r"\boxed{5, 14, 15, 35}", r"\boxed{5 or 15}", r"\boxed{5} or 15", "15",
     ]  # fmt: skip
     for name in ("accuracy", "exact", "numeric", "choice", "per_image"):
         gold = "C" if name == "choice" else "15"
@@ -2014,7 +2153,7 @@ for on in (True, False):
     logprobs.sum().backward()
     gaps.append((logprobs - torch.cat([r.sampler_logprobs for rs in drawn for r in rs])).abs().max().item())
 actor.save({str(tiny[True] / "again")!r})
-print(max(gaps) < 1e-5, actor.report())
+print(max(gaps) < 1e-5, actor.summarize_trained())
 """
     printed = run_python(["-c", script], cwd=HERE)
     assert printed == (
@@ -2118,19 +2257,27 @@ def test_packs_refuse_what_they_cannot_keep_apart(actor):
         model.Actor(actor.model, actor.processor, packing="tight")
 
 
-def test_chunked_logprobs_equal_log_softmax_with_gradients():
+def make_request(targets, banned=(), temperature=1.0, softcap=None, entropy="value", chunk=4):
+    banned = torch.tensor(banned, dtype=torch.long)
+    return model.Request(targets, banned, temperature, softcap, entropy, chunk)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_chunked_logprobs_equal_log_softmax_with_gradients(softcap):
     torch.manual_seed(0)
     h = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
-    targets, banned = torch.randint(0, 7, (10,)), torch.tensor([7, 8])
-    args = (targets, banned, 0.7, 4, True)
-    logits = (h @ weight.T / 0.7).index_fill(-1, banned, -torch.inf)
-    expected = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    got, entropy = model.ChunkedLogprobs.apply(h, weight, *args)
+    request = make_request(torch.randint(0, 7, (10,)), [7, 8], 0.7, softcap, "gradient")
+    logits = h @ weight.T
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = (logits / 0.7).index_fill(-1, request.banned, -torch.inf)
+    expected = logits.log_softmax(-1).gather(-1, request.targets[:, None])[:, 0]
+    got, entropy = model.ChunkedLogprobs.apply(h, weight, request)
     close(got, expected)
     close(entropy, torch.distributions.Categorical(logits=logits).entropy())
     assert torch.autograd.gradcheck(
-        lambda h, w: model.ChunkedLogprobs.apply(h, w, *args)[0], (h, weight)
+        lambda h, w: model.ChunkedLogprobs.apply(h, w, request), (h, weight)
     )
 
 
@@ -2141,7 +2288,8 @@ def test_the_head_holds_one_chunk_of_logits_however_many_tokens():
         f"import sys, torch, resource; sys.path.insert(0, {str(HERE)!r}); import model; n = int(sys.argv[1])\n"
         "h, w = torch.randn(n, 16, requires_grad=True), torch.randn(152064, 16, requires_grad=True)\n"
         "y, none = torch.randint(0, 1000, (n,)), torch.tensor([], dtype=torch.long)\n"
-        "model.ChunkedLogprobs.apply(h, w, y, none, 1.0, 64, True)[0].sum().backward()\n"
+        "request = model.Request(y, none, 1.0, None, 'value', 64)\n"
+        "model.ChunkedLogprobs.apply(h, w, request)[0].sum().backward()\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
     )
     few, many = (float(run_python(["-c", code, str(n)]).splitlines()[-1]) for n in (64, 640))
@@ -2225,6 +2373,19 @@ CHATS = {  # how a family writes a user's turn, its image placeholder and its sp
     "gemma3": dict(image="<start_of_image>", named=dict(
         boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"), special=[],
         start="{{ bos_token }}", turn=("<start_of_turn>{role}\n", "<end_of_turn>\n", "<start_of_turn>model\n")),
+    "llava": dict(
+        image="<image>\n", turn=("{role}: ", "</s>\n", "assistant: "), named=dict(image_token="<image>"), special=[]),
+    "qwen3_vl_moe": QWEN,
+    "glm4v": dict(
+        image="<|begin_of_image|><|image|><|end_of_image|>", turn=("<|{role}|>\n", "<|endoftext|>\n", "<|assistant|>\n"),
+        named=dict(image_token="<|image|>", video_token="<|video|>"), special=[
+            "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"]),
+    "mistral3": dict(
+        image="[IMG]", turn=("[INST]", "</s>", "[/INST]"), special=["[IMG]", "[IMG_BREAK]", "[IMG_END]"], named={}),
+    "gemma4": dict(
+        image="<|image|>", turn=("<|turn>{role}\n", "<turn|>\n", "<|turn>model\n"), special=["<|video|>"], named=dict(
+            image_token="<|image|>", boi_token="<|image>", eoi_token="<image|>", audio_token="<|audio|>",
+            boa_token="<|audio>", eoa_token="<audio|>")),
 }  # fmt: skip
 
 
@@ -2256,6 +2417,8 @@ def tiny_tokenizer(turn, special, named, **_):
         extra_special_tokens=[*special, "<start_of_turn>" if bos else "<|im_start|>"],
     )  # fmt: skip
     tokenizer.add_tokens(["<think>", "</think>"])
+    if bos:
+        tokenizer.add_tokens(["\n" * n for n in range(1, 5)])  # vLLM's Gemma 3 looks them up
     return tokenizer
 
 
@@ -2319,6 +2482,20 @@ def tiny_family(name: str, folder: Path) -> Path:
             **template),
         "gemma3": lambda: hf.Gemma3Processor(
             hf.Gemma3ImageProcessor(size=dict(height=56, width=56)), tokenizer, image_seq_length=16, **template),
+        "llava": lambda: hf.LlavaProcessor(
+            hf.CLIPImageProcessor(size=dict(shortest_edge=56), crop_size=dict(height=56, width=56)), tokenizer,
+            patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1, **template),
+        "qwen3_vl_moe": lambda: hf.Qwen3VLProcessor(*new_qwen(), **template),
+        "glm4v": lambda: hf.Glm4vProcessor(
+            hf.Glm4vImageProcessor(size=dict(shortest_edge=2 * 28 * 28, longest_edge=2 * 64 * 28 * 28)), tokenizer,
+            hf.Glm4vVideoProcessor(), **template),
+        "mistral3": lambda: hf.PixtralProcessor(
+            hf.PixtralImageProcessor(patch_size=dict(height=28, width=28), size=dict(longest_edge=112)), tokenizer,
+            patch_size=14, spatial_merge_size=2, **template),
+        "gemma4": lambda: hf.Gemma4Processor(
+            hf.Gemma4AudioFeatureExtractor(), hf.Gemma4ImageProcessor(
+                patch_size=4, pooling_kernel_size=2, max_soft_tokens=70), tokenizer, hf.Gemma4VideoProcessor(),
+            **template),
     }[name]()  # fmt: skip
     siglip = dict(**tower, model_type="siglip_vision_model", vision_use_head=False)
     config = {
@@ -2347,9 +2524,39 @@ def tiny_family(name: str, folder: Path) -> Path:
                 "sliding_attention", "full_attention", "sliding_attention"]),
             vision_config=dict(**siglip, image_size=56), mm_tokens_per_image=16, boi_token_index=ids["start_of_image"],
             eoi_token_index=ids["end_of_image"], image_token_index=ids["image_soft_token"]),
+        "llava": lambda: dict(
+            text_config=dict(model_type="llama", **text), image_token_index=ids.get("image"), vision_config=dict(
+                **tower, model_type="clip_vision_model", image_size=56, projection_dim=32), image_seq_length=16),
+        "qwen3_vl_moe": lambda: dict(
+            vision_config=dict(**qwen_tower, **deep, deepstack_visual_indexes=[0, 1]), **qwen_ids,
+            text_config=text | rope | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+                                           norm_topk_prob=True)),
+        "glm4v": lambda: dict(
+            text_config=text | dict(rope_parameters={
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "partial_rotary_factor": 0.5}),
+            vision_config=dict(**qwen_tower, hidden_size=32, intermediate_size=64, out_hidden_size=128, image_size=56),
+            image_token_id=ids.get("image"), video_token_id=ids.get("video"), image_start_token_id=ids.get(
+                "begin_of_image"), image_end_token_id=ids.get("end_of_image"), video_start_token_id=ids.get(
+                "begin_of_video"), video_end_token_id=ids.get("end_of_video")),
+        "mistral3": lambda: dict(
+            text_config=dict(model_type="mistral", **text, sliding_window=None), vision_config=dict(
+                **tower, model_type="pixtral", image_size=112), image_token_index=ids.get("[IMG]"),
+            spatial_merge_size=2),
+        "gemma4": lambda: dict(
+            text_config=text | dict(
+                head_dim=16, global_head_dim=32, sliding_window=8, hidden_size_per_layer_input=16,
+                vocab_size_per_layer_input=len(tokenizer), num_kv_shared_layers=1, layer_types=[
+                    "sliding_attention", "full_attention", "full_attention"]),
+            vision_config=dict(
+                hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=2, head_dim=16, patch_size=4, pooling_kernel_size=2,
+                position_embedding_size=128, default_output_length=70),
+            audio_config=None, boi_token_id=tokenizer.convert_tokens_to_ids("<|image>"),
+            eoi_token_id=tokenizer.convert_tokens_to_ids("<image|>"), image_token_id=tokenizer.image_token_id,
+            video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"), audio_token_id=tokenizer.audio_token_id),
     }[name]()  # fmt: skip
     config = AutoConfig.for_model(
-        name, **config, tie_word_embeddings=name in ("gemma3", "qwen2_vl")
+        name, **config, tie_word_embeddings=name in ("gemma3", "qwen2_vl", "gemma4")
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -2363,6 +2570,11 @@ def tiny_family(name: str, folder: Path) -> Path:
     network.generation_config.pad_token_id = tokenizer.pad_token_id
     network.save_pretrained(folder)
     processor.save_pretrained(folder)
+    if name == "llava":  # as on the hub, where the tower still has a module around it
+        file = folder / "model.safetensors"
+        weights = load_file(file)
+        named = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in weights.items()}
+        save_file(named, file, metadata={"format": "pt"})
     return Path(folder)
 
 
@@ -2449,9 +2661,8 @@ def test_one_grpo_update_moves_a_familys_language_model_and_no_frozen_byte(
     run, groups = small_run(family_folder(name), prepare=lambda actor: actor.freeze("tower"), minibatch_prompts=8,
                             max_sampler_gap=100.0, max_grad_norm=1e9)  # fmt: skip
     before = {n: model.full(p).detach().clone() for n, p in run.actor.model.named_parameters()}
-    [minibatch] = train.plan_minibatches(run, groups)
-    train.freeze(run, [minibatch])
-    assert train.update(run, minibatch, 0)["grad_norm"] > 0
+    [minibatch] = minibatches_of(run, groups)
+    assert train.update(run, minibatch, 0, None)["grad_norm"] > 0
     moved = {run.actor.part(n) for n, p in run.actor.model.named_parameters()
              if not torch.equal(model.full(p), before[n])}  # fmt: skip
     assert moved == {"projector", "language"}
@@ -3734,10 +3945,8 @@ def test_packs_hold_every_response_once_within_the_budget():
 
 
 def test_deal_by_hand_and_evenly():
-    # differencing 8,7,6,5,4: 8-7=1, 6-5=1, 4-1=3, 3-1=2: 16 against 14; taking the largest first
-    # gives 17 and 13
-    shares = train.deal([8, 7, 6, 5, 4], 2)
-    assert sorted(sum([8, 7, 6, 5, 4][i] for i in share) for share in shares) == [14, 16]
+    # 4 5 6 7 8, the largest first: 8 | 7, 6 to the 7 (13), 5 to the 8 (13), 4 to the first: 17 | 13
+    assert train.deal([4, 5, 6, 7, 8], 2) == [[0, 1, 4], [2, 3]]
     rng = random.Random(0)
     costs = [rng.randint(300, 4000) for _ in range(128)]
     shares = train.deal(costs, 8)
@@ -3796,14 +4005,19 @@ def small_run(folder, groups_seed=0, prepare=lambda actor: None, **changes):
     return run, groups
 
 
+def minibatches_of(run, groups):
+    ranks = torch.distributed.get_world_size()
+    plans = train.plan_minibatches(groups, run.settings, ranks, run.actor.packing)
+    return [train.load_minibatch(run, plan, i == 0) for i, plan in enumerate(plans)]
+
+
 def one_update(folder, **changes):
     """Loss and whole weights after one update on fixed rollouts; every rank returns them."""
     run, groups = small_run(
         folder, minibatch_prompts=8, max_sampler_gap=100.0, max_grad_norm=1e9, **changes
     )
-    [minibatch] = train.plan_minibatches(run, groups)
-    train.freeze(run, [minibatch])
-    totals = train.update(run, minibatch, 0)
+    [minibatch] = minibatches_of(run, groups)
+    totals = train.update(run, minibatch, 0, None)
     weights = {n: train.full(p).detach().clone() for n, p in run.actor.model.named_parameters()}
     return totals, weights, len(minibatch.packs)
 
@@ -3825,13 +4039,12 @@ def test_the_loss_does_not_depend_on_how_the_minibatch_is_cut(tiny, process_grou
 
 def test_flat_groups_change_nothing_but_are_not_computed(tiny, process_group):
     run, groups = small_run(tiny[False], minibatch_prompts=8)
-    [minibatch] = train.plan_minibatches(run, groups)
+    [minibatch] = minibatches_of(run, groups)
     assert sum(len(responses) for pack in minibatch.packs for _, responses in pack.groups) == 7 * 4
     assert minibatch.responses == 8 * 4
-    for g in groups:
-        g.advantages = torch.zeros(4)
-    [nothing] = train.plan_minibatches(run, groups)
-    assert nothing.packs == [] and train.update(run, nothing, 0) == {}
+    groups = [dataclasses.replace(g, advantages=torch.zeros(4)) for g in groups]
+    [nothing] = minibatches_of(run, groups)
+    assert nothing.packs == [] and train.update(run, nothing, 0, None) == {}
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -3878,7 +4091,7 @@ def test_a_sampler_that_is_not_the_policy_stops_the_run(tiny, process_group):
     run, groups = small_run(tiny[False], minibatch_prompts=8, max_sampler_gap=0.1)
     before = train.full(next(run.actor.model.parameters())).clone()
     with pytest.raises(RuntimeError, match=r"step 3: sampler and trainer disagree by .*not synced"):
-        train.update(run, train.plan_minibatches(run, groups)[0], 3)
+        train.update(run, minibatches_of(run, groups)[0], 3, None)
     assert torch.equal(train.full(next(run.actor.model.parameters())), before)
     with pytest.raises(RuntimeError, match="nan"):
         train.check_gap(math.nan, 0.1, 0)
@@ -4050,9 +4263,8 @@ def test_an_exported_checkpoint_scores_as_the_trainer_in_a_fresh_process_and_in_
         for name, rows in load_file(file).items():
             state[name] = torch.cat([state[name], rows]) if name in state else rows
     missing, unknown = trainer.model.load_state_dict(state, strict=False)
-    assert [n for n in unknown if " " not in n] == [
-        "counts"
-    ]  # beside AdamW's moments, "NAME exp_avg"
+    # beside AdamW's moments, "NAME exp_avg", and the run's counts
+    assert [n for n in unknown if " " not in n and not n.startswith("run.")] == []
     assert bool(flags) == any("base_layer" in n for n in missing)
     ids = torch.tensor(
         trainer.processor.tokenizer.encode("How many sides?<think>look</think>\\boxed{4}")
@@ -4148,7 +4360,7 @@ def fabricate(folder, steps=60, texts=("fine",), groups=1, responses=2, tokens=4
     answer = dict(
         scores=dict(advantage=1.0, reward=1.0, accuracy=1.0, brief=0.5),
         truncated=True,
-        tokens=words,
+        turns=[dict(tokens=words)],
     )
     png = report.thumbnail(Image.new("RGB", (40, 30), "red"))
     group = dict(
@@ -4192,7 +4404,7 @@ def test_the_report_is_one_page_that_loads_nothing_and_holds_text_as_data(tmp_pa
     )
     assert "default-src 'none'" in page
     report = embedded(tmp_path)
-    texts = [token[0] for token in report["steps"][0]["groups"][0]["responses"][0]["tokens"]]
+    texts = [token[0] for token in report["steps"][0]["groups"][0]["responses"][0]["turns"][0]["tokens"]]
     assert texts == [text.replace("\ud800", "?") for text in HOSTILE]
     assert "train/loss" not in report["curves"]  # JSON has no nan
     assert len(list(tmp_path.iterdir())) == 4  # what it is made from, and itself
@@ -4216,9 +4428,9 @@ def test_rollouts_show_what_the_update_did_to_each_token_of_groups_that_teach(
     monkeypatch.setattr(report, "SHOWN_RESPONSES", 3)
     run, groups = small_run(tiny[False], minibatch_prompts=8, out=str(tmp_path), name="run")
     (tmp_path / "run").mkdir()
-    groups[0].advantages = torch.zeros(4)
-    for g in groups:
-        g.scores = {"reward": [0.25, 0.5, 0.75, 1.0]}
+    rewards = [0.25, 0.5, 0.75, 1.0]
+    groups = [dataclasses.replace(g, scores={"reward": rewards}) for g in groups]
+    groups[0] = dataclasses.replace(groups[0], scores={"reward": [0.5] * 4})
     log = report.Log(run)
     run.step = 1  # step 2 is neither the first nor the last nor evaluated
     train.show_rollouts(run, log, groups)
@@ -4232,7 +4444,7 @@ def test_rollouts_show_what_the_update_did_to_each_token_of_groups_that_teach(
     assert [image[:23] for image in line["groups"][0]["images"]] == ["data:image/webp;base64,"]
     shown, prompt = line["groups"][0]["responses"], run.reader(run.train_set[1])
     logprobs, _ = run.actor.logprobs(
-        [(prompt, [r.turns]) for r in groups[1].rollouts[:3]], entropy=False
+        [(prompt, [r.turns]) for r in groups[1].rollouts[:3]], entropy="none"
     )
     expected = logprobs.split([len(r.response) for r in groups[1].rollouts[:3]])
     assert [r["scores"]["reward"] for r in shown] == [0.25, 0.5, 0.75]
@@ -4245,10 +4457,11 @@ def test_rollouts_show_what_the_update_did_to_each_token_of_groups_that_teach(
             )
         )
         cut = len(numbers) - 4
+        [turn] = got["turns"]
         if cut > 0:  # the first two and the last two are left
-            assert got["tokens"].pop(2) == [f" [{cut} tokens left out] ", 0, 0]
+            assert turn["tokens"].pop(2) == [f" [{cut} tokens left out] ", 0, 0]
             numbers = numbers[:2] + numbers[-2:]
-        assert [tuple(token[1:]) for token in got["tokens"]] == [
+        assert [tuple(token[1:]) for token in turn["tokens"]] == [
             pytest.approx(pair, abs=1e-4) for pair in numbers
         ]
 
@@ -4259,7 +4472,7 @@ BROWSER = next(
 )
 
 
-def browse(page):
+def browse(page, address=""):
     """The document of a page after its scripts have run."""
     flags = [
         "--headless",
@@ -4269,7 +4482,7 @@ def browse(page):
         "--dump-dom",
     ]
     return subprocess.run(
-        [BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=60
+        [BROWSER, *flags, page.as_uri() + address], capture_output=True, text=True, timeout=60
     ).stdout
 
 
@@ -4291,7 +4504,7 @@ def test_the_report_renders_in_a_browser_and_hostile_text_is_inert(finished, tmp
     assert (
         dom.count("<article>") == 4
         and dom.count('class="tokens"') == 16
-        and "background-color: rgba(" in dom
+        and re.search('class="(up|down)', dom)
     )
     dom = browse(fabricate(tmp_path, texts=HOSTILE, tokens=len(HOSTILE)) / "report.html")
     assert (
@@ -4329,6 +4542,104 @@ def test_weights_and_biases_gets_every_metric_of_every_step(start, tmp_path, mon
         for name in row
         if name != "step"
     )
+
+
+def test_a_conversation_is_shown_with_what_was_read_and_what_the_picture_gave(actor):
+    ids = torch.tensor(actor.processor.tokenizer.encode("yes"))
+    said = make(actor, "<image>Look again.", picture(1), later=True)
+    count = 2 * len(ids)
+    numbers = torch.stack([torch.arange(count) / 4, -torch.arange(count) / 4, torch.ones(count)])
+    first, read, last = report.shown_turns([ids, said, ids], numbers, actor.processor.tokenizer)
+    assert read["question"] == "<image>Look again."
+    assert [image[:23] for image in read["images"]] == ["data:image/webp;base64,"]
+    tokens = first["tokens"] + last["tokens"]
+    assert "".join(token[0] for token in tokens) == "yesyes"
+    assert [token[1:] for token in tokens] == [[i / 4, -i / 4, 1.0] for i in range(count)]
+    without = report.shown_turns([ids], numbers[:2, : len(ids)], actor.processor.tokenizer)
+    assert all(len(token) == 3 for token in without[0]["tokens"])
+
+
+def fabricate_looks(folder):
+    """A run of three steps: step 2 is well coloured, and its first problem has a picture."""
+    fabricate(folder, steps=4)
+    png = report.thumbnail(Image.new("RGB", (40, 30), "red"))
+    looked = [["three", -0.1, 0.2, 1.5], [" sides", -0.1, -0.2, -1.0]]
+    read = dict(question="Look again.", images=[png])
+    steps = []
+    for step, moved in ((1, 0.001), (2, 0.2), (3, 0.0)):
+        plain = [[text, logprob, moved] for text, logprob, _, _ in looked]
+        groups = []
+        for turns in ([dict(tokens=looked), read, dict(tokens=looked)], [dict(tokens=plain)]):
+            if step != 2:
+                turns = [dict(tokens=plain)]
+            response = dict(scores=dict(advantage=1.0, reward=1.0), truncated=False, turns=turns)
+            facts = dict(where="row 1", question="Sides?", answer="3", images=[])
+            groups.append(facts | dict(responses=[response] * 8))
+        steps.append(json.dumps(dict(step=step, drawn=2, groups=groups)) + "\n")
+    (folder / "rollouts.jsonl").write_text("".join(steps))
+    zeros = [json.dumps({"step": i, "train/imbalance": 0.0}) + "\n" for i in range(1, 4)]
+    (folder / "metrics.jsonl").write_text("".join(zeros))
+    report.write_report(folder)
+    return folder / "report.html"
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+def test_the_page_opens_on_a_coloured_step_and_has_a_second_view_where_there_is_a_picture(tmp_path):
+    page = fabricate_looks(tmp_path)
+    opened = browse(page)
+    assert 'class="error"' not in opened
+    assert re.search(r'class="chosen"[^>]*>step 2<', opened)
+    assert opened.count("<button") == 2 and 'id="groups" class="updates"' in opened
+    # in each of 8 responses the first group has 2 tokens up and 2 down, the second 2 up; and the legend
+    assert opened.count('class="up clear"') == 8 * 2 + 8 * 2 + 1
+    assert opened.count('class="read"') == 8 and opened.count("8 responses, scroll sideways") == 2
+    picture_view = browse(page, "#2/picture")
+    assert 'id="groups" class="picture"' in picture_view
+    assert picture_view.count('class="down clear"') == 8 * 2 + 1  # in the group with a picture alone
+    assert picture_view.count(">row 1 · no picture, so nothing to compare") == 1
+    assert "the picture gave 0.25 nats a token" in picture_view  # (1.5 - 1.0) / 2
+    without = browse(page, "#1/picture")  # no token of step 1 has a fourth number
+    assert without.count("<button") == 0 and 'id="groups" class="updates"' in without
+    assert "this page reloads itself every minute" in opened  # step 0 of 4
+    assert ">0.8</text>" in opened and ">-0.2</text>" not in opened  # all zeros: drawn from 0 to 1
+
+
+def test_every_curve_has_a_title_and_says_what_is_healthy_and_broken():
+    template = (HERE / "support" / "report.html").read_text()
+    panels = template.split("const PANELS = [")[1].split("\n];")[0].split("\n  {title: ")[1:]
+    for panel in panels:
+        assert re.search(r'healthy:\s+"[^"]+"', panel) and re.search(r'broken:\s+"[^"]+"', panel), panel
+    named = {name for panel in panels for name in re.findall(r'"(train/\w+)"', panel)}
+    table = (HERE / "README.md").read_text().split("| metric |")[1].split("\n## ")[0]
+    assert set(re.findall(r"`(train/\w+)`", table)) <= named
+
+
+def test_without_a_terminal_progress_is_a_plain_line_every_ten_steps(
+    tiny, process_group, tmp_path, capsys
+):
+    run, groups = small_run(tiny[False], out=str(tmp_path), name="run", steps=25, minibatch_prompts=8)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    for g in groups:
+        g.scores = {"reward": [0.5, 0.5, 0.0, 1.0], "accuracy": [0.0, 0.0, 0.0, 1.0]}
+    log = report.Log(run)
+    capsys.readouterr()
+    for step in log.progress(range(25)):
+        log.step(step + 1, groups, [SimpleNamespace(imbalance=0.0)], [{}], {"learn": 2.0}, {})
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        f"step {step} of 25" for step in (1, 10, 20, 25)
+    ]
+    assert lines[0].startswith("step 1 of 25: reward 0.50 acc 0.25 kl 0.000 len ") and err == ""
+    [row, *_] = report.read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert row["train/turns"] == 1 and row["train/reward"] == 0.5 and row["train/imbalance"] == 0
+
+
+def test_an_evaluation_is_one_short_line():
+    metrics = rollout.summarize([record(1, type="a"), record(0, type="b")], 1)
+    # one right of two: 0.5, with an error of 0.7071 / sqrt(2)
+    assert rollout.describe(metrics) == "accuracy 0.500 +- 0.500, reward 0.000, format 0.000"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4447,7 +4758,11 @@ def faulty_run(job):
     elif job["fault"] and os.environ.get("RANK", "0") == job["rank"]:
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             strike(job["fault"])
-    train.main(job["argv"])
+    if job["script"]:
+        sys.argv = [job["script"], *job["argv"]]
+        runpy.run_path(job["script"], run_name="__main__")
+    else:
+        train.main(job["argv"])
 
 
 def out_of_memory(problem, response, gold):
@@ -4503,11 +4818,10 @@ STEPS = ("--preset", "tiny", "--engine", "hf", "--prompts_per_step", "2", "--min
          "--kl_coefficient", "0", "--rewards", "accuracy=0.5,varied=1", "--save_every", "2")  # fmt: skip
 
 
-def job(folder, *flags, fault="", rank="0", watch=""):
+def job(folder, *flags, fault="", rank="0", watch="", script=""):
     argv = [*STEPS, "--out", str(folder), "--resume", "auto", *flags]
-    return json.dumps(
-        dict(argv=argv, fault=fault, rank=rank, watch=str(watch), log=str(folder / "log.txt"))
-    )
+    files = dict(watch=str(watch), script=str(script), log=str(folder / "log.txt"))
+    return json.dumps(dict(argv=argv, fault=fault, rank=rank) | files)
 
 
 @pytest.fixture(scope="session")
@@ -4588,9 +4902,9 @@ KILLS = (  # wherever a run can be; the first ones are met one after another by 
     "call support.checkpoint.CheckpointWriter.finish 1", "return support.checkpoint.CheckpointWriter.finish 1", "call support.report.write_report 1",
     "call support.report.Log.write 4", "return support.report.Log.write 2", "call shutil.rmtree 1", "call model.Actor.save 1",
     "call train.build 1", "return train.build 1", "call train.evaluation 1", "call rollout.HFEngine.generate 3",
-    "return rollout.HFEngine.generate 4", "call train.score 3", "call train.plan_minibatches 3", "call train.freeze 2",
+    "return rollout.HFEngine.generate 4", "call train.score 3", "call train.plan_minibatches 3", "call train.score_tokens 2",
     "call train.update 6", "return train.update 8", "call support.report.Log.step 3", "call train.save_checkpoint 2",
-    "return train.save_checkpoint 2", "return safetensors.torch.save 2", "call support.checkpoint.fingerprints 2",
+    "return train.save_checkpoint 2", "return safetensors.torch.save 2", "call support.checkpoint.file_sizes 2",
     "call support.checkpoint.finish_checkpoint 3", "return shutil.rmtree 1", "return support.report.write_report 3",
     "call train.evaluation 3", "return model.Actor.save 1",
 )  # fmt: skip
@@ -4685,9 +4999,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     copy_start(seedling, tmp_path)
     launch(tmp_path, fault="15 call train.update 7")
     [shard] = (tmp_path / "tiny" / "checkpoints" / "step-000004").glob("*.safetensors")
-    raw = bytearray(shard.read_bytes())
-    raw[-1000] ^= 1  # one bit of one number
-    shard.write_bytes(raw)
+    shard.write_bytes(shard.read_bytes()[:-1000])
     code, log = launch(tmp_path, "--learning_rate", "6.5e-4", "--steps", "5")
     assert code == 0 and re.search(
         "step-000004 is damaged.*step-000004.1; trying the one before", log
@@ -4728,18 +5040,15 @@ def test_the_folder_of_a_run_says_what_it_is_made_of(launch, seedling, tmp_path)
 
 def adam_run(folder, out, **changes):
     """small_run with the optimizer that a real run has; writes under `out`."""
-    changes = dict(minibatch_prompts=8, max_sampler_gap=100.0, keep=2) | changes
+    changes = dict(minibatch_prompts=8, max_sampler_gap=100.0, keep=2, learning_rate=1e-3) | changes
     run, groups = small_run(folder, out=str(out), **changes)
-    run.optimizer = torch.optim.AdamW(
-        [p for p in run.actor.model.parameters() if p.requires_grad], lr=1e-3
-    )
-    run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, run.settings.rate)
+    run.optimizer, run.schedule = train.build_optimizer(run.settings, run.actor)
     return run, groups
 
 
 def learn(run, groups):
-    [minibatch] = train.plan_minibatches(run, groups)
-    totals = train.update(run, minibatch, run.step)
+    [minibatch] = minibatches_of(run, groups)
+    totals = train.update(run, minibatch, run.step, None)
     run.step += 1
     return totals
 
@@ -4804,23 +5113,30 @@ def test_the_newest_checkpoints_are_kept_and_the_best(tiny, process_group, tmp_p
 
 
 def test_only_what_is_trained_is_saved_and_other_tensors_are_refused(tiny, process_group, tmp_path):
-    run, _ = adam_run(tiny[False], tmp_path)
+    run, groups = adam_run(tiny[False], tmp_path)
+    learn(run, groups)
     checkpoint.save_checkpoint(run)
     path = checkpoint.newest_checkpoint(tmp_path / "tiny" / "checkpoints")
-    for p in list(run.actor.model.parameters())[2:]:
-        p.requires_grad_(False)
+
+    def two_weights(actor):
+        for p in list(actor.model.parameters())[2:]:
+            p.requires_grad_(False)
+
+    run, groups = adam_run(tiny[False], tmp_path, prepare=two_weights)
     with pytest.raises(
         ValueError,
-        match=r"step-000000 holds other tensors than this run trains, such as .*run\.json",
+        match=r"step-000001 holds other tensors than this run, such as .* none here; .*run\.json",
     ):
         checkpoint.load_checkpoint(run, path)
-    checkpoint.save_checkpoint(dataclasses.replace(run, step=1))
-    [shard] = (tmp_path / "tiny" / "checkpoints" / "step-000001").glob("*.safetensors")
-    assert len(load_file(shard)) == 1 + 2 * 4  # counts; weight, AdamW's step and two moments
+    run.step = 1
+    learn(run, groups)
+    checkpoint.save_checkpoint(run)
+    [shard] = (tmp_path / "tiny" / "checkpoints" / "step-000002").glob("*.safetensors")
+    assert len(load_file(shard)) == 5 + 2 * 4  # counts; weight, AdamW's step and two moments
 
 
 @pytest.mark.parametrize(
-    "damage", "cut, bit, missing, another, no manifest, empty manifest, null, bytes".split(", ")
+    "damage", "cut, missing, another, no manifest, empty manifest, null, bytes".split(", ")
 )
 def test_every_damage_to_a_checkpoint_is_seen(tmp_path, process_group, capsys, damage):
     for step in (4, 8):
@@ -4828,14 +5144,12 @@ def test_every_damage_to_a_checkpoint_is_seen(tmp_path, process_group, capsys, d
         folder.mkdir()
         for rank in range(2):
             save_file({"a": torch.randn(100)}, folder / f"shard-0000{rank}.safetensors")
-        (folder / "manifest.json").write_text(json.dumps(checkpoint.fingerprints(folder)))
+        (folder / "manifest.json").write_text(json.dumps(checkpoint.file_sizes(folder)))
     assert checkpoint.newest_checkpoint(tmp_path).name == "step-000008"
     shard, manifest = folder / "shard-00001.safetensors", folder / "manifest.json"
     raw = shard.read_bytes()
     if damage == "cut":
         shard.write_bytes(raw[:-1])
-    elif damage == "bit":
-        shard.write_bytes(raw[:-5] + bytes([raw[-5] ^ 1]) + raw[-4:])
     elif damage == "missing":
         shard.unlink()
     elif damage == "another":  # left there by a run of more ranks
@@ -4862,6 +5176,153 @@ def test_loading_a_checkpoint_runs_no_code_of_whoever_wrote_it(tiny, process_gro
     assert not (tmp_path / "boom").exists()
 
 
+class Momentum(torch.optim.SGD):
+    """An optimizer of one's own."""
+
+    def __init__(self, weights, lr):
+        super().__init__(weights, lr=lr, momentum=0.9)
+
+
+class Hiding(torch.optim.Optimizer):
+    """A wrapper whose inner optimizer keeps its state for itself."""
+
+    def __init__(self, weights):
+        super().__init__(weights, {"lr": 1e-3})
+        self.inner = torch.optim.AdamW(self.param_groups[0]["params"], lr=1e-3)
+
+    def step(self):
+        self.inner.step()
+
+
+def run_with(kind, folder, out, **changes):
+    """adam_run with another optimizer."""
+    if kind in ("adamw", "muon"):
+        return adam_run(folder, out, optimizer=kind, schedule="cosine", **changes)
+    run, groups = adam_run(folder, out, **changes)
+    weights = [(n, p) for n, p in run.actor.model.named_parameters() if p.requires_grad]
+    run.optimizer = Momentum(weights, 1e-3) if kind == "momentum" else Hiding(weights)
+    run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, run.settings.rate)
+    return run, groups
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def checkpoints(out):
+    return Path(out) / "tiny" / "checkpoints"
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "momentum"])
+def test_a_run_goes_on_exactly_with_any_optimizer(tiny, process_group, tmp_path, kind):
+    run, groups = run_with(kind, tiny[False], tmp_path)
+    learn(run, groups)
+    checkpoint.save_checkpoint(run)
+    again, _ = run_with(kind, tiny[False], tmp_path)
+    checkpoint.load_checkpoint(again, checkpoint.newest_checkpoint(checkpoints(tmp_path)))
+    assert same(whole_state(again), whole_state(run))
+    assert again.schedule.get_last_lr() == run.schedule.get_last_lr()
+    for each in (run, again):
+        learn(each, groups)
+    assert same(whole_state(again), whole_state(run))
+    names = {name.split(" ")[-1] for name in whole_state(run) if " " in name}
+    adam = {"step", "exp_avg", "exp_avg_sq"}
+    assert names == {"adamw": adam, "muon": adam | {"momentum_buffer"}}.get(kind, {"momentum_buffer"})
+
+
+def test_muon_takes_the_language_models_matrices_and_a_learning_rate_serves_both(tiny, process_group):
+    run, _ = small_run(tiny[False], optimizer="muon", prepare=lambda actor: actor.freeze("tower"))
+    optimizer, schedule = train.build_optimizer(run.settings, run.actor)
+    matrices, rest = (set(group["param_names"]) for group in optimizer.param_groups)
+    layer = "model.language_model.layers.0."
+    assert {layer + "self_attn.q_proj.weight", layer + "mlp.up_proj.weight"} <= matrices
+    assert {layer + "input_layernorm.weight", layer + "self_attn.q_proj.bias"} <= rest
+    assert {"lm_head.weight", "model.language_model.embed_tokens.weight"} <= rest
+    assert not any("visual" in name for name in matrices)
+    assert not any("visual.blocks" in name for name in rest)  # frozen
+    schedule.step()
+    assert len({group["lr"] for group in optimizer.param_groups}) == 1
+
+
+def test_cosine_and_linear_fall_to_the_final_share_by_hand():
+    # 4 steps of one update each, no warm-up, down to 0.2: after 0, 1, 2 and 3 of 4 updates
+    shape = dict(steps=4, prompts_per_step=2, minibatch_prompts=2, final_learning_rate=0.2)
+    linear = train.Settings(warmup_updates=0, schedule="linear", **shape)
+    close([linear.rate(done) for done in range(4)], [1, 0.8, 0.6, 0.4])
+    cosine = train.Settings(warmup_updates=0, schedule="cosine", **shape)
+    # 0.2 + 0.8 (1 + cos(pi done / 4)) / 2
+    close([cosine.rate(done) for done in range(4)], [1, 0.882843, 0.6, 0.317157])
+    rising = train.Settings(warmup_updates=1, schedule="cosine", **shape)
+    assert rising.rate(0) == 0.5
+
+
+def test_state_that_a_checkpoint_would_miss_is_an_error_when_it_is_saved(
+    tiny, process_group, tmp_path
+):
+    run, groups = run_with("hiding", tiny[False], tmp_path)
+    learn(run, groups)
+    with pytest.raises(RuntimeError, match="is updated, and optimizer.state holds nothing for it"):
+        checkpoint.save_checkpoint(run)
+    run, groups = adam_run(tiny[False], tmp_path)
+    run.optimizer.state[run.optimizer.param_groups[0]["params"][1]]["age"] = 3
+    with pytest.raises(RuntimeError, match="holds age = 3 for .* tensors alone"):
+        checkpoint.save_checkpoint(run)
+    first = [next(run.actor.model.named_parameters())]
+    run.optimizer = torch.optim.AdamW(first)
+    with pytest.raises(RuntimeError, match="is trained, and not among optimizer.param_groups"):
+        checkpoint.save_checkpoint(run)
+    run.optimizer = torch.optim.AdamW([first[0][1]])
+    with pytest.raises(ValueError, match="make it from named_parameters"):
+        checkpoint.save_checkpoint(run)
+    assert not checkpoints(tmp_path).exists()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "momentum"])
+def test_a_weight_that_was_never_updated_has_no_state_before_and_after(
+    tiny, process_group, tmp_path, kind
+):
+    run, _ = run_with(kind, tiny[False], tmp_path)
+    (idle, _), *others = checkpoint.trained_weights(run.optimizer).items()
+    for _, p in others:
+        p.grad = torch.ones_like(p)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    before = whole_state(run)
+    checkpoint.save_checkpoint(run)
+    assert same(whole_state(run), before)
+    again, _ = run_with(kind, tiny[False], tmp_path)
+    checkpoint.load_checkpoint(again, checkpoint.newest_checkpoint(checkpoints(tmp_path)))
+    assert same(whole_state(again), before)
+    assert not any(name.startswith(idle + " ") for name in before)
+
+
+def test_a_forward_without_gradient_changes_nothing_of_a_checkpoint(tiny, process_group, tmp_path):
+    run, groups = adam_run(tiny[False], tmp_path)
+    learn(run, groups)
+    before = whole_state(run)
+    [minibatch] = train.plan_minibatches(run, groups)
+    with torch.no_grad():
+        run.actor.logprobs(minibatch.packs[0].groups)
+    assert same(whole_state(run), before)
+    assert all(isinstance(p, DTensor) for p in run.actor.model.parameters())
+
+
+def test_state_of_ones_own_is_saved_restored_and_named(tiny, process_group, tmp_path):
+    run, _ = adam_run(tiny[False], tmp_path)
+    run.state["solved"] = torch.tensor([0.25, 0.5])
+    run.state["seen"] = torch.tensor([3, 4])
+    checkpoint.save_checkpoint(run)
+    path = checkpoint.newest_checkpoint(checkpoints(tmp_path))
+    again, _ = adam_run(tiny[False], tmp_path)
+    checkpoint.load_checkpoint(again, path)
+    assert same(again.state, run.state) and again.state["seen"].dtype == torch.int64
+    for state in ({"solved": torch.zeros(3)}, {"unsolved": torch.zeros(2)}):
+        other, _ = adam_run(tiny[False], tmp_path)
+        other.state = state
+        with pytest.raises(ValueError, match=r"such as run\.state (un)?solved: .* there, .* here"):
+            checkpoint.load_checkpoint(other, path)
+
+
 # --- what is not finite, what does not fit
 
 
@@ -4878,9 +5339,11 @@ def test_an_update_that_is_not_finite_is_kept_for_study_and_stops_the_run(
         learn(run, groups)
     after = whole_state(run)
     assert all(
-        torch.equal(after[name], value) for name, value in before.items() if name != "counts"
+        torch.equal(after[name], value)
+        for name, value in before.items()
+        if not name.startswith("run.")
     )
-    assert after["counts"].tolist() == [1, 0, 2, -1, 0]
+    assert (after["run.step"], after["run.updates"], after["run.not_finite"]) == (1, 0, 2)
     kept = torch.load(
         tmp_path / "tiny" / "not-finite" / "step-000001-2-rank-0.pt", weights_only=True
     )
@@ -5261,7 +5724,7 @@ def measured_update(actor, groups, variant):
     if variant == "padded, all":
         logprobs = padded_with_all_logits(actor, groups)
     else:
-        logprobs, _ = actor.logprobs(groups, features, entropy=False)
+        logprobs, _ = actor.logprobs(groups, features, entropy="none")
     (-logprobs.mean()).backward()
     return time.perf_counter() - start, status("VmHWM") - before, logprobs.detach()
 

@@ -1,18 +1,30 @@
-"""GRPO for vision-language models: sample, score, freeze, learn, report.
+"""GRPO for vision-language models, in twelve lines and the functions that do them.
 
-    problem -> prompt -> rollouts (a group) -> rewards -> advantages -> loss -> update -> sync
+     1  for each step:                                            train
+     2      take its problems, from (seed, step) alone             data.batch_indices
+     3      problem -> prompt: token ids and pixels                data.Reader
+     4      SAMPLE n responses to each prompt                      sample_groups, engine.generate
+     5      SCORE each response by its named rewards               rollout.score, reward.compute_rewards
+     6      all ranks exchange their groups; advantages            grpo.group_advantages
+     7      cut groups into minibatches, shares, packs             plan_minibatches
+     8      SCORE TOKENS: log-probs before the policy moves        score_tokens
+     9      LEARN: for each minibatch: log-probs of each pack      update, model.Actor.logprobs
+    10          loss = sum_t w_t (clipped surrogate + beta KL)     pack_loss, grpo.policy_loss
+    11          gradient over all packs and ranks; one step        update
+    12      REPORT: the engine gets the weights; metrics           engine.sync, report.Log
 
-    python train.py                                  with no GPU: a tiny Qwen2.5-VL learns generated
-    figures, in minutes torchrun --nproc_per_node=8 train.py             with GPUs: Qwen2.5-VL-7B on
-    Geometry3K
+    python train.py                                 no GPU: a tiny Qwen2.5-VL learns figures
+    torchrun --nproc_per_node=8 train.py            GPUs: Qwen2.5-VL-7B on Geometry3K
+    python train.py --steps 0 --model M --data D    evaluates M and writes its responses
 
 The same code runs on 1 and on N processes: weights, gradients and optimizer state are sharded by
 FSDP2, every rank samples its share of the prompts, and all ranks then know all responses of the
 step (ids are small), so that any group can be learnt from on any rank. A step is one batch of
 rollouts, an update is one optimizer step on a minibatch.
 
-Not here: the model (model.py), sampling (rollout.py), the formulas (grpo.py), grading (reward.py),
-rows (data.py).
+The path of this file ends at `# --- from here on`: the loop, the loss, groups and packs. Not here:
+the model (model.py), sampling (rollout.py), formulas (grpo.py), grading (reward.py), rows
+(data.py).
 
 Legend  N tokens written by the policy, R responses, n responses per prompt
 """
@@ -23,15 +35,15 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import heapq
 import importlib.util
 import math
 import random
 import re
 import signal
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import data
@@ -71,7 +83,9 @@ from transformers import HfArgumentParser, set_seed
 
 def train(run: Run) -> None:
     """The algorithm."""
-    s, log, meter = run.settings, report.Log(run), SavedTensors()
+    s = run.settings
+    log = report.Log(run)
+    meter = SavedTensors()  # counts what the first update keeps for its backward
     if run.step == 0:
         evaluation(run, log)
     for step in log.progress(range(run.step, s.steps)):
@@ -79,33 +93,24 @@ def train(run: Run) -> None:
         # for what may draw from the global random states: a reward, dropout
         set_seed(random.Random(f"{s.seed} {step} {dist.get_rank()}").getrandbits(32))
 
-        # SAMPLE and SCORE: n responses to every problem of the step, their rewards, advantages
-        # within every group
-        groups = []
-        for extra in range(s.dynamic_sampling + 1):
-            groups += sample_groups(run, step * (s.dynamic_sampling + 1) + extra, clock)
-            if sum(not g.is_flat() for g in groups) >= s.prompts_per_step:
-                break
-        drawn = groups
-        chosen = sorted(range(len(drawn)), key=lambda i: drawn[i].is_flat())[: s.prompts_per_step]
-        groups = [
-            drawn[i] for i in sorted(chosen)
-        ]  # those that teach before flat ones, in the order of the problems
+        # SAMPLE and SCORE: n responses to every problem of the step, and their rewards
+        drawn = draw_groups(run, step, clock)
+        groups = with_advantages(choose_groups(drawn, s.prompts_per_step), s.advantage)
         with clock("sleep"):
             run.engine.sleep()
+        run.reader.ahead(own_problems(run, batch_numbers(s, step + 1)[0]))
 
-        # FREEZE: log-probs under the policy as it is before it moves, and under the reference
-        with clock("freeze"):
-            minibatches = plan_minibatches(run, groups)
-            freeze(run, minibatches)
+        # SCORE TOKENS: under the policy as it is before it moves, and under the reference
+        with clock("logprobs"):
+            plans = plan_minibatches(groups, s, dist.get_world_size(), run.actor.packing)
+            minibatches = [load_minibatch(run, plan, i == 0) for i, plan in enumerate(plans)]
 
         # LEARN: one optimizer step for each minibatch
+        updates = []
         with clock("learn"):
-            updates = [
-                update(run, minibatch, step, meter)
-                for _ in range(s.epochs)
-                for minibatch in minibatches
-            ]
+            for _ in range(s.epochs):
+                for minibatch in minibatches:
+                    updates.append(update(run, minibatch, step, meter))
         meter = measure_memory(run, meter, updates[-1])
 
         # REPORT: the engine gets the new weights; rollouts to look at, metrics, evaluation and
@@ -116,83 +121,114 @@ def train(run: Run) -> None:
             synced = run.engine.sync(run.actor)
         run.step = step + 1
         log.step(run.step, drawn, minibatches, updates, clock.seconds, synced)
-        last = run.step == s.steps
-        accuracy = evaluation(run, log) if last or run.step % s.eval_every == 0 else -1.0
-        stop = int(
-            all_max(max(run.signals, default=0))
-        )  # a signal to one rank stops all of them after the same step
-        if stop or last or (s.save_every and run.step % s.save_every == 0):
+        is_last = run.step == s.steps
+        is_due = s.save_every and run.step % s.save_every == 0
+        accuracy = NOT_EVALUATED
+        if is_last or run.step % s.eval_every == 0:
+            accuracy = evaluation(run, log)
+        # a signal to one rank stops all of them after the same step
+        stop = int(all_max(max(run.signals, default=0)))
+        if stop or is_last or is_due:
             save_checkpoint(run, accuracy)
         if stop:
-            finish_checkpoint(run)
-            say(
-                f"step {run.step}: {signal.Signals(stop).name}; the checkpoint is written, go on with --resume auto"
-            )
-            sys.exit(128 + stop)
+            leave(run, stop)
+
+
+def draw_groups(run: Run, step: int, clock: report.Clock) -> list[Group]:
+    """The groups of a step; with dynamic sampling, further batches while too many are flat."""
+    s = run.settings
+    groups = []
+    for batch in batch_numbers(s, step):
+        groups += sample_groups(run, batch, clock)
+        teaching = [group for group in groups if not group.is_flat()]
+        if len(teaching) >= s.prompts_per_step:
+            break
+    return groups
+
+
+def batch_numbers(s: Settings, step: int) -> range:
+    """The batches of problems that a step may draw."""
+    per_step = s.dynamic_sampling + 1
+    return range(step * per_step, (step + 1) * per_step)
+
+
+def own_problems(run: Run, batch: int) -> list[data.Problem]:
+    """This rank's share of a batch of problems: every world-th one."""
+    s = run.settings
+    indices = data.batch_indices(s.seed, batch, s.prompts_per_step, len(run.train_set))
+    return [run.train_set[i] for i in indices[dist.get_rank() :: dist.get_world_size()]]
 
 
 def sample_groups(run: Run, batch: int, clock: report.Clock) -> list[Group]:
-    """Draw and score one batch of problems: every rank does its share, and then all ranks know all
-    groups.
+    """Draw and score one batch of problems: every rank does its share, then all know all groups.
 
     Args:
         batch: number of the batch; it fixes the problems and, with the weights, the responses.
+
+    Returns:
+        One Group per problem, in the order of the problems, the same on every rank.
     """
-    s, rank, world = run.settings, dist.get_rank(), dist.get_world_size()
+    s, n, world = run.settings, run.settings.responses_per_prompt, dist.get_world_size()
+    indices = data.batch_indices(s.seed, batch, s.prompts_per_step, len(run.train_set))
+    problems = own_problems(run, batch)
     with clock("sample"):
-        indices = data.batch_indices(s.seed, batch, s.prompts_per_step, len(run.train_set))
-        mine = indices[rank::world]
-        problems = [run.train_set[i] for i in mine]
         prompts = [run.reader(problem) for problem in problems]
         seed = random.Random(f"{s.seed} {batch}").getrandbits(63)
-        conversations = [[prompt] for prompt in prompts]
-        rollouts = run.engine.generate(conversations, s.responses_per_prompt, seed)
+        rollouts = run.engine.generate([[prompt] for prompt in prompts], n, seed)
     with clock("score"):
         tokenizer = run.actor.processor.tokenizer
-        scores = score(
-            rollouts, problems, s.responses_per_prompt, tokenizer, s.reward_weights, run.grader
-        )
-        advantages = grpo.group_advantages(scores["reward"], s.advantage)
+        scores = score(rollouts, problems, n, tokenizer, s.reward_weights, run.grader)
         vision = torch.tensor(run.actor.banned_ids)
-        groups = [
-            Group(
-                index=index,
-                prompt_tokens=len(prompts[p].ids),
-                image_tokens=int(torch.isin(prompts[p].ids, vision).sum()),
-                rollouts=rollouts[p],
-                scores={name: values[p].tolist() for name, values in scores.items()},
-                advantages=advantages[p],
+        mine = []
+        for p, prompt in enumerate(prompts):
+            mine.append(
+                Group(
+                    index=indices[p * world + dist.get_rank()],
+                    prompt_tokens=len(prompt.ids),
+                    image_tokens=int(torch.isin(prompt.ids, vision).sum()),
+                    rollouts=rollouts[p],
+                    scores={name: values[p].tolist() for name, values in scores.items()},
+                )
             )
-            for p, index in enumerate(mine)
-        ]
-        shares = gather_objects(groups)
-    # in the order of the problems
+        shares = gather_objects(mine)
     return [shares[i % world][i // world] for i in range(s.prompts_per_step)]
 
 
-@torch.no_grad()
-def freeze(run: Run, minibatches: list[Minibatch]) -> None:
-    """Fill in old_logprobs, and ref_logprobs where there is a reference.
+def choose_groups(drawn: list[Group], wanted: int) -> list[Group]:
+    """The groups that a step learns from, in the order of the problems; flat ones only fill up."""
+    teaching = [i for i, group in enumerate(drawn) if not group.is_flat()]
+    flat = [i for i, group in enumerate(drawn) if group.is_flat()]
+    return [drawn[i] for i in sorted((teaching + flat)[:wanted])]
 
-    With a single update per step the policy has not moved when it is scored, so that update's own
-    forward gives the old log-probs and no extra pass is made.
+
+def with_advantages(groups: list[Group], scale: str) -> list[Group]:
+    """Compare the responses of each group. Every rank knows all groups here, so an advantage that
+    needs the whole batch is computed right, and once."""
+    rewards = torch.tensor([group.scores["reward"] for group in groups])  # (P, n)
+    advantages = grpo.group_advantages(rewards, scale)
+    return [replace(group, advantages=advantages[i]) for i, group in enumerate(groups)]
+
+
+@torch.no_grad()
+def score_tokens(run: Run, pack: TrainPack, is_first: bool) -> TrainPack:
+    """The pack with its old_logprobs, and with ref_logprobs where there is a reference.
+
+    The first minibatch's packs get no old_logprobs: the policy has not moved when they are learnt
+    from, so that update's own forward gives them, and no extra pass is made.
     """
-    on_policy = len(minibatches) * run.settings.epochs == 1
-    for pack in (pack for minibatch in minibatches for pack in minibatch.packs):
-        if not on_policy:
-            pack.old_logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy=False)
-        if run.reference is not None:
-            with run.reference.without_adapters():
-                pack.ref_logprobs, _ = run.reference.logprobs(
-                    pack.groups, pack.features, entropy=False
-                )
+    old = ref = None
+    if not is_first:
+        old, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
+    if run.reference is not None:
+        with run.reference.without_adapters():
+            ref, _ = run.reference.logprobs(pack.groups, pack.features, entropy="none")
+    return replace(pack, old_logprobs=old, ref_logprobs=ref)
 
 
 def update(
-    run: Run, minibatch: Minibatch, step: int, meter: SavedTensors | None = None
+    run: Run, minibatch: Minibatch, step: int, meter: SavedTensors | None
 ) -> dict[str, float]:
-    """One optimizer step. The loss is a sum over tokens with global weights, accumulated pack by
-    pack.
+    """One optimizer step. The loss is a sum over tokens with global weights, pack by pack.
 
     Returns:
         Sums over the minibatch's tokens, over all ranks, beside `tokens`, their count; {} if
@@ -201,46 +237,29 @@ def update(
     Raises:
         RuntimeError: sampler and trainer disagree by more than --max_sampler_gap, or as leave_out.
     """
-    s, world, sums = run.settings, dist.get_world_size(), collections.defaultdict(float)
+    s = run.settings
     if not minibatch.packs:
         return {}
+    entropy_kind = "gradient" if s.entropy_coefficient else "value"
+    sums = collections.Counter()
+    gap_max = 0.0
     for pack in minibatch.packs:
         with meter or contextlib.nullcontext():
-            logprobs, entropy = run.actor.logprobs(pack.groups, pack.features)
-        old = logprobs.detach() if pack.old_logprobs is None else pack.old_logprobs
-        advantages = grpo.spread(pack.advantages, pack.lengths)
-        losses, clipped = grpo.policy_loss(
-            logprobs, old, advantages, pack.lengths, s.clip_low, s.clip_high, s.ratio
-        )  # (N,)
-        losses = losses * grpo.importance_weights(
-            old, pack.sampler_logprobs, pack.lengths, s.importance_cap, s.importance
-        )
-        kl = torch.zeros_like(losses)
-        if pack.ref_logprobs is not None:
-            kl = grpo.kl_estimate(logprobs, pack.ref_logprobs, s.kl_estimator)
-        weights = grpo.token_weights(
-            pack.lengths,
-            s.aggregation,
-            minibatch.tokens,
-            minibatch.responses,
-            s.max_response_tokens,
-        )
-        loss = pack.weight * (weights * (losses + s.kl_coefficient * kl)).sum()
-        (
-            loss * world
-        ).backward()  # FSDP averages gradients over ranks, and this loss is a share of one sum
-        gap = (pack.sampler_logprobs - old).abs()
-        drift = grpo.kl_estimate(pack.sampler_logprobs, old, "k3")
-        for name, values in dict(
-            kl=kl, entropy=entropy, clipped=clipped, gap=gap, sampler_kl=drift
-        ).items():
+            logprobs, entropy = run.actor.logprobs(pack.groups, pack.features, entropy_kind)
+        if pack.old_logprobs is None:  # first forward of the step: the policy has not moved
+            pack.remember(logprobs.detach())
+        loss, measured = pack_loss(s, minibatch, pack, logprobs, entropy)
+        # FSDP averages gradients over ranks, and this loss is a share of one sum
+        (loss * dist.get_world_size()).backward()
+        for name, values in measured.items():
             sums[name] += pack.weight * values.detach().double().sum()
         sums["tokens"] += pack.weight * len(logprobs)
         sums["loss"] += loss.detach()
-        sums["gap_max"] = max(sums["gap_max"], float(gap.max() * pack.weight))
-    gap_max = all_max(sums.pop("gap_max"))
+        gap_max = max(gap_max, pack.weight * measured["gap"].max().item())
     totals = all_sum(sums, run.device)
-    trained = [p for p in run.actor.model.parameters() if p.grad is not None]
+    # the optimizer's own tensors: after a forward FSDP's root may show others in model.parameters()
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    trained = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
     grad_norm = full(norm).item()  # looked at before clipping, which spreads a nan to all gradients
     if not math.isfinite(grad_norm) or not math.isfinite(totals["loss"]):
@@ -249,17 +268,61 @@ def update(
     check_gap(totals["gap"] / totals["tokens"], s.max_sampler_gap, step)
     torch.nn.utils.clip_grads_with_norm_(trained, s.max_grad_norm, norm)
     run.optimizer.step()
-    gradients = local_bytes(p.grad for p in trained)
+    gradient_bytes = local_bytes(p.grad for p in trained)
     run.optimizer.zero_grad()
     run.schedule.step()
-    return totals | {"grad_norm": grad_norm, "gap_max": gap_max, "gradient_bytes": gradients}
+    measured = {"grad_norm": grad_norm, "gap_max": all_max(gap_max)}
+    return totals | measured | {"gradient_bytes": gradient_bytes}
+
+
+def pack_loss(
+    s: Settings, minibatch: Minibatch, pack: TrainPack, logprobs: Tensor, entropy: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a pack adds to the loss of its minibatch. A loss of your own goes here, or into
+    grpo.policy_loss.
+
+    Args:
+        logprobs, entropy: (N,) nats, with gradient (entropy only with --entropy_coefficient).
+
+    Returns:
+        A scalar; and (N,) each, to be summed for the metrics, see the README.
+    """
+    old = pack.old_logprobs
+    losses, clipped = grpo.policy_loss(
+        logprobs,
+        old,
+        pack.advantages,
+        pack.lengths,
+        clip_low=s.clip_low,
+        clip_high=s.clip_high,
+        clip_dual=s.clip_dual,
+        ratio=s.ratio,
+    )
+    losses = losses * grpo.importance_weights(
+        old, pack.sampler_logprobs, pack.lengths, cap=s.importance_cap, level=s.importance
+    )
+    kl = torch.zeros_like(losses)
+    if pack.ref_logprobs is not None:
+        kl = grpo.kl_estimate(logprobs, pack.ref_logprobs, s.kl_estimator)
+    weights = grpo.token_weights(
+        pack.lengths,
+        s.aggregation,
+        total_tokens=minibatch.tokens,
+        total_responses=minibatch.responses,
+        max_response_tokens=s.max_response_tokens,
+    )
+    per_token = losses + s.kl_coefficient * kl - s.entropy_coefficient * entropy
+    loss = pack.weight * (weights * per_token).sum()
+    gap = (pack.sampler_logprobs - old).abs()
+    drift = grpo.kl_estimate(pack.sampler_logprobs, old, "k3")
+    return loss, dict(kl=kl, entropy=entropy, clipped=clipped, gap=gap, sampler_kl=drift)
 
 
 # --------------------------------------------------------------------------------------------------
-# from here on: groups -> minibatches -> packs
+# Groups -> minibatches -> packs
 
 
-@dataclass
+@dataclass(frozen=True)
 class Group:
     """The n rollouts of one problem, as every rank knows them after sampling."""
 
@@ -268,11 +331,19 @@ class Group:
     image_tokens: int  # of images and videos
     rollouts: list[Rollout]
     scores: dict[str, list[float]]  # n for each named reward, and "reward", their weighted sum
-    advantages: Tensor  # (n,)
+    advantages: Tensor | None = None  # (n,), known after the ranks have exchanged their groups
 
     def is_flat(self) -> bool:
-        """Whether all responses earned the same, so that there is nothing to learn."""
-        return not self.advantages.any()
+        """Whether all responses earned the same, so that there is nothing to compare."""
+        return len(set(self.scores["reward"])) == 1
+
+    def teaches(self, s: Settings) -> bool:
+        """Whether learning from this group has any gradient: an advantage, or a term of its own."""
+        return bool(self.advantages.any() or s.kl_coefficient or s.entropy_coefficient)
+
+    @property
+    def response_tokens(self) -> int:
+        return sum(len(rollout.response) for rollout in self.rollouts)
 
     @property
     def cost(self) -> float:
@@ -283,152 +354,163 @@ class Group:
         to an image token, and a token's attention over 30,000 keys costs as much as the rest of its
         layer.
         """
-        lengths = [r.tokens for r in self.rollouts]
-        pairs = self.prompt_tokens**2 / 2 + sum(n * (self.prompt_tokens + n / 2) for n in lengths)
+        lengths = [rollout.tokens for rollout in self.rollouts]
+        pairs = self.prompt_tokens**2 / 2
+        pairs += sum(length * (self.prompt_tokens + length / 2) for length in lengths)
         return self.prompt_tokens + self.image_tokens / 3 + sum(lengths) + pairs / 30_000
 
 
-def deal(costs: list[float], ranks: int) -> list[list[int]]:
-    """Share items out so that all ranks have about the same cost, by the largest differencing
-    method.
+Share = tuple[Group, list[int]]  # a group, and which of its responses
 
-    Karmarkar and Karp 1982: partial deals are kept in a heap, and the two most uneven ones are
-    merged, the heaviest share of one with the lightest of the other.
 
-    Returns:
-        For each rank, the indices of its items, ascending.
+@dataclass(frozen=True)
+class Plan:
+    """One update: the passes of every rank, and the global counts that normalise its loss."""
+
+    passes: list[list[list[Share]]]  # of every rank: its passes, each some shares
+    filler: list[Share]  # a pass that counts nothing, for ranks that have fewer
+    tokens: int
+    responses: int
+    imbalance: float  # dearest rank's cost over the mean, minus 1
+
+
+def plan_minibatches(groups: list[Group], s: Settings, ranks: int, packing: str) -> list[Plan]:
+    """Cut the step's groups into minibatches, deal each over the ranks, and cut every rank's share
+    into passes.
+
+    Every rank plans for all ranks, so no rank has to be asked how many passes it makes. Groups that
+    teach nothing are left out; they still count in the normalisation.
     """
-    heap = [(-cost, i, [(0.0, [])] * (ranks - 1) + [(cost, [i])]) for i, cost in enumerate(costs)]
-    heapq.heapify(heap)
-    while len(heap) > 1:
-        (_, i, a), (_, _, b) = heapq.heappop(heap), heapq.heappop(heap)
-        merged = [(x + y, p + q) for (x, p), (y, q) in zip(a, reversed(b), strict=True)]
-        merged.sort(key=lambda share: share[0])
-        heapq.heappush(heap, (merged[0][0] - merged[-1][0], i, merged))
-    return [sorted(items) for _, items in heap[0][2]] if heap else [[] for _ in range(ranks)]
+    plans = []
+    for i in range(0, len(groups), s.minibatch_prompts):
+        chosen = groups[i : i + s.minibatch_prompts]
+        teaching = [group for group in chosen if group.teaches(s)]
+        passes, loads = [], []
+        for indices in deal([group.cost for group in teaching], ranks):
+            share = [teaching[j] for j in indices]
+            passes.append(cut_into_packs(share, s.max_tokens_per_pack, packing == "shared"))
+            loads.append(sum(group.cost for group in share))
+        plans.append(
+            Plan(
+                passes=passes,
+                filler=[(group, [0]) for group in teaching[:1]],
+                tokens=sum(group.response_tokens for group in chosen),
+                responses=sum(len(group.rollouts) for group in chosen),
+                imbalance=max(loads) * ranks / sum(loads) - 1 if teaching else 0.0,
+            )
+        )
+    return plans
 
 
-def cut_into_packs(
-    groups: list[Group], max_tokens: int, shared: bool = True
-) -> list[list[tuple[Group, list[int]]]]:
+def deal(costs: list[float], ranks: int) -> list[list[int]]:
+    """Share items out so that all ranks have about the same cost: the dearest first, each to the
+    least loaded rank. Returns each rank's items by index, ascending."""
+    loads = [0.0] * ranks
+    shares = [[] for _ in range(ranks)]
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = loads.index(min(loads))
+        loads[least] += costs[i]
+        shares[least].append(i)
+    return [sorted(share) for share in shares]
+
+
+def cut_into_packs(groups: list[Group], max_tokens: int, shared: bool = True) -> list[list[Share]]:
     """Cut groups into forward passes of at most `max_tokens` tokens where possible.
 
     Groups stay whole where they fit and are split along responses where not (each part then repeats
     the prompt); a single response that does not fit gets a pass of its own. Without sharing every
     response brings its prompt.
-
-    Returns:
-        Packs, each a list of (group, indices of its responses).
     """
-    parts = []
+    parts = []  # (tokens, share)
     for group in groups:
-        part, used, repeated = [], group.prompt_tokens, 0 if shared else group.prompt_tokens
+        repeated = 0 if shared else group.prompt_tokens
+        chosen, used = [], group.prompt_tokens
         for i, rollout in enumerate(group.rollouts):
-            if part and used + rollout.tokens + repeated > max_tokens:
-                parts.append((used, group, part))
-                part, used = [], group.prompt_tokens
-            used += rollout.tokens + (repeated if part else 0)
-            part.append(i)
-        parts.append((used, group, part))
-    packs = []  # first fit, largest first
-    for used, group, part in sorted(parts, key=lambda p: -p[0]):
-        for pack in packs:
-            if pack[0] + used <= max_tokens:
-                pack[0] += used
-                pack[1].append((group, part))
-                break
+            if chosen and used + rollout.tokens + repeated > max_tokens:
+                parts.append((used, (group, chosen)))
+                chosen, used = [], group.prompt_tokens
+            used += rollout.tokens + (repeated if chosen else 0)
+            chosen.append(i)
+        parts.append((used, (group, chosen)))
+    parts.sort(key=lambda part: -part[0])
+    packs, filled = [], []  # first fit, largest first
+    for used, share in parts:
+        fitting = [i for i, tokens in enumerate(filled) if tokens + used <= max_tokens]
+        if fitting:
+            packs[fitting[0]].append(share)
+            filled[fitting[0]] += used
         else:
-            packs.append([used, [(group, part)]])
-    return [pack for _, pack in packs]
+            packs.append([share])
+            filled.append(used)
+    return packs
 
 
 @dataclass
 class TrainPack:
     """One forward pass of one rank, with all that its loss needs, flat over its N tokens."""
 
-    groups: list[tuple]  # (prompt, [turns, ...]) pairs for Actor.logprobs
+    groups: list[tuple]  # (prompt, responses) pairs for Actor.logprobs
     lengths: Tensor  # (R,) tokens that the policy wrote in each response
-    advantages: Tensor  # (R,)
+    advantages: Tensor  # (N,)
     sampler_logprobs: Tensor  # (N,) nats, like the next two
-    old_logprobs: Tensor | None = (
-        None  # None: the same forward gives them, because this update is on-policy
-    )
+    old_logprobs: Tensor | None = None  # None until the policy has been asked, see score_tokens
     ref_logprobs: Tensor | None = None
-    features: dict | None = (
-        None  # of a frozen vision tower, computed once for all passes over this pack
-    )
-    weight: float = (
-        1.0  # 0 for a filler, which a rank runs so that all ranks make the same number of passes
-    )
+    features: dict | None = None  # of a frozen vision tower, computed once for all passes
+    weight: float = 1.0  # 0 for a filler: all ranks make the same number of passes
+
+    def remember(self, old_logprobs: Tensor) -> None:
+        """Keep what the policy thought when the step began, for the epochs to come."""
+        self.old_logprobs = old_logprobs
 
 
-@dataclass
+@dataclass(frozen=True)
 class Minibatch:
     """This rank's passes of one update, and the global counts by which its loss is normalised."""
 
     packs: list[TrainPack]
     tokens: int
     responses: int
-    imbalance: float  # dearest rank's cost over the mean, minus 1
+    imbalance: float
 
 
-def plan_minibatches(run: Run, groups: list[Group]) -> list[Minibatch]:
-    """Cut the step's groups into minibatches, deal each over the ranks and cut every rank's share
-    into packs.
-
-    Every rank plans for all ranks, so no rank has to be asked how many passes it makes. Groups
-    whose advantages are all 0 are left out where nothing else gives them a gradient; they still
-    count in the normalisation.
-    """
-    s, rank, world = run.settings, dist.get_rank(), dist.get_world_size()
-    minibatches, shared = [], run.actor.packing == "shared"
-    for i in range(0, len(groups), s.minibatch_prompts):
-        chosen = groups[i : i + s.minibatch_prompts]
-        teaching = [g for g in chosen if not g.is_flat() or s.kl_coefficient]
-        costs = [g.cost for g in teaching]
-        shares = deal(costs, world)
-        plans = [
-            cut_into_packs([teaching[j] for j in share], s.max_tokens_per_pack, shared)
-            for share in shares
-        ]
-        passes = max(map(len, plans))
-        packs = [build_pack(run, plan) for plan in plans[rank]]
-        while len(packs) < passes:
-            filler = build_pack(run, [(teaching[0], [0])])
-            packs.append(dataclasses.replace(filler, weight=0.0))
-        loads = [sum(costs[j] for j in share) for share in shares]
-        minibatches.append(
-            Minibatch(
-                packs=packs,
-                tokens=sum(len(r.response) for g in chosen for r in g.rollouts),
-                responses=sum(len(g.rollouts) for g in chosen),
-                imbalance=max(loads) * world / sum(loads) - 1 if teaching else 0.0,
-            )
-        )
-    return minibatches
+def load_minibatch(run: Run, plan: Plan, is_first: bool) -> Minibatch:
+    """This rank's passes of a plan, on its device, each scored as soon as it is there: a GPU works
+    while the prompts of the next pass are made."""
+    own = plan.passes[dist.get_rank()]
+    packs = [score_tokens(run, load_pack(run, shares), is_first) for shares in own]
+    for _ in range(max(map(len, plan.passes)) - len(own)):
+        filler = score_tokens(run, load_pack(run, plan.filler), is_first)
+        packs.append(replace(filler, weight=0.0))
+    return Minibatch(packs, plan.tokens, plan.responses, plan.imbalance)
 
 
-def build_pack(run: Run, plan: list[tuple[Group, list[int]]]) -> TrainPack:
-    """Bring a planned pass onto this rank's device; prompts sampled elsewhere are made again from
-    their rows."""
+def load_pack(run: Run, shares: list[Share]) -> TrainPack:
+    """One pass; prompts that were sampled elsewhere are made again from their rows. An advantage
+    per token would be spread here."""
     groups, rollouts, advantages = [], [], []
-    for group, chosen in plan:
+    for group, chosen in shares:
         prompt = run.reader(run.train_set[group.index])
         picked = [group.rollouts[i] for i in chosen]
         groups.append((prompt, [rollout.read(run.reader) for rollout in picked]))
         rollouts += picked
         advantages.append(group.advantages[chosen])
+    lengths = torch.tensor([len(rollout.response) for rollout in rollouts])
+    sampler_logprobs = torch.cat([rollout.sampler_logprobs for rollout in rollouts])
     return TrainPack(
         groups=groups,
         features=run.actor.image_features(prompts_of(turns_of(groups))),
-        lengths=torch.tensor([len(r.response) for r in rollouts], device=run.device),
-        advantages=torch.cat(advantages).to(run.device),
-        sampler_logprobs=torch.cat([r.sampler_logprobs for r in rollouts]).to(run.device),
+        lengths=lengths.to(run.device),
+        advantages=grpo.spread(torch.cat(advantages), lengths).to(run.device),
+        sampler_logprobs=sampler_logprobs.to(run.device),
     )
 
 
 # --------------------------------------------------------------------------------------------------
-# What stops a run: a gap, what is not finite; and what the first update took
+# --- from here on: what surrounds the algorithm. First what stops a run: a gap, what is not finite,
+# a signal; and what the first update took
+
+
+NOT_EVALUATED = -1.0  # in place of an accuracy
 
 
 def leave_out(run: Run, minibatch: Minibatch, step: int, why: str) -> None:
@@ -438,78 +520,108 @@ def leave_out(run: Run, minibatch: Minibatch, step: int, why: str) -> None:
     RuntimeError if there are now more than --max_not_finite of them.
     """
     run.not_finite += 1
-    file = (
-        run.settings.folder
-        / "not-finite"
-        / f"step-{step:06d}-{run.not_finite}-rank-{dist.get_rank()}.pt"
-    )
-    gradients = {
-        name: p.grad for name, p in run.actor.model.named_parameters() if p.grad is not None
-    }
-    broken = [name for name, gradient in gradients.items() if not full(gradient).isfinite().all()]
-    places = run.actor.positions
-    packs = [
-        {key: value for key, value in vars(pack).items() if isinstance(value, Tensor)}
-        | {
-            "groups": [
-                (
-                    prompt.problem.where,
-                    prompt.ids,
-                    [lay_out(turns, places)[0] for turns in responses],
-                )
-                for prompt, responses in pack.groups
-            ]
-        }
-        for pack in minibatch.packs
-    ]
+    broken = []
+    for name, p in run.actor.model.named_parameters():
+        if p.grad is not None and not full(p.grad).isfinite().all():
+            broken.append(name)
+    name = f"step-{step:06d}-{run.not_finite}-rank-{dist.get_rank()}.pt"
+    file = run.settings.folder / "not-finite" / name
     file.parent.mkdir(parents=True, exist_ok=True)
+    packs = [plain_pack(pack, run.actor.positions) for pack in minibatch.packs]
     torch.save({"why": why, "broken_gradients": broken, "packs": packs}, file)
     run.optimizer.zero_grad()
-    say(
-        message
-        := f"step {step}: {why}; the weights were left as they were, and the minibatch is in {file}"
+    message = (
+        f"step {step}: {why}; the weights were left as they were, and the minibatch is in {file}"
     )
-    if run.not_finite > (limit := run.settings.max_not_finite):
-        causes = "Usual causes: a learning rate too high, or a reward that is not finite"
+    say(message)
+    limit = run.settings.max_not_finite
+    if run.not_finite > limit:
         raise RuntimeError(
-            f"{message}. It was number {run.not_finite}, --max_not_finite is {limit}. {causes}"
+            f"{message}. It was number {run.not_finite}, --max_not_finite is {limit}. Usual causes: "
+            "a learning rate too high, or a reward that is not finite"
         )
+
+
+def plain_pack(pack: TrainPack, positions: Callable) -> dict:
+    """A pack as tensors and texts alone, which torch.load reads with weights_only=True."""
+    plain = {name: value for name, value in vars(pack).items() if isinstance(value, Tensor)}
+    groups = []
+    for prompt, responses in pack.groups:
+        ids = [lay_out(turns, positions)[0] for turns in responses]
+        groups.append((prompt.problem.where, prompt.ids, ids))
+    return plain | {"groups": groups}
 
 
 def check_gap(gap: float, limit: float, step: int) -> None:
     """Stop a run whose rollouts are not its policy's: `gap` and `limit` are mean nats per token."""
     if not gap <= limit:
         raise RuntimeError(
-            f"step {step}: sampler and trainer disagree by {gap:.3f} nats per token (--max_sampler_gap {limit}), so "
-            "the rollouts are not the policy's. Usual causes: weights not synced, another temperature, another image "
-            "resize, or tokens re-encoded from text"
+            f"step {step}: sampler and trainer disagree by {gap:.3f} nats per token "
+            f"(--max_sampler_gap {limit}), so the rollouts are not the policy's. Usual causes: "
+            "weights not synced, another temperature, another image resize, or tokens re-encoded "
+            "from text"
         )
 
 
-def measure_memory(run: Run, meter: SavedTensors | None, totals: dict) -> None:
-    """Say what the first update took."""
-    if meter and totals:
-        states = [state for moments in run.optimizer.state.values() for state in moments.values()]
-        measured = memory_report(run, totals["gradient_bytes"], local_bytes(states), meter.bytes)
-        peak = (
-            f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} at most"
-            if run.device.type == "cuda"
-            else ""
+def leave(run: Run, number: int) -> None:
+    """End this process as the signal asks, once the checkpoint is whole."""
+    finish_checkpoint(run)
+    name = signal.Signals(number).name
+    say(f"step {run.step}: {name}; the checkpoint is written, go on with --resume auto")
+    sys.exit(128 + number)
+
+
+def check_against_sampler(engine: HFEngine | VLLMEngine, actor: Actor, prompts: list) -> None:
+    """Before training, sample a few tokens and compare the sampler's log-probs with the trainer's.
+
+    check_packing compares with the padded forward, which may be wrong itself; the sampler is
+    another implementation. All ranks together, with the same prompts, after the first sync.
+
+    Raises:
+        RuntimeError: they differ by more than rounding does.
+    """
+    limit = 0.05 if actor.compute.itemsize == 2 else 1e-3  # nats
+    longest = engine.max_response_tokens
+    engine.max_response_tokens = min(8, longest)
+    try:
+        drawn = engine.generate([[prompt] for prompt in prompts], n=1, seed=0)
+    finally:
+        engine.max_response_tokens = longest
+    groups = [(prompt, [rollout.turns]) for prompt, [rollout] in zip(prompts, drawn, strict=True)]
+    sampled = torch.cat([rollout.sampler_logprobs for [rollout] in drawn])
+    with torch.no_grad():
+        logprobs, _ = actor.logprobs(groups, entropy="none")
+    gap = all_max((logprobs.cpu() - sampled).abs().mean().nan_to_num(torch.inf).item())
+    say(f"sampler and trainer: {gap:.1g} nats per token apart on the first {len(sampled)} tokens")
+    if not gap <= limit:
+        raise RuntimeError(
+            f"before training, sampler and trainer disagree by {gap:.3g} nats per token (limit "
+            f"{limit}) with packing {actor.packing!r}, so one of them computes another model. "
+            "Usual causes: logits changed behind the head (a softcap), a prompt that sees forwards "
+            "(prefix attention), a sliding window, per-token inputs that one of them does not get, "
+            "another image resize. See FAMILIES in model.py, and try the other --engine and "
+            "--packing padded to learn which of them differs"
         )
-        say(f"memory of rank 0 in GiB, measured: {measured}{peak}")
 
 
-def memory_report(run: Run, gradients: float, optimizer: float, activations: float) -> str:
-    """One line of GiB on rank 0, of bytes."""
+def measure_memory(run: Run, meter: SavedTensors | None, totals: dict) -> SavedTensors | None:
+    """Say once what an update took. Returns the meter for the next update, None when it is done."""
+    if meter is None or not totals:
+        return meter
+    states = [state for moments in run.optimizer.state.values() for state in moments.values()]
     sizes = dict(
         parameters=local_bytes(run.actor.model.parameters()),
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=activations,
+        gradients=totals["gradient_bytes"],
+        optimizer=local_bytes(states),
+        activations=meter.bytes,
     )
     if run.reference not in (None, run.actor):
         sizes["reference"] = local_bytes(run.reference.model.parameters())
-    return ", ".join(f"{name} {size / 2**30:.3f}" for name, size in sizes.items())
+    if run.device.type == "cuda":
+        sizes["most at a time"] = torch.cuda.max_memory_allocated()
+    told = ", ".join(f"{name} {size / 2**30:.3f}" for name, size in sizes.items())
+    say(f"memory of rank 0 in GiB, measured: {told}")
+    return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -524,7 +636,8 @@ def evaluation(run: Run, log: report.Log) -> float:
         Accuracy with the problems' own images.
     """
     s, views = run.settings, data.VIEWS
-    if 0 < run.step < s.steps or len({hash(p.images) for p in run.test_set if p.images}) < 2:
+    images = {hash(problem.images) for problem in run.test_set if problem.images}
+    if 0 < run.step < s.steps or len(images) < 2:
         views = ("own",)
     accuracy = {}
     for view in views:
@@ -532,16 +645,16 @@ def evaluation(run: Run, log: report.Log) -> float:
             run.engine,
             run.test_set,
             run.reader,
-            s.eval_samples,
-            s.seed,
-            s.reward_weights,
-            run.grader,
+            n=s.eval_samples,
+            seed=s.seed,
+            weights=s.reward_weights,
+            grader=run.grader,
             rows=s.eval_rows,
             view=view,
         )
         accuracy[view] = metrics["accuracy"]
         name = "eval" if view == "own" else view
-        log.write(run.step, {f"{name}/{k}": v for k, v in metrics.items()})
+        log.write(run.step, {f"{name}/{metric}": value for metric, value in metrics.items()})
         say(f"step {run.step}: {name}, {len(records)} responses: {describe(metrics)}")
         log.responses(name, records)
     log.page()
@@ -561,10 +674,12 @@ def show_rollouts(run: Run, log: report.Log, groups: list[Group]) -> None:
     shown = []
     for group in sorted(groups, key=Group.is_flat)[: report.SHOWN_GROUPS]:
         chosen = list(range(len(group.rollouts)))[: report.SHOWN_RESPONSES]
-        pack = build_pack(run, [(group, chosen)])
-        logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy=False)
+        pack = load_pack(run, [(group, chosen)])
+        logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
         moved = (logprobs - pack.sampler_logprobs).split(pack.lengths.tolist())
-        shown.append(report.shown_group(pack.groups[0][0], group, moved, run.actor.processor))
+        [(prompt, responses)] = pack.groups
+        tokenizer = run.actor.processor.tokenizer
+        shown.append(report.shown_group(prompt, responses, group, moved, tokenizer))
     log.rollouts(run.step + 1, len(groups), shown)
 
 
@@ -590,6 +705,8 @@ class Run:
     step: int = 0  # steps done
     not_finite: int = 0  # updates left out
     best: tuple[float, int] = (-1.0, 0)  # accuracy and step of the best checkpoint
+    state: dict[str, Tensor] = field(default_factory=dict)  # of your own, saved in checkpoints:
+    # tensors on the CPU, equal on all ranks
     signals: list[int] = field(default_factory=list)  # that asked this process to stop
     saving: Future | None = None  # the checkpoint that is being written
     saving_group: dist.ProcessGroup | None = None  # for the thread that writes it
@@ -624,23 +741,61 @@ def prepare_tiny(s: Settings) -> Settings:
     return dataclasses.replace(s, model=s.model or str(model), data=s.data or str(problems))
 
 
+class Together(torch.optim.Optimizer):
+    """Optimizers of different weights as one, which shares their groups and state: schedules and
+    checkpoints look there."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]):
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        for part in parts:
+            part.state = self.state
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+
+def build_optimizer(
+    s: Settings, actor: Actor
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """What moves the trained weights of an actor that is sharded, and how far.
+
+    Weights come with their names, by which checkpoints keep what the optimizer holds. Muon
+    (arXiv:2502.16982) takes the matrices of the language model but its tables of tokens, at the
+    root mean square of an AdamW step, so that one learning rate serves both.
+    """
+    tables = {actor.model.get_input_embeddings().weight, actor.model.get_output_embeddings().weight}
+    matrices, rest = [], []
+    for name, p in actor.model.named_parameters():
+        hidden_matrix = actor.part(name) == "language" and p.ndim == 2 and p not in tables
+        if p.requires_grad and s.optimizer == "muon" and hidden_matrix:
+            matrices.append((name, p))
+        elif p.requires_grad:
+            rest.append((name, p))
+    common = dict(lr=s.learning_rate, weight_decay=s.weight_decay)
+    parts = []
+    if matrices:
+        parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **common))
+    if rest:
+        fused = actor.device.type == "cuda"
+        parts.append(torch.optim.AdamW(rest, betas=(0.9, s.beta2), fused=fused, **common))
+    optimizer = parts[0] if len(parts) == 1 else Together(parts)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, s.rate)
+
+
 def build(s: Settings, device: torch.device) -> Run:
     """Load, check and shard everything that the loop needs."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     options = dict(
         pixels=(s.min_pixels, s.max_pixels), temperature=s.temperature, packing=s.packing
     )
-    keys = dict(
-        image_key=s.image_key,
-        problem_key=s.problem_key,
-        answer_key=s.answer_key,
-        type_key=s.type_key,
-        source_key=s.source_key,
-        video_key=s.video_key,
-    )
     places = ((s.data, s.split), (s.test_data or s.data, s.test_split))
-    sets = [data.load_problems(path, split, **keys) for path, split in places]
-    if both := {row[0] for row in sets[0].rows} & {row[0] for row in sets[1].rows}:
+    sets = [data.load_problems(path, split, s.columns, s.image_folder) for path, split in places]
+    for (path, split), problems in zip(places, sets, strict=True):
+        for sentence in data.describe(problems):
+            say(f"{path}, {split}: {sentence}")
+    if both := sets[0].files & sets[1].files:
         raise ValueError(
             f"{min(both)} would be trained on and held out; set --test_data or --test_split"
         )
@@ -654,18 +809,23 @@ def build(s: Settings, device: torch.device) -> Run:
         first=(lambda problem: ENVIRONMENTS[s.task](problem).first) if s.task else None,
         kept=2 * s.prompts_per_step,
     )
+    checks = []
     for i, (path, split) in enumerate(places):
-        sets[i], kept = data.usable_problems(sets[i], reader, s.max_prompt_tokens, s.skip_bad_rows)
-        say(f"{path}, {split}: {kept}")
+        sets[i], checked = data.usable_problems(
+            sets[i], reader, s.max_prompt_tokens, s.skip_bad_rows
+        )
+        say(f"{path}, {split}: {checked}")
+        checks.append(checked)
     say(
         f"a question's commonest answer in training would score {chance(*sets):.3f} on the held-out problems"
     )
     if sources := set(s.reward_weights) - {""}:
-        if unknown := sources - {p.source for problems in sets for p in problems}:
+        if unknown := sources - checks[0].sources - checks[1].sources:
             raise ValueError(
-                f"--rewards names sources that no problem has: {sorted(unknown)}; see --source_key"
+                f"--rewards names sources that no problem has: {sorted(unknown)}; name their "
+                "column with --columns source=NAME"
             )
-    max_videos = max(len(p.videos) for problems in sets for p in problems)
+    max_videos = max(checked.most_videos for checked in checks)
     # vLLM measures the free memory of the GPU when it starts, so it comes before the trainer's
     # weights
     engine, why = build_engine(
@@ -677,7 +837,7 @@ def build(s: Settings, device: torch.device) -> Run:
         eager=s.eager,
         max_prompt_tokens=s.max_prompt_tokens,
         max_response_tokens=s.max_response_tokens,
-        max_images=max(len(p.images) for problems in sets for p in problems),
+        max_images=max(checked.most_images for checked in checks),
         max_videos=max_videos,
     )
     say(why)
@@ -686,11 +846,9 @@ def build(s: Settings, device: torch.device) -> Run:
     engine.sleep()
     adapt(actor, s)
     actor.shard(device, max_videos > 0)
-    say(actor.report())
-    with_image = [p for p in sets[0][:100] if p.images][:1]
-    samples = [reader(problem) for problem in [*with_image, sets[0][0]]]
+    say(actor.summarize_trained())
     if actor.packing != "padded":
-        gap = actor.check_packing(samples)
+        gap = actor.check_packing(check_prompts(sets[0], reader))
         say(f"packing {actor.packing}: log-probs within {gap:.1g} nats of the padded forward")
     reference = (
         actor if s.kl_coefficient and s.lora_rank else None
@@ -699,15 +857,21 @@ def build(s: Settings, device: torch.device) -> Run:
         reference = Actor.from_pretrained(s.model, dtype, **options)
         reference.model.requires_grad_(False)
         reference.shard(device, max_videos > 0, s.reference_on_cpu)
-    trained = [p for p in actor.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=s.learning_rate, weight_decay=s.weight_decay, betas=(0.9, s.beta2)
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, s.rate)
+    optimizer, schedule = build_optimizer(s, actor)
     judge = reward.Judge(s.judge_url, s.judge_model, s.judge_strict) if s.judge_model else None
     grader = reward.Grader(rounding=s.rounding, judge=judge)
     run = Run(s, device, actor, reference, engine, optimizer, schedule, *sets, grader, reader)
     return run
+
+
+def check_prompts(problems: data.Problems, reader: data.Reader) -> list[data.Prompt]:
+    """Two prompts for the checks before training, where there are such: of different lengths, and
+    one with an image."""
+    some = problems[:100]
+    first = next((problem for problem in some if problem.images), some[0])
+    length = len(reader(first).ids)
+    second = next((problem for problem in some if len(reader(problem).ids) != length), some[-1])
+    return [reader(first), reader(second)]
 
 
 def adapt(actor: Actor, s: Settings) -> None:
@@ -790,18 +954,14 @@ class Settings:
     test_data: str = setting("", "held-out rows; empty: the same place as --data")
     split: str = setting("train", "split of --data, where it has splits")
     test_split: str = setting("test", "split of --test_data, where it has splits")
-    image_key: str = setting("images", "column of images")
-    problem_key: str = setting("problem", "column of questions, with <image> where an image stands")
-    answer_key: str = setting("answer", "column of gold answers")
-    source_key: str = setting(
-        "data_source", "column of data sources, for --rewards; may be absent: the file's name"
+    columns: str = setting(
+        "",
+        "what columns are called, image=pictures,answer=a.b+c: a dot reaches into a struct, a + "
+        "joins; usual names are found (image, video, problem, answer, choices, type, source)",
     )
-    type_key: str = setting("type", "column of question types, for accuracy by type; may be absent")
+    image_folder: str = setting("", "where paths of images begin; empty: at the file of their row")
     min_pixels: int = setting(56 * 56, "images with fewer pixels are enlarged")
     max_pixels: int = setting(1280 * 28 * 28, "images with more pixels are reduced")
-    video_key: str = setting(
-        "videos", "column of videos: files or lists of frames; questions hold <video>"
-    )
     video_fps: float = setting(
         2.0, "frames per second that are taken from a video, and at which a list of frames runs"
     )
@@ -854,6 +1014,8 @@ class Settings:
     clip_high: float = setting(
         0.3, "how far the probability ratio may rise above 1 (DAPO: higher than --clip_low)"
     )
+    clip_dual: float = setting(3.0, "most that a token's loss is of |A| where A < 0; 0: no limit")
+    entropy_coefficient: float = setting(0.0, "weight of an entropy bonus")
     aggregation: str = setting(
         "token", "mean over tokens (token), over responses (sequence), Dr. GRPO's (constant)"
     )
@@ -871,12 +1033,18 @@ class Settings:
     # optimizer
     minibatch_prompts: int = setting(128, "prompts per update, over all ranks")
     epochs: int = setting(1, "passes over the rollouts of a step")
-    learning_rate: float = setting(1e-6, "of AdamW, after warm-up")
-    warmup_updates: int = setting(0, "updates over which the learning rate rises from 0")
-    final_learning_rate: float = setting(
-        1.0, "share of the learning rate that is left at the end; it falls linearly"
+    optimizer: str = setting(
+        "adamw", "adamw; muon: for the matrices of the language model, AdamW for all else"
     )
-    weight_decay: float = setting(0.01, "of AdamW")
+    learning_rate: float = setting(1e-6, "after warm-up")
+    schedule: str = setting(
+        "linear", "how the learning rate falls to --final_learning_rate: linear, cosine"
+    )
+    warmup_updates: int = setting(0, "updates over which the learning rate rises from 0")
+    final_learning_rate: float = setting(1.0, "share of the learning rate that is left at the end")
+    weight_decay: float = setting(
+        0.01, "share of a weight, times the learning rate, that each update takes away"
+    )
     beta2: float = setting(0.999, "of AdamW: how slowly it forgets the size of gradients")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     # evaluation and files
@@ -917,7 +1085,8 @@ class Settings:
                 (-1e18, 1e18),
             )
             if (
-                f.type in (int, float, "int", "float") and not least <= getattr(self, f.name) <= most
+                f.type in (int, float, "int", "float")
+                and not least <= getattr(self, f.name) <= most
             ):  # nan is in no range
                 meaning = f.metadata["help"]
                 raise ValueError(
@@ -970,9 +1139,11 @@ class Settings:
         """Share of the learning rate after `done` updates: up over the warm-up, then down to the
         final share."""
         total = self.steps * self.epochs * (self.prompts_per_step // self.minibatch_prompts)
-        return min(1.0, (done + 1) / (self.warmup_updates + 1)) * (
-            1 - (1 - self.final_learning_rate) * done / total
-        )
+        risen = min(1.0, (done + 1) / (self.warmup_updates + 1))
+        fallen = done / total
+        if self.schedule == "cosine":
+            fallen = (1 - math.cos(math.pi * fallen)) / 2
+        return risen * (1 - (1 - self.final_learning_rate) * fallen)
 
     @property
     def video_limits(self) -> "data.VideoLimits":
@@ -992,6 +1163,7 @@ CHOICES = dict(
     packing=("shared", "packed", "padded"), engine=("auto", "vllm", "hf"), advantage=("std", "none", "loo"),
     ratio=("token", "sequence"), aggregation=("token", "sequence", "constant"), kl_estimator=("k1", "k2", "k3"),
     importance=("none", "token", "sequence"), resume=("no", "auto", "must"),
+    optimizer=("adamw", "muon"), schedule=("linear", "cosine"),
 )  # fmt: skip
 
 
@@ -1000,7 +1172,7 @@ LIMITS = {  # least and most of the numbers that have bounds
     "max_response_tokens minibatch_prompts epochs eval_every eval_samples keep importance_cap max_frames "
     "max_frame_pixels",
     (0, 1e9): "dynamic_sampling warmup_updates eval_rows save_every max_not_finite learning_rate weight_decay "
-    "kl_coefficient clip_high lora_rank lora_alpha",
+    "kl_coefficient clip_high clip_dual entropy_coefficient lora_rank lora_alpha",
     (0, 1): "clip_low final_learning_rate", (0, 0.999999): "beta2 lora_dropout", (0.01, 1): "memory_fraction",
     (0.01, 100): "temperature", (1e-6, 1e9): "max_sampler_gap max_grad_norm", (0.01, 1e5): "timeout video_fps",
 }  # fmt: skip
@@ -1069,6 +1241,8 @@ def main(argv: list[str] | None = None) -> None:
             load_checkpoint(run, checkpoint)
         with run.grader, contextlib.closing(run.engine):
             run.engine.sync(run.actor)
+            sampler = getattr(run.engine, "engine", run.engine)  # without --task's conversations
+            check_against_sampler(sampler, run.actor, check_prompts(run.train_set, run.reader))
             run.signals = catch_signals()
             try:
                 train(run)

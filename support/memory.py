@@ -11,17 +11,17 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
 
     def __init__(self):
         super().__init__(self._note, lambda tensor: tensor)
-        self.bytes, self.sizes = (
-            0,
-            {},
-        )  # bytes by address: several saved tensors may be views of one memory
+        self.bytes = 0
+        self.sizes = {}  # bytes by address: several saved tensors may be views of one memory
 
     def __exit__(self, *exc):
         super().__exit__(*exc)
-        self.bytes, self.sizes = max(self.bytes, sum(self.sizes.values())), {}
+        self.bytes = max(self.bytes, sum(self.sizes.values()))
+        self.sizes = {}
 
     def _note(self, tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
+        is_weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+        if not is_weight:
             memory = tensor.untyped_storage()
             self.sizes[memory.data_ptr()] = memory.nbytes()
         return tensor
@@ -29,5 +29,8 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
 
 def local_bytes(tensors) -> int:
     """Bytes of tensors on this rank, of sharded ones the own shard."""
-    own = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
-    return sum(t.numel() * t.element_size() for t in own)
+    total = 0
+    for tensor in tensors:
+        shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        total += shard.numel() * shard.element_size()
+    return total

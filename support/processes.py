@@ -37,8 +37,15 @@ def this_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def world_size() -> int:
+    """How many processes there are; 1 in a notebook."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def gather_objects(item) -> list:
-    """One item from every rank, on every rank, in rank order."""
+    """One item from every rank, on every rank, in rank order; a notebook has this one alone."""
+    if not dist.is_initialized():
+        return [item]
     items = [None] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items
