@@ -409,7 +409,9 @@ def test_a_row_keeps_its_texts_types_and_place(tmp_path):
         ("", "2", "", 0),
         ("<image><image>c", "3", "Triangle,Circle", 2),
     ]
-    assert [p.question for p in rows[::-2]] == ["<image><image>c", "a"] and rows[-1].source == "train-1.parquet"
+    assert [p.question for p in rows[::-2]] == ["<image><image>c", "a"] and rows[
+        -1
+    ].source == "train-1.parquet"
     assert [p.question for p in rows.select([2, 0])] == ["<image><image>c", "a"]
     assert [p.gold for p in rows] == ["1", "2", "3"]
     with pytest.raises(IndexError):
@@ -490,7 +492,9 @@ def test_what_cannot_be_loaded_says_what_is_there(tmp_path):
     with pytest.raises(ValueError, match=r"the answer among \['problem'\].*answer=NAME"):
         data.load_problems(write(tmp_path, problem=["a"], answer=None))
     for column, value in (("problem", ["4"]), ("answer", [["4"]]), ("answer", {"a": "4"})):
-        with pytest.raises(ValueError, match=rf"train\.parquet row 0: the {column} is a? ?(list|s)"):
+        with pytest.raises(
+            ValueError, match=rf"train\.parquet row 0: the {column} is a? ?(list|s)"
+        ):
             data.load_problems(write(tmp_path, **{column: [value]}))[0]
     with pytest.raises(ValueError, match="no rows"):
         data.load_problems(
@@ -1777,7 +1781,9 @@ def test_weights_for_a_source_that_no_problem_has_stop_the_start(tmp_path, tiny,
     ):
         places = dict(data=file, test_data=held_out)
         settings = train.Settings(model=str(tiny[False]), instruction="", rewards=rewards, **places)
-        with pytest.raises(ValueError, match=rf"no problem has: \['{unknown}'\]; name their column"):
+        with pytest.raises(
+            ValueError, match=rf"no problem has: \['{unknown}'\]; name their column"
+        ):
             train.build(settings, torch.device("cpu"))
 
 
@@ -1965,7 +1971,7 @@ def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, proce
     problems = data.load_problems(file, columns="answer=gold")
     with Grader() as grader:
         reader = build_reader(actor.processor)
-        _, records = rollout.evaluate(engine, problems, reader, 2, 0, weights, grader)
+        _, records, _ = rollout.evaluate(engine, problems, reader, 2, 0, weights, grader)
     records = json.loads(json.dumps(records))
     assert [(r["source"], r["answer"]) for r in records[::2]] == list(
         zip("abb", golds, strict=True)
@@ -2854,6 +2860,36 @@ def drawn_ids(engine, prompts, n, seed, **options):
     return [r.response.tolist() for rs in draw(engine, prompts, n, seed, **options) for r in rs]
 
 
+def test_an_engine_closes_after_success_or_an_exit_but_not_after_a_failure():
+    # closing after a failure could wait for ranks that never come, or free what sleeps twice
+    class Counter(rollout.Engine):
+        actor, closed = None, 0
+
+        def close(self):
+            self.closed += 1
+
+    for error, closed in ((None, 1), (SystemExit, 1), (RuntimeError, 0), (KeyboardInterrupt, 0)):
+        plain, inner = Counter(), Counter()
+        for engine in (plain, rollout.Conversations(inner, rollout.Codeword, None, 0)):
+            with contextlib.suppress(*[error] if error else []), engine:
+                if error:
+                    raise error
+        assert (plain.closed, inner.closed) == (closed, closed)
+
+
+def test_greedy_responses_to_one_prompt_are_all_the_same_so_several_are_refused(actor):
+    engine = rollout.HFEngine(actor, max_response_tokens=8)
+    with pytest.raises(ValueError, match="greedy with n=2: .* use n=1"):
+        draw(engine, prompts_with(actor, 0), n=2, greedy=True)
+
+
+def test_greedy_generation_prints_no_warning(actor, process_group, caplog):
+    hf.utils.logging.enable_propagation()  # to pytest
+    draw(rollout.HFEngine(actor, max_response_tokens=2), prompts_with(actor, 0), 1, greedy=True)
+    hf.utils.logging.disable_propagation()
+    assert "not valid" not in caplog.text
+
+
 def largest_gap(actor, engine, prompts, n=4, seed=0):
     """Largest |sampler_logprobs - logprobs| over n responses to each prompt."""
     drawn = draw(engine, prompts, n, seed)
@@ -3100,11 +3136,182 @@ def check_vllm_on_two_ranks(folder, tp):
 
 
 def test_an_engine_that_cannot_run_says_why():
-    with pytest.raises(ValueError, match="--engine sglang"):
-        rollout.choose_engine("sglang")
     if rollout.choose_engine("auto")[0] == "hf":
         with pytest.raises(ValueError, match=r"--engine vllm cannot run: .*vLLM"):
             rollout.choose_engine("vllm")
+
+
+def test_positions_that_deep_sleep_dropped_are_zeroed_before_a_cuda_graph_reads_them():
+    rope = SimpleNamespace(positions=torch.full((3, 5), 2**60))
+    rollout.clear_positions(SimpleNamespace(model_state=SimpleNamespace(rope_state=rope)))
+    assert not rope.positions.any()
+    # a model without M-RoPE, and the runner of a CPU
+    rollout.clear_positions(SimpleNamespace(model_state=SimpleNamespace(rope_state=None)))
+    rollout.clear_positions(SimpleNamespace())
+
+
+def test_an_engine_of_one_rank_pickles_no_image(process_group):
+    engine = object.__new__(rollout.VLLMEngine)
+    engine.tp_group = torch.distributed.group.WORLD
+    requests = [rollout.Request(0, [1], {"multi_modal_data": lambda: "cannot be pickled"})]
+    assert engine._gather_requests(requests) == requests
+
+
+@needs_vllm
+def test_what_vllm_cannot_sample_is_refused_before_any_weight_is_loaded(tiny, family_folder):
+    assert rollout.choose_engine("auto", str(tiny[True]), 2.0)[0] == "vllm"
+    for folder, temperature, why in (
+        (tiny[True], 2.5, "--temperature 2.5 is above 2"),
+        (family_folder("qwen3_5"), 1.0, "linear_attention.* without a GPU"),
+    ):
+        with pytest.raises(ValueError, match=f"--engine vllm cannot run: .*{why}.*--engine hf"):
+            rollout.choose_engine("vllm", str(folder), temperature)
+        kind, reason = rollout.choose_engine("auto", str(folder), temperature)
+        assert kind == "hf" and re.search(why, reason)
+
+
+def run_on_gpu(*flags):
+    """A training in a process of its own; returns its metrics of the steps."""
+    out = Path(flags[flags.index("--out") + 1])
+    command = [sys.executable, str(HERE / "train.py"), "--preset", "tiny", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [row for row in metrics(out / "tiny") if "train/reward" in row], done.stdout
+
+
+def mean_of(rows, name):
+    return sum(row[name] for row in rows) / len(rows)
+
+
+@pytest.mark.gpu
+def test_the_tiny_preset_learns_and_resumes_on_a_gpu(tmp_path, gpu_table):
+    flags = ("--engine", "hf", "--out", str(tmp_path), "--save_in_background", "true")
+    rows, _ = run_on_gpu(*flags, "--steps", "40", "--eval_every", "40")
+    first, last = mean_of(rows[:5], "train/reward"), mean_of(rows[-5:], "train/reward")
+    gap = max(row["train/gap"] for row in rows)
+    gpu_table.append(("tiny, hf: reward of steps 1-5", first, ""))
+    gpu_table.append(("tiny, hf: reward of steps 36-40", last, ""))
+    gpu_table.append(("tiny, hf: largest train/gap", gap, "nats"))
+    gpu_table.append(("tiny, hf: step", mean_of(rows[5:], "seconds/step"), "s"))
+    assert len(rows) == 40 and last > first + 0.05 and gap < 0.02
+    rows, log = run_on_gpu(*flags, "--steps", "42", "--eval_every", "42", "--resume", "must")
+    assert "resumed from" in log and [row["step"] for row in rows][-2:] == [41, 42]
+    assert max(row["train/gap"] for row in rows[-2:]) < 0.02
+
+
+@pytest.mark.gpu
+def test_fused_adamw_steps_in_no_more_memory_than_it_keeps(process_group, gpu_table):
+    # 2 B elements as FSDP2 holds them: masters, gradients and two moments in float32 are 30 GiB
+    mesh = torch.distributed.device_mesh.init_device_mesh("cuda", (1,))
+    peaks = {}
+    for variant in ("foreach", "fused"):
+        shards = []
+        for _ in range(20):
+            whole = torch.zeros(10_000, 10_000, device="cuda")
+            shards.append(torch.distributed.tensor.distribute_tensor(whole, mesh).requires_grad_())
+        for shard in shards:
+            shard.grad = torch.ones_like(shard)
+        optimizer = torch.optim.AdamW(shards, lr=1e-3, **{variant: True})
+        optimizer.step()  # makes the moments
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        kept, start = torch.cuda.memory_allocated(), time.perf_counter()
+        for _ in range(5):
+            optimizer.step()
+        torch.cuda.synchronize()
+        peaks[variant] = (torch.cuda.max_memory_allocated() - kept) / 2**30
+        milliseconds = 200 * (time.perf_counter() - start)
+        gpu_table.append((f"AdamW {variant}, 2 B elements: step", milliseconds, "ms"))
+        gpu_table.append((f"AdamW {variant}, 2 B elements: temporary", peaks[variant], "GiB"))
+        # moments that were loaded from a CPU go on
+        state = optimizer.state_dict()
+        fresh = torch.optim.AdamW(shards, lr=1e-3, **{variant: True})
+        fresh.load_state_dict(state)
+        fresh.step()
+        del shards, shard, whole, optimizer, state, fresh
+        gc.collect()
+        torch.cuda.empty_cache()
+    assert peaks["fused"] < 0.5 < peaks["foreach"]
+
+
+@pytest.mark.gpu
+def test_whether_a_gpu_hands_out_zeroed_pages(gpu_table):
+    # a measurement, no promise: clear_positions is right in both cases
+    driver = pytest.importorskip("cuda.bindings.driver")
+
+    def call(function, *arguments):
+        error, *results = function(*arguments)
+        assert error == driver.CUresult.CUDA_SUCCESS, (function, error)
+        return results[0] if results else None
+
+    torch.zeros(1, device="cuda")  # makes the context
+    size = 2**30  # bytes
+    kind = driver.CUmemAllocationProp()
+    kind.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    kind.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    kind.location.id = torch.cuda.current_device()
+    access = driver.CUmemAccessDesc()
+    access.location = kind.location
+    access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+    address = call(driver.cuMemAddressReserve, size, 0, driver.CUdeviceptr(0), 0)
+    seen, dirty = np.empty(size, np.uint8), 0
+    for _ in range(10):
+        handle = call(driver.cuMemCreate, size, kind, 0)
+        call(driver.cuMemMap, address, size, 0, handle, 0)
+        call(driver.cuMemSetAccess, address, size, [access], 1)
+        call(driver.cuMemcpyDtoH, seen.ctypes.data, address, size)
+        dirty += bool(seen.any())
+        call(driver.cuMemsetD8, address, 0xFF, size)
+        call(driver.cuCtxSynchronize)
+        call(driver.cuMemUnmap, address, size)
+        call(driver.cuMemRelease, handle)
+    call(driver.cuMemAddressFree, address, size)
+    gpu_table.append(("pages of 1 GiB that came back dirty, of 10", dirty, ""))
+
+
+@pytest.mark.gpu
+@needs_vllm
+def test_vllm_sleeps_and_wakes_on_a_gpu(tiny, process_group, gpu_table):
+    def used():
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**30
+
+    pixels = (28 * 28, 28 * 28 * 64)
+    actor = model.Actor.from_pretrained(str(tiny[False]), torch.bfloat16, pixels=pixels)
+    prompts = prompts_with(actor, 0, 1, 3)
+    before = used()
+    changes = dict(dtype=torch.bfloat16, eager=False, memory_fraction=0.3)
+    with contextlib.closing(vllm_engine(actor, tiny[False], **changes)) as engine:
+        actor.model.to("cuda")
+        gpu_table.append(("vLLM awake", used() - before, "GiB"))
+        for _ in range(3):
+            engine.sleep()
+            gpu_table.append(("vLLM asleep, level 2", used() - before, "GiB"))
+            with pytest.raises(RuntimeError, match="while vLLM sleeps"):
+                draw(engine, prompts, 1)
+            perturb(actor.model.cpu() and actor)
+            actor.model.to("cuda")
+            synced = engine.sync(actor)
+            drawn = draw(engine, prompts, 4)
+            with torch.no_grad():
+                logprobs, _ = actor.logprobs(as_groups(prompts, drawn))
+            gap = (sampled(drawn) - logprobs.cpu()).abs().mean().item()
+            gpu_table.append(("vLLM, bf16: gap after a sleep", gap, "nats"))
+            assert gap < 0.05
+        gpu_table.append(("vLLM: waking up", synced["wake_seconds"], "s"))
+
+
+@pytest.mark.gpu
+@needs_vllm
+def test_the_tiny_preset_trains_with_vllm_on_a_gpu(tmp_path, gpu_table):
+    # sleep mode, level 2, CUDA graphs, TP 1
+    flags = ("--engine", "vllm", "--out", str(tmp_path), "--memory_fraction", "0.3")
+    rows, _ = run_on_gpu(*flags, "--steps", "20", "--eval_every", "20")
+    gaps = [row["train/gap"] for row in rows]
+    gpu_table.append(("tiny, vLLM: largest train/gap", max(gaps), "nats"))
+    gpu_table.append(("tiny, vLLM: step", mean_of(rows[5:], "seconds/step"), "s"))
+    assert len(gaps) == 20 and max(gaps) < 0.02
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3484,6 +3691,74 @@ def test_a_conversation_is_judged_by_its_last_turn(actor, grader):
     assert (got["format"].item(), got["accuracy"].item(), got["reward"].item()) == (1, 1, 0.25)
 
 
+def readme_block(name):
+    """The Python of the README that defines `name`."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    [block] = [block for block in blocks if re.search(rf"^(class|def) {name}\b", block, re.M)]
+    return block
+
+
+def test_the_readmes_environment_runs_as_printed(actor, process_group, tmp_path):
+    file = tmp_path / "doubt.py"
+    file.write_text(readme_block("Doubt"))
+    doubt = rollout.find_environment(f"{file}:Doubt")
+    assert rollout.find_environment(f"{file}:Doubt") is doubt  # read once
+    row = problem("<image>How many?", (picture(0),), "4")
+    for first, second, earned in ((r"\boxed{3}", r"\boxed{4}", 1.0), (r"\boxed{4}", "no", 0.0)):
+        game = doubt(row)
+        assert game.first is row
+        asked, nothing = game.step(first)
+        assert (asked.question, asked.images, nothing) == ("Are you sure?", (), 0.0)
+        assert game.step(second) == (None, earned)
+    actor.eos_ids = [*actor.eos_ids, *range(0, 250, 6)]
+    reader = build_reader(actor.processor, first=lambda row: doubt(row).first)
+    engine = rollout.Conversations(rollout.HFEngine(actor, 12), doubt, reader, 400)
+    [rollouts] = draw(engine, [reader(row)], 8)
+    whole = [r for r in rollouts if not r.truncated]
+    assert whole
+    for r in whole:
+        assert len(r.written_turns) == 2 and r.reward == 0.0
+        first, asked, second = r.shown(actor.processor.tokenizer)
+        assert [turn["role"] for turn in (first, asked, second)] == [
+            "policy",
+            "environment",
+            "policy",
+        ]
+        assert asked == {"role": "environment", "text": "Are you sure?", "images": []}
+        assert actor.processor.tokenizer.decode(r.turns[0][:-1]) == first["text"]
+
+
+def test_an_environment_is_found_by_name_or_in_a_file_or_told_what_is_known(tmp_path):
+    assert rollout.find_environment("") is None
+    assert rollout.find_environment("codeword") is rollout.Codeword
+    (tmp_path / "mine.py").write_text("class Mute: pass\nhelper = 3\n")
+    for task in ("chess", f"{tmp_path}/mine.py:Zoom", f"{tmp_path}/none.py:Zoom",
+                 f"{tmp_path}/mine.py:Mute", f"{tmp_path}/mine.py:helper", f"{tmp_path}/mine.py"):  # fmt: skip
+        with pytest.raises(ValueError, match=r"unknown --task .*known: codeword, path.py:Class"):
+            rollout.find_environment(task)
+
+
+def test_an_evaluation_keeps_every_turn_with_what_was_said_and_shown(actor, process_group, grader):
+    engine, prompts = countdown(actor, rollout.HFEngine(actor, 12))
+    rows = [prompt.problem for prompt in prompts]  # of 1, 3 and 2 turns
+    weights = parse_weights("accuracy=1")
+    _, records, _ = rollout.evaluate(engine, rows, engine.reader, 6, 3, weights, grader)
+    assert [record["row"] for record in records] == [0] * 6 + [1] * 6 + [2] * 6
+    for record in records:
+        turns = record["turns"]
+        policy, environment = turns[::2], turns[1::2]
+        assert {turn["role"] for turn in policy} == {"policy"}
+        assert policy[-1]["text"] == record["response"]
+        for left, turn in zip(range(int(record["answer"]) - 1, 0, -1), environment, strict=False):
+            assert turn["role"] == "environment" and turn["text"].endswith(f"{left} left")
+            assert len(turn["images"]) == (left == 1) == turn["text"].count("<image>")
+            assert all(image.startswith("data:image/") for image in turn["images"])
+        if not record["truncated"]:
+            assert len(policy) == int(record["answer"]) == record["reward"]
+    assert json.loads(json.dumps(records)) == records
+    assert any(len(record["turns"]) == 5 for record in records)
+
+
 # --------------------------------------------------------------------------------------------------
 # Video and mixed rows
 
@@ -3660,6 +3935,29 @@ def test_a_turn_with_a_video_counts_it_once_in_a_cumulative_trace(actor):
 
 def test_engine_and_trainer_see_the_same_videos(engine):
     assert largest_gap(engine.actor, engine, mixed_prompts(engine.actor)) < 1e-4
+
+
+def other_video_statistics(folder, to):
+    """The model in `folder`, but its processor normalises videos otherwise than images."""
+    shutil.copytree(folder, to)
+    processor = AutoProcessor.from_pretrained(to)
+    processor.video_processor.image_mean = [0.2, 0.5, 0.7]
+    processor.video_processor.image_std = [0.5, 0.2, 0.3]
+    processor.save_pretrained(to)
+    return to
+
+
+@needs_vllm
+def test_vllm_sees_the_same_videos_normalised_by_their_own_mean_and_std(
+    tiny, process_group, tmp_path
+):
+    folder = other_video_statistics(tiny[False], tmp_path / "other")
+    actor = model.Actor.from_pretrained(str(folder), pixels=(28 * 28, 28 * 28 * 64))
+    assert actor.processor.video_processor.image_mean != actor.processor.image_processor.image_mean
+    prompts = mixed_prompts(actor)
+    with contextlib.closing(vllm_engine(actor, folder, max_videos=2)) as engine:
+        assert largest_gap(actor, engine, prompts) < 1e-4
+    assert largest_gap(actor, rollout.HFEngine(actor, 12), prompts) < 1e-5
 
 
 def test_a_rank_with_text_alone_trains_beside_one_with_images_and_videos(
@@ -4713,6 +5011,11 @@ def test_token_texts_join_to_the_text_whatever_the_tokens(tiny):
     assert set("".join(report.token_texts(tokenizer, half))) == {"\ufffd"}
 
 
+def test_an_evaluation_is_told_in_few_words():
+    got = rollout.summarize([record(1, type="a"), record(0, type="b")], 1)
+    assert rollout.describe(got) == "accuracy 0.500 +- 0.500, reward 0.000, format 0.000"
+
+
 # --------------------------------------------------------------------------------------------------
 # Runs that survive
 
@@ -5476,7 +5779,8 @@ def test_a_parquet_file_that_is_not_whole_is_refused_by_name(tmp_path, how):
     elif how == "binary column":
         write(tmp_path, answer=[b"4"])
     with pytest.raises(
-        ValueError, match=r"train\.parquet( is not a whole parquet file|.*the answer is bytes)|no parquet"
+        ValueError,
+        match=r"train\.parquet( is not a whole parquet file|.*the answer is bytes)|no parquet",
     ):
         data.load_problems(file)[0]
 
@@ -5731,6 +6035,17 @@ def test_bench_of_the_update(tiny):
         for tower in ("trained", "frozen")
         for shape in ((400, 128), (800, 200))
     )
+
+
+@pytest.fixture(scope="session")
+def gpu_table():
+    """Rows (name, number, unit) of what the tests on a GPU measure, printed at the end."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    rows = []
+    yield rows
+    for name, number, unit in rows:
+        print(f"\n{name:60} {number:12.4g} {unit}", end="", file=sys.__stderr__)
 
 
 if __name__ == "__main__":
