@@ -4923,8 +4923,8 @@ def test_without_a_terminal_progress_is_a_plain_line_every_ten_steps(
     )
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
-    for g in groups:
-        g.scores = {"reward": [0.5, 0.5, 0.0, 1.0], "accuracy": [0.0, 0.0, 0.0, 1.0]}
+    scores = {"reward": [0.5, 0.5, 0.0, 1.0], "accuracy": [0.0, 0.0, 0.0, 1.0]}
+    groups = [dataclasses.replace(group, scores=scores) for group in groups]
     log = report.Log(run)
     capsys.readouterr()
     for step in log.progress(range(25)):
@@ -5507,7 +5507,8 @@ def test_a_run_goes_on_exactly_with_any_optimizer(tiny, process_group, tmp_path,
 def test_muon_takes_the_language_models_matrices_and_a_learning_rate_serves_both(
     tiny, process_group
 ):
-    run, _ = small_run(tiny[False], optimizer="muon", prepare=lambda actor: actor.freeze("tower"))
+    frozen_tower = dict(prepare=lambda actor: actor.freeze("tower"))
+    run, _ = small_run(tiny[False], optimizer="muon", minibatch_prompts=8, **frozen_tower)
     optimizer, schedule = train.build_optimizer(run.settings, run.actor)
     matrices, rest = (set(group["param_names"]) for group in optimizer.param_groups)
     layer = "model.language_model.layers.0."
@@ -5516,6 +5517,7 @@ def test_muon_takes_the_language_models_matrices_and_a_learning_rate_serves_both
     assert {"lm_head.weight", "model.language_model.embed_tokens.weight"} <= rest
     assert not any("visual" in name for name in matrices)
     assert not any("visual.blocks" in name for name in rest)  # frozen
+    optimizer.step()
     schedule.step()
     assert len({group["lr"] for group in optimizer.param_groups}) == 1
 
@@ -5524,10 +5526,10 @@ def test_cosine_and_linear_fall_to_the_final_share_by_hand():
     # 4 steps of one update each, no warm-up, down to 0.2: after 0, 1, 2 and 3 of 4 updates
     shape = dict(steps=4, prompts_per_step=2, minibatch_prompts=2, final_learning_rate=0.2)
     linear = train.Settings(warmup_updates=0, schedule="linear", **shape)
-    close([linear.rate(done) for done in range(4)], [1, 0.8, 0.6, 0.4])
+    assert [linear.rate(done) for done in range(4)] == pytest.approx([1, 0.8, 0.6, 0.4])
     cosine = train.Settings(warmup_updates=0, schedule="cosine", **shape)
     # 0.2 + 0.8 (1 + cos(pi done / 4)) / 2
-    close([cosine.rate(done) for done in range(4)], [1, 0.882843, 0.6, 0.317157])
+    assert [cosine.rate(done) for done in range(4)] == pytest.approx([1, 0.882843, 0.6, 0.317157])
     rising = train.Settings(warmup_updates=1, schedule="cosine", **shape)
     assert rising.rate(0) == 0.5
 
@@ -5576,7 +5578,7 @@ def test_a_forward_without_gradient_changes_nothing_of_a_checkpoint(tiny, proces
     run, groups = adam_run(tiny[False], tmp_path)
     learn(run, groups)
     before = whole_state(run)
-    [minibatch] = train.plan_minibatches(run, groups)
+    [minibatch] = minibatches_of(run, groups)
     with torch.no_grad():
         run.actor.logprobs(minibatch.packs[0].groups)
     assert same(whole_state(run), before)
