@@ -3020,10 +3020,10 @@ def with_bounds(folder):
     return model.Actor.from_pretrained(str(folder), pixels=(MIN_PIXELS, MAX_PIXELS))
 
 
-def start_vllm(actor, folder, tp=1):
+def start_vllm(actor, folder, **changes):
     limits = dict(max_prompt_tokens=400, max_response_tokens=24, max_images=3, max_videos=2)
-    settings = dict(dtype=torch.float32, tp=tp, memory_fraction=0.3, eager=True)
-    return rollout.VLLMEngine(actor, str(folder), **settings, **limits)
+    settings = dict(dtype=torch.float32, tp=1, memory_fraction=0.3, eager=True)
+    return rollout.VLLMEngine(actor, str(folder), **settings | limits | changes)
 
 
 class KeptVLLM:
@@ -3393,7 +3393,7 @@ def test_vllm_sleeps_and_wakes_on_a_gpu(tiny, process_group, gpu_table):
     prompts = prompts_with(actor, 0, 1, 3)
     before = used()
     changes = dict(dtype=torch.bfloat16, eager=False, memory_fraction=0.3)
-    with contextlib.closing(vllm_engine(actor, tiny[False], **changes)) as engine:
+    with contextlib.closing(start_vllm(actor, tiny[False], **changes)) as engine:
         actor.model.to("cuda")
         gpu_table.append(("vLLM awake", used() - before, "GiB"))
         for _ in range(3):
@@ -4012,15 +4012,13 @@ def other_video_statistics(folder, to):
 
 
 @needs_vllm
-def test_vllm_sees_the_same_videos_normalised_by_their_own_mean_and_std(
-    tiny, process_group, tmp_path
-):
+@pytest.mark.xdist_group("vllm")
+def test_vllm_sees_the_same_videos_normalised_by_their_own_mean_and_std(tiny, vllm, tmp_path):
     folder = other_video_statistics(tiny[False], tmp_path / "other")
-    actor = model.Actor.from_pretrained(str(folder), pixels=(28 * 28, 28 * 28 * 64))
+    actor = with_bounds(folder)
     assert actor.processor.video_processor.image_mean != actor.processor.image_processor.image_mean
     prompts = mixed_prompts(actor)
-    with contextlib.closing(vllm_engine(actor, folder, max_videos=2)) as engine:
-        assert largest_gap(actor, engine, prompts) < 1e-4
+    assert largest_gap(actor, vllm.engine_for(actor, folder), prompts) < 1e-4
     assert largest_gap(actor, rollout.HFEngine(actor, 12), prompts) < 1e-5
 
 
