@@ -1629,6 +1629,7 @@ def main(argv: list[str] | None = None) -> None:
         explain_failure(error)
         end_failed()
     finally:
+        gc.unfreeze()  # what is never collected extensions call leaked, at length, at exit
         if dist.is_initialized():
             dist.destroy_process_group()
 
