@@ -2877,10 +2877,10 @@ def with_bounds(folder):
     return model.Actor.from_pretrained(str(folder), pixels=(MIN_PIXELS, MAX_PIXELS))
 
 
-def start_vllm(actor, folder, tp=1):
+def vllm_engine(actor, folder, **changes):
     limits = dict(max_prompt_tokens=400, max_response_tokens=24, max_images=3, max_videos=2)
-    settings = dict(dtype=torch.float32, tp=tp, memory_fraction=0.3, eager=True)
-    return rollout.VLLMEngine(actor, str(folder), **settings, **limits)
+    settings = dict(dtype=torch.float32, tp=1, memory_fraction=0.3, eager=True) | limits
+    return rollout.VLLMEngine(actor, str(folder), **settings | changes)
 
 
 class KeptVLLM:
@@ -2895,7 +2895,7 @@ class KeptVLLM:
             self.engine.sync(actor)
         else:
             self.close()
-            self.engine = start_vllm(actor, folder)
+            self.engine = vllm_engine(actor, folder)
             self.folder = folder
         self.engine.max_response_tokens = 24
         return self.engine
@@ -3084,7 +3084,7 @@ def check_vllm_on_two_ranks(folder, tp):
     prompts = prompts_with(actor, 0, 1, 3)[
         :: 1 if torch.distributed.get_rank() else 2
     ]  # 2 on one rank, 3 on the other
-    engine = start_vllm(actor, folder, tp=tp)
+    engine = vllm_engine(actor, folder, tp=tp)
     actor.shard(device)
     optimizer = torch.optim.AdamW(actor.model.parameters(), lr=1e-2)
     assert largest_gap(actor, engine, prompts) < 1e-4
@@ -3960,10 +3960,17 @@ def save_one_update(folder, out, prepare):
 
 
 def nursery():
-    """Import everything once; then, for every job on stdin, fork its ranks and print how they ended.
+    """Import everything once; then, for every job on stdin, fork its ranks and print how they
+    ended.
 
     A job names a function of this file, which a rank calls. Any rank that fails ends the others.
     """
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # transformers imports a part only when it is used
+        model.Actor.from_pretrained(str(tiny_model.build_tiny(Path(folder), ["a b"])))
+    gc.collect()
+    gc.freeze()  # pages stay shared with the ranks
     for line in sys.stdin:
         job = json.loads(line)
         Path(job["log"]).write_text("")
@@ -4015,6 +4022,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
+    "TOKENIZERS_PARALLELISM": "false",
     "CUDA_VISIBLE_DEVICES": "",
 }
 
@@ -4220,7 +4228,7 @@ def test_grpo_learns(tmp_path):
     instruction = train.PRESETS["tiny"]["instruction"]
     tiny_model.build_warm_tiny(start / "tiny-model", problems, instruction, updates=60)
     folder = train_whole(
-        start, tmp_path / "run", *SHORT, "--steps", "30", "--eval_every", "30", "--prompts_per_step", "16",
+        start, tmp_path / "run", *SHORT, "--steps", "20", "--eval_every", "20", "--prompts_per_step", "16",
         "--minibatch_prompts", "16", "--responses_per_prompt", "8", "--rewards", "accuracy=0.9,format=0.1",
     )  # fmt: skip
     rewards = [row["train/reward"] for row in learning_steps(folder)]
@@ -4949,25 +4957,20 @@ def test_a_checkpoint_of_one_rank_goes_on_with_two_and_the_reverse(tiny, process
     saved = whole_state(run)
     run_apart("go_on_with_two_ranks", str(tiny[False]), str(tmp_path), ranks=2)
     two = torch.load(tmp_path / "two.pt", weights_only=True)
-    assert two["states"][0].keys() == saved.keys()
-    assert all(torch.equal(two["states"][0][name], value) for name, value in saved.items())
-    assert learn(run, groups)["loss"] == pytest.approx(
-        two["loss"], rel=1e-5
-    )  # one rank goes on as two did
+    assert same(two["states"][0], saved)
+    # one rank goes on as two did
+    assert learn(run, groups)["loss"] == pytest.approx(two["loss"], rel=1e-5)
     again, _ = adam_run(tiny[False], tmp_path)
     checkpoint.load_checkpoint(
         again, checkpoint.newest_checkpoint(tmp_path / "tiny" / "checkpoints")
     )
     assert again.step == 2 and again.schedule.get_last_lr() == run.schedule.get_last_lr()
-    assert all(
-        torch.equal(whole_state(again)[name], value) for name, value in two["states"][1].items()
-    )
+    assert same(whole_state(again), two["states"][1])
     learn(again, groups)
     learn(run, groups)
-    for name, p in run.actor.model.named_parameters():
-        close(
-            model.full(p), model.full(dict(again.actor.model.named_parameters())[name]), atol=2e-4
-        )
+    weights = zip(run.actor.model.parameters(), again.actor.model.parameters(), strict=True)
+    for one, other in weights:
+        close(model.full(one), model.full(other), atol=2e-4)
 
 
 def test_the_newest_checkpoints_are_kept_and_the_best(tiny, process_group, tmp_path):
