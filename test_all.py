@@ -408,10 +408,12 @@ def test_a_row_keeps_its_texts_types_and_place(tmp_path):
     assert [(p.question, p.answer, p.type, len(p.images)) for p in rows] == [
         ("a", "1", "", 0),
         ("", "2", "", 0),
-        ("c", "3", "Triangle,Circle", 2),
+        ("<image><image>c", "3", "Triangle,Circle", 2),
     ]
-    assert [p.question for p in rows[::-2]] == ["c", "a"] and rows[-1].source == "train-1.parquet"
-    assert [p.question for p in rows.select([2, 0])] == ["c", "a"]
+    assert [p.question for p in rows[::-2]] == ["<image><image>c", "a"] and rows[
+        -1
+    ].source == "train-1.parquet"
+    assert [p.question for p in rows.select([2, 0])] == ["<image><image>c", "a"]
     assert [p.gold for p in rows] == ["1", "2", "3"]
     with pytest.raises(IndexError):
         rows[3]
@@ -428,10 +430,8 @@ def test_columns_may_have_other_names(tmp_path):
         kind=["k"],
         from_=["s"],
     )
-    names = dict(
-        image_key="image", problem_key="q", answer_key="a", type_key="kind", source_key="from_"
-    )
-    row = data.load_problems(file, **names)[0]
+    names = "image=image,problem=q,answer=a,type=kind,source=from_"
+    row = data.load_problems(file, columns=names)[0]
     assert (row.question, row.answer, row.images, row.type, row.source) == (
         "a<image>",
         "7",
@@ -476,25 +476,27 @@ def test_a_folder_gives_the_files_of_the_split(tmp_path):
             names(absent)
 
 
-def test_a_folder_without_split_names_gives_all_files_and_a_glob_what_it_matches(tmp_path):
+def test_a_folder_without_split_names_is_refused_and_a_glob_gives_what_it_matches(tmp_path):
     for name in ("b.parquet", "a.parquet"):
         write(tmp_path, name, problem=[name])
-    assert [p.question for p in data.load_problems(tmp_path)] == ["a.parquet", "b.parquet"]
+    # both would be trained on and held out
+    with pytest.raises(ValueError, match=r"'train' among \['a.parquet', 'b.parquet'\].*glob"):
+        data.load_problems(tmp_path)
+    rows = data.load_problems(f"{tmp_path}/*.parquet")
+    assert [p.question for p in rows] == ["a.parquet", "b.parquet"]
     assert [p.question for p in data.load_problems(f"{tmp_path}/b*.parquet")] == ["b.parquet"]
 
 
 def test_what_cannot_be_loaded_says_what_is_there(tmp_path):
-    with pytest.raises(ValueError, match=r"'problem' among \['answer', 'q'\].*problem_key"):
+    with pytest.raises(ValueError, match=r"the problem among \['answer', 'q'\].*problem=NAME"):
         data.load_problems(write(tmp_path, problem=None, answer=["1"], q=["a"]))
-    with pytest.raises(ValueError, match=r"'answer' among \['problem'\].*answer_key"):
+    with pytest.raises(ValueError, match=r"the answer among \['problem'\].*answer=NAME"):
         data.load_problems(write(tmp_path, problem=["a"], answer=None))
-    with pytest.raises(ValueError, match=r"'images'.*image_key"):  # not taken for text-only data
-        data.load_problems(write(tmp_path, image=[red()]))
     for column, value in (("problem", ["4"]), ("answer", [["4"]]), ("answer", {"a": "4"})):
         with pytest.raises(
-            ValueError, match=rf"'{column}' is (list|struct).*but .* {column} is text"
+            ValueError, match=rf"train\.parquet row 0: the {column} is a? ?(list|s)"
         ):
-            data.load_problems(write(tmp_path, **{column: [value]}))
+            data.load_problems(write(tmp_path, **{column: [value]}))[0]
     with pytest.raises(ValueError, match="no rows"):
         data.load_problems(
             write(tmp_path, problem=pa.array([], pa.string()), answer=pa.array([], pa.string()))
@@ -731,6 +733,31 @@ def test_a_processor_with_other_bounds_is_refused_instead_of_resizing_again():
         build_reader(other)(problem())
 
 
+def test_prompts_are_made_ahead_in_a_thread_and_none_is_made_twice(processor, monkeypatch):
+    reader = build_reader(processor, kept=4)
+    made, threads = Counter(), set()
+    make = reader._make
+
+    def counted(asked, later):
+        made[asked.where, later] += 1
+        threads.add(threading.current_thread())
+        return make(asked, later)
+
+    monkeypatch.setattr(reader, "_make", counted)
+    problems = [problem(where=str(i)) for i in range(4)]
+    reader.ahead(problems)
+    reader._thread.submit(len, "").result()  # it has come to the end
+    prompts = [reader(asked) for asked in problems]
+    reader.ahead(problems)  # they are kept, so there is nothing to make
+    assert [reader(asked) for asked in problems] == prompts
+    assert set(made.values()) == {1} and len(made) == 4
+    assert threading.main_thread() not in threads
+    broken = problem("<image><image>two for one", where="row 9")
+    reader.ahead([broken])
+    with pytest.raises(ValueError, match="row 9"):
+        reader(broken)
+
+
 def test_usable_problems_counts_overlong_and_broken_rows(tmp_path, processor):
     truncated = red(300, 300)[:200]
     file = write(
@@ -738,7 +765,7 @@ def test_usable_problems_counts_overlong_and_broken_rows(tmp_path, processor):
         problem=[
             "<image>ok",
             "<image>" + "long " * 200,
-            "no placeholder",
+            "<image>two<image>",
             "<image>torn",
             "<image>empty",
             "<image>ok",
@@ -753,7 +780,7 @@ def test_usable_problems_counts_overlong_and_broken_rows(tmp_path, processor):
         data.usable_problems(rows, build_reader(processor), 300)
     usable, report = data.usable_problems(rows, build_reader(processor), 300, skip_bad_rows=True)
     assert [p.answer for p in usable] == ["1", "6"]
-    assert (report.kept, report.overlong, len(report.bad)) == (2, 1, 3)
+    assert (len(report.rows), report.overlong, len(report.bad)) == (2, 1, 3)
     assert [message.split(":")[0] for message in report.bad] == [
         f"train.parquet row {i}" for i in (2, 3, 4)
     ]
@@ -788,7 +815,7 @@ def test_real_geo3k_rows_become_prompts(processor):
     ) == (60, 360, 60)
     assert all(len(p.images) == 1 and p.answer and p.type for p in rows)
     usable, report = data.usable_problems(rows[:20], build_reader(processor), 10_000)
-    assert len(usable) == report.kept == 20 and not report.bad and report.overlong == 0
+    assert len(usable) == len(report.rows) == 20 and not report.bad and report.overlong == 0
 
 
 # --- batches
@@ -1019,7 +1046,7 @@ ANSWERS = r"""
 50% != 5000% ;; 40% ;; 0.5% ;; 50%%
 
 # inequalities, intervals, points
-x < 60 == 60 > x ;; x \lt 60 ;; x<60. ;; (-\infty, 60) ;; x \in (-\infty, 60)
+x < 60 == 60 > x ;; (60 > x) ;; x \lt 60 ;; x<60. ;; (-\infty, 60) ;; x \in (-\infty, 60)
 x < 60 != 60 ;; x > 60 ;; x \le 60 ;; x <= 60 ;; x = 60 ;; x < 140 ;; 60 < x ;; -\infty, 60
 x < 60 != (-\infty, 60]
 x <= 60 == x \leq 60 ;; x\leqslant 60 ;; 60 \ge x ;; (-\infty, 60]
@@ -1032,7 +1059,7 @@ x \le 60 == x ≤ 60
 4 < x < 10 != [4, 10] ;; 4 > x > 10
 4 \le x < 10 == [4, 10) ;; 10 > x \ge 4 ;; x \ge 4 and x < 10
 4 \le x < 10 != 10 \ge x > 4 ;; (4, 10)
-(3, 4) == (3,4) ;; P(3, 4) ;; P = (3, 4) ;; A(3,4) ;; \left(3, 4\right)
+(3, 4) == (3,4) ;; (x, y) = (3, 4) ;; P(3, 4) ;; P = (3, 4) ;; A(3,4) ;; \left(3, 4\right)
 (3, 4) != (4,3) ;; 3, 4 ;; \{3, 4\} ;; 3 4 ;; [3, 4] ;; 34 ;; (3, 4, 5) ;; (3,4), (5,6)
 [0, 100] == [0,100]
 [0, 100] != 0, 100 ;; \{0, 100\} ;; (0, 100) ;; 50
@@ -1080,6 +1107,7 @@ x = 4 == 4 ;; y = 4 ;; 4 = x
 45 == m\angle ABC = 45° = x ;; ∠ABC = 45
 24 == \text{Area} = 24 \text{ cm}^2 ;; \theta = 24 ;; \overline { A B } = 24
 24 == m \angle A B C = 24 ;; \overline{AB} = 24 ;; θ = 24°
+24 == \text{Thus } x = 24 ;; therefore AB = 24
 24 == Area of \triangle ABC = 24 ;; \text{Area of } \triangle ABC = 24 ;; area = 24
 24 == The area is 24 ;; AB = 24 ;; A B = 24
 24 == The length of AB is 24 cm. ;; \text{arc } BC = 24 ;; A' B' = 24 ;; m \widehat{AB} = 24
@@ -1099,6 +1127,7 @@ a + b = 90 != a + b > 90 ;; 90 ;; a - b = 90
 8 != 1/x = 8
 
 # a phrase beside the = that changes the value
+15 != the 14 = 15 ;; \theta 14 = 15 ;; \sin 14 = 15 ;; a 14 = 15 ;; x 14 = 15 ;; 2 x = 15
 15 != not x = 15 ;; half of x = 15 ;; \text{half of } x = 15 ;; twice x = 15 ;; x squared = 15
 15 != \text{x squared} = 15
 15 != supplement = 15 ;; \text{the supplement of } \angle A = 15 ;; complement of x = 15
@@ -1337,12 +1366,11 @@ def test_every_geo3k_gold_is_itself_and_none_of_its_wrong_choices(every):
     rows = [json.loads(line) for line in (GEO3K / "answers.jsonl").read_text().splitlines()]
     assert len(rows) == 2401
     own, pairs = [], []
-    for row in rows[::every]:
-        gold = row["answer"]
-        own.append((gold, gold))
-        pairs += [(choice, gold) for choice in row["choices"] if choice != gold]
-    # all: 2401 * 3, less five choices that repeat the gold
-    assert len(pairs) == (7198 if every == 1 else 3 * len(own))
+    for row in rows:
+        own.append((row["answer"], row["answer"]))
+        pairs += [(choice, row["answer"]) for choice in row["choices"] if choice != row["answer"]]
+    assert len(pairs) == 7198  # 2401 * 3, less five choices that repeat the gold
+    own, pairs = own[::every], pairs[::every]
     with Grader() as grader:
         grader.shortcut = False  # parsed and compared for real, not found equal as strings
         assert [pair for pair, ok in zip(own, grader.grade(own), strict=True) if not ok] == []
@@ -1350,16 +1378,26 @@ def test_every_geo3k_gold_is_itself_and_none_of_its_wrong_choices(every):
         assert grader.timeouts == grader.crashes == 0
 
 
+def test_hundreds_of_answers_are_judged_each_way():
+    assert sum(right for _, _, right in CASES) >= 200 <= sum(not right for _, _, right in CASES)
+
+
 # ---- nothing a model writes can hang, crash or run
 
 
-@pytest.mark.parametrize("count", few_or_all(140, 1000))
-def test_hostile_answers_are_wrong_in_seconds_and_change_no_other_verdict(tmp_path, count):
-    cases = random.Random(0).choices(CASES, k=count)
+@pytest.mark.parametrize(
+    "count, time_limit", [(280, 1.0), pytest.param(1000, 2.0, marks=pytest.mark.slow)]
+)
+def test_hostile_answers_are_wrong_in_seconds_and_change_no_other_verdict(
+    tmp_path, count, time_limit
+):
+    numbers = re.compile(r"[-0-9.]+")  # a busy machine may take a second for a sane root
+    easy = [case for case in CASES if time_limit == 2 or numbers.fullmatch(case[0] or "")]
+    cases = random.Random(0).choices(easy, k=count)
     cases += [(hostile(i, str(tmp_path / "x")), "15", False) for i in range(count)]
     random.Random(1).shuffle(cases)
     start = time.monotonic()
-    with Grader() as fresh:
+    with Grader(time_limit=time_limit) as fresh:
         got = fresh.grade([case[:2] for case in cases])
         pids = [worker.pid for worker in fresh.pool]
     assert time.monotonic() - start < 60 and not any(map(running, pids))
@@ -1463,6 +1501,42 @@ def test_close_ends_the_workers_and_grading_goes_on_with_new_ones():
     grader.close()
 
 
+@pytest.mark.parametrize("gold", [
+    "9" * 100_000, "{" * 100_000, "1 " * 50_000, "°" * 100_000, r"\boxed{" * 15_000, "a=" * 50_000,
+])  # fmt: skip
+def test_a_gold_of_100_000_characters_is_as_cheap_as_an_answer(gold):
+    start = time.monotonic()
+    with Grader() as short:
+        assert short.grade([("15", gold), (gold, "15"), (gold, gold)] * 10) == [False] * 30
+        assert short.pool == [] and time.monotonic() - start < 2
+    assert score("numeric", "15", gold) == score("exact", "15", gold) == 0
+
+
+def test_normalising_takes_time_in_proportion_to_the_text(monkeypatch):
+    monkeypatch.setattr(reward, "MAX_CHARS", 10**6)
+    for unit in (
+        "1",
+        "1.1",
+        "1/",
+        "1 000",
+        "°",
+        "{",
+        "x=",
+        "AB ",
+        r"\frac",
+        r"\text{",
+        "½",
+        " is ",
+        "x < ",
+    ):
+        seconds = {}
+        for count in (2_000, 20_000):
+            start = time.process_time()
+            reward.normalise(unit * (count // len(unit)))
+            seconds[count] = time.process_time() - start
+        assert seconds[20_000] < 40 * seconds[2_000] + 0.1, unit  # quadratic would be 100 times
+
+
 def test_workers_do_not_load_torch(grader):
     grader.grade([(r"\sqrt{4}", "2")])
     maps = Path(f"/proc/{grader.pool[0].pid}/maps").read_text()
@@ -1515,7 +1589,8 @@ def test_accuracy_and_format_are_reported_without_a_weight(grader):
 
 def test_cheats_get_no_accuracy(grader):
     cheats = [
-        r"\boxed{15} \boxed{5}", r"<think>\boxed{15}</think> \boxed{}", r"\boxed{5, 14, 15, 35}", r"\boxed{5 or 15}", r"\boxed{5} or 15", "15",
+        r"\boxed{15} \boxed{5}", r"<think>\boxed{15}</think> \boxed{}", r"\boxed{5, 14, 15, 35}",
+        r"\boxed{5 or 15}", r"\boxed{5} or 15", "15", r"<think>\boxed{15} or \boxed{5}</think>",
     ]  # fmt: skip
     for name in ("accuracy", "exact", "numeric", "choice", "per_image"):
         gold = "C" if name == "choice" else "15"
@@ -1642,6 +1717,8 @@ def bad(problem, response, gold):
     return float("nan")
 def short(response):
     return 1
+def cut(problem, response, gold):
+    return 1 / 0
 """)
     asked = dataclasses.replace(problem("<image><image>?"), answers=("red", "blue"))
     weights = f"{file}:both=0.5,{file}:both(9)=3,{file}:one=-1"
@@ -1654,6 +1731,11 @@ def short(response):
     ]  # a text stays one
     with pytest.raises(ValueError, match=r"bad' is nan for train.parquet row 17"):
         rewards(f"{file}:bad=1", ["a"], ["4"])
+    with pytest.raises(
+        ValueError, match=r"mine.py:cut' failed for train.parquet row 17: ZeroDiv.*mine.py, line 13"
+    ) as failure:
+        rewards(f"{file}:cut=1", ["a"], ["4"])
+    assert isinstance(failure.value.__cause__, ZeroDivisionError)
     for name in (f"{file}:none", f"{file}:short", f"{tmp_path}/none.py:one"):
         with pytest.raises(ValueError, match=r"unknown reward.*of \(problem, response, gold\)"):
             parse_weights(f"{name}=1")
@@ -1700,8 +1782,20 @@ def test_weights_for_a_source_that_no_problem_has_stop_the_start(tmp_path, tiny,
     ):
         places = dict(data=file, test_data=held_out)
         settings = train.Settings(model=str(tiny[False]), instruction="", rewards=rewards, **places)
-        with pytest.raises(ValueError, match=rf"no problem has: \['{unknown}'\]; see --source_key"):
+        with pytest.raises(
+            ValueError, match=rf"no problem has: \['{unknown}'\]; name their column"
+        ):
             train.build(settings, torch.device("cpu"))
+
+
+def test_golds_that_hold_a_whole_solution_are_read_by_every_reward(grader):
+    for name, gold, answer in (
+        ("accuracy", "<answer> 3 </answer>", "3.0"), ("accuracy", "so 1 + 2 #### 3", "3"),
+        ("choice", "<think>A?</think><answer> B </answer>", "b"), ("numeric", "#### 40", "41"),
+        ("exact", "<answer>Red car</answer>", "red car"), ("exact", r"It is \boxed{red}", "red"),
+    ):  # fmt: skip
+        got = rewards(f"{name}=1", [rf"\boxed{{{answer}}}", r"\boxed{A}"], [gold] * 2, grader)
+        assert got["reward"] == [1, 0], gold
 
 
 def test_responses_and_problems_must_pair_up():
@@ -1875,10 +1969,10 @@ def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, proce
         rollout.HFEngine(actor, max_response_tokens=4),
         parse_weights("accuracy=1;b:exact=1"),
     )
-    problems = data.load_problems(file, answer_key="gold")
+    problems = data.load_problems(file, columns="answer=gold")
     with Grader() as grader:
         reader = build_reader(actor.processor)
-        _, records = rollout.evaluate(engine, problems, reader, 2, 0, weights, grader)
+        _, records, _ = rollout.evaluate(engine, problems, reader, 2, 0, weights, grader)
     records = json.loads(json.dumps(records))
     assert [(r["source"], r["answer"]) for r in records[::2]] == list(
         zip("abb", golds, strict=True)
@@ -1893,6 +1987,25 @@ def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, proce
     ]
 
 
+def test_the_audit_lists_golds_that_no_normal_answer_can_match(tmp_path):
+    golds = ["15", r"2 \sqrt { 221 }", "Answer: 3", "<answer> 3 </answer>", "1e-05", "red", "- 8",
+             "10 cm", r"\angle 2 and \angle 6", "P(3, 4)", "3 : 4", r"20 y^2 - 10 y", "x < 60",
+             "3 big apples", "between 3 and 5 apples", "5 wugs", "1 2"]  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    rows = [{"answer": gold, "response": ""} for gold in golds]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = audit(file, check=True).stdout
+    assert [line for line in out.splitlines() if "itself" in line] == [
+        "rows.jsonl row 13: gold '3 big apples' equals only itself, not a plain '3'",
+        "rows.jsonl row 14: gold 'between 3 and 5 apples' equals only itself, not a plain '5'",
+        "rows.jsonl row 15: gold '5 wugs' equals only itself, not a plain '5'",
+        "rows.jsonl row 16: gold '1 2' is not equal to itself",
+    ]
+    assert "gradable golds: 13 of 17;" in out
+    # of other rewards than accuracy a plain spelling says nothing
+    assert "gradable golds: 17 of 17" in audit(file, "--rewards", "exact=1", check=True).stdout
+
+
 @pytest.mark.parametrize("line, message", [
     (b'{"answer": "1"', "JSONDecodeError"), (b"[" * 100_000, "RecursionError"), (b'["answer"]', "TypeError"),
     (b"7", "TypeError"), (b'"answer"', "TypeError"), (b'{"question": "?"}', "KeyError.*text or a list"),
@@ -1901,7 +2014,7 @@ def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, proce
     (b'{"answer": "\xff"}', "UnicodeDecodeError"), (b"", "JSONDecodeError"),
 ])  # fmt: skip
 def test_the_audit_names_file_and_row_of_what_is_broken(tmp_path, line, message):
-    (tmp_path / "rows.jsonl").write_bytes(b'{"answer": "1"}\n' + line + b"\n")
+    (tmp_path / "rows.jsonl").write_bytes(b'{"answer": "1", "response": ""}\n' + line + b"\n")
     with pytest.raises(ValueError, match=rf"rows\.jsonl row 1 is broken .*{message}"):
         reward.read_rows(str(tmp_path / "rows.jsonl"), "answer", "data_source")
 
@@ -2858,6 +2971,36 @@ def drawn_ids(engine, prompts, n, seed, **options):
     return [r.response.tolist() for rs in draw(engine, prompts, n, seed, **options) for r in rs]
 
 
+def test_an_engine_closes_after_success_or_an_exit_but_not_after_a_failure():
+    # closing after a failure could wait for ranks that never come, or free what sleeps twice
+    class Counter(rollout.Engine):
+        actor, closed = None, 0
+
+        def close(self):
+            self.closed += 1
+
+    for error, closed in ((None, 1), (SystemExit, 1), (RuntimeError, 0), (KeyboardInterrupt, 0)):
+        plain, inner = Counter(), Counter()
+        for engine in (plain, rollout.Conversations(inner, rollout.Codeword, None, 0)):
+            with contextlib.suppress(*[error] if error else []), engine:
+                if error:
+                    raise error
+        assert (plain.closed, inner.closed) == (closed, closed)
+
+
+def test_greedy_responses_to_one_prompt_are_all_the_same_so_several_are_refused(actor):
+    engine = rollout.HFEngine(actor, max_response_tokens=8)
+    with pytest.raises(ValueError, match="greedy with n=2: .* use n=1"):
+        draw(engine, prompts_with(actor, 0), n=2, greedy=True)
+
+
+def test_greedy_generation_prints_no_warning(actor, process_group, caplog):
+    hf.utils.logging.enable_propagation()  # to pytest
+    draw(rollout.HFEngine(actor, max_response_tokens=2), prompts_with(actor, 0), 1, greedy=True)
+    hf.utils.logging.disable_propagation()
+    assert "not valid" not in caplog.text
+
+
 def largest_gap(actor, engine, prompts, n=4, seed=0):
     """Largest |sampler_logprobs - logprobs| over n responses to each prompt."""
     drawn = draw(engine, prompts, n, seed)
@@ -2877,10 +3020,10 @@ def with_bounds(folder):
     return model.Actor.from_pretrained(str(folder), pixels=(MIN_PIXELS, MAX_PIXELS))
 
 
-def vllm_engine(actor, folder, **changes):
+def start_vllm(actor, folder, **changes):
     limits = dict(max_prompt_tokens=400, max_response_tokens=24, max_images=3, max_videos=2)
-    settings = dict(dtype=torch.float32, tp=1, memory_fraction=0.3, eager=True) | limits
-    return rollout.VLLMEngine(actor, str(folder), **settings | changes)
+    settings = dict(dtype=torch.float32, tp=1, memory_fraction=0.3, eager=True)
+    return rollout.VLLMEngine(actor, str(folder), **settings | limits | changes)
 
 
 class KeptVLLM:
@@ -2895,7 +3038,7 @@ class KeptVLLM:
             self.engine.sync(actor)
         else:
             self.close()
-            self.engine = vllm_engine(actor, folder)
+            self.engine = start_vllm(actor, folder)
             self.folder = folder
         self.engine.max_response_tokens = 24
         return self.engine
@@ -3084,7 +3227,7 @@ def check_vllm_on_two_ranks(folder, tp):
     prompts = prompts_with(actor, 0, 1, 3)[
         :: 1 if torch.distributed.get_rank() else 2
     ]  # 2 on one rank, 3 on the other
-    engine = vllm_engine(actor, folder, tp=tp)
+    engine = start_vllm(actor, folder, tp=tp)
     actor.shard(device)
     optimizer = torch.optim.AdamW(actor.model.parameters(), lr=1e-2)
     assert largest_gap(actor, engine, prompts) < 1e-4
@@ -3104,11 +3247,182 @@ def check_vllm_on_two_ranks(folder, tp):
 
 
 def test_an_engine_that_cannot_run_says_why():
-    with pytest.raises(ValueError, match="--engine sglang"):
-        rollout.choose_engine("sglang")
     if rollout.choose_engine("auto")[0] == "hf":
         with pytest.raises(ValueError, match=r"--engine vllm cannot run: .*vLLM"):
             rollout.choose_engine("vllm")
+
+
+def test_positions_that_deep_sleep_dropped_are_zeroed_before_a_cuda_graph_reads_them():
+    rope = SimpleNamespace(positions=torch.full((3, 5), 2**60))
+    rollout.clear_positions(SimpleNamespace(model_state=SimpleNamespace(rope_state=rope)))
+    assert not rope.positions.any()
+    # a model without M-RoPE, and the runner of a CPU
+    rollout.clear_positions(SimpleNamespace(model_state=SimpleNamespace(rope_state=None)))
+    rollout.clear_positions(SimpleNamespace())
+
+
+def test_an_engine_of_one_rank_pickles_no_image(process_group):
+    engine = object.__new__(rollout.VLLMEngine)
+    engine.tp_group = torch.distributed.group.WORLD
+    requests = [rollout.Request(0, [1], {"multi_modal_data": lambda: "cannot be pickled"})]
+    assert engine._gather_requests(requests) == requests
+
+
+@needs_vllm
+def test_what_vllm_cannot_sample_is_refused_before_any_weight_is_loaded(tiny, family_folder):
+    assert rollout.choose_engine("auto", str(tiny[True]), 2.0)[0] == "vllm"
+    for folder, temperature, why in (
+        (tiny[True], 2.5, "--temperature 2.5 is above 2"),
+        (family_folder("qwen3_5"), 1.0, "linear_attention.* without a GPU"),
+    ):
+        with pytest.raises(ValueError, match=f"--engine vllm cannot run: .*{why}.*--engine hf"):
+            rollout.choose_engine("vllm", str(folder), temperature)
+        kind, reason = rollout.choose_engine("auto", str(folder), temperature)
+        assert kind == "hf" and re.search(why, reason)
+
+
+def run_on_gpu(*flags):
+    """A training in a process of its own; returns its metrics of the steps."""
+    out = Path(flags[flags.index("--out") + 1])
+    command = [sys.executable, str(HERE / "train.py"), "--preset", "tiny", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [row for row in metrics(out / "tiny") if "train/reward" in row], done.stdout
+
+
+def mean_of(rows, name):
+    return sum(row[name] for row in rows) / len(rows)
+
+
+@pytest.mark.gpu
+def test_the_tiny_preset_learns_and_resumes_on_a_gpu(tmp_path, gpu_table):
+    flags = ("--engine", "hf", "--out", str(tmp_path), "--save_in_background", "true")
+    rows, _ = run_on_gpu(*flags, "--steps", "40", "--eval_every", "40")
+    first, last = mean_of(rows[:5], "train/reward"), mean_of(rows[-5:], "train/reward")
+    gap = max(row["train/gap"] for row in rows)
+    gpu_table.append(("tiny, hf: reward of steps 1-5", first, ""))
+    gpu_table.append(("tiny, hf: reward of steps 36-40", last, ""))
+    gpu_table.append(("tiny, hf: largest train/gap", gap, "nats"))
+    gpu_table.append(("tiny, hf: step", mean_of(rows[5:], "seconds/step"), "s"))
+    assert len(rows) == 40 and last > first + 0.05 and gap < 0.02
+    rows, log = run_on_gpu(*flags, "--steps", "42", "--eval_every", "42", "--resume", "must")
+    assert "resumed from" in log and [row["step"] for row in rows][-2:] == [41, 42]
+    assert max(row["train/gap"] for row in rows[-2:]) < 0.02
+
+
+@pytest.mark.gpu
+def test_fused_adamw_steps_in_no_more_memory_than_it_keeps(process_group, gpu_table):
+    # 2 B elements as FSDP2 holds them: masters, gradients and two moments in float32 are 30 GiB
+    mesh = torch.distributed.device_mesh.init_device_mesh("cuda", (1,))
+    peaks = {}
+    for variant in ("foreach", "fused"):
+        shards = []
+        for _ in range(20):
+            whole = torch.zeros(10_000, 10_000, device="cuda")
+            shards.append(torch.distributed.tensor.distribute_tensor(whole, mesh).requires_grad_())
+        for shard in shards:
+            shard.grad = torch.ones_like(shard)
+        optimizer = torch.optim.AdamW(shards, lr=1e-3, **{variant: True})
+        optimizer.step()  # makes the moments
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        kept, start = torch.cuda.memory_allocated(), time.perf_counter()
+        for _ in range(5):
+            optimizer.step()
+        torch.cuda.synchronize()
+        peaks[variant] = (torch.cuda.max_memory_allocated() - kept) / 2**30
+        milliseconds = 200 * (time.perf_counter() - start)
+        gpu_table.append((f"AdamW {variant}, 2 B elements: step", milliseconds, "ms"))
+        gpu_table.append((f"AdamW {variant}, 2 B elements: temporary", peaks[variant], "GiB"))
+        # moments that were loaded from a CPU go on
+        state = optimizer.state_dict()
+        fresh = torch.optim.AdamW(shards, lr=1e-3, **{variant: True})
+        fresh.load_state_dict(state)
+        fresh.step()
+        del shards, shard, whole, optimizer, state, fresh
+        gc.collect()
+        torch.cuda.empty_cache()
+    assert peaks["fused"] < 0.5 < peaks["foreach"]
+
+
+@pytest.mark.gpu
+def test_whether_a_gpu_hands_out_zeroed_pages(gpu_table):
+    # a measurement, no promise: clear_positions is right in both cases
+    driver = pytest.importorskip("cuda.bindings.driver")
+
+    def call(function, *arguments):
+        error, *results = function(*arguments)
+        assert error == driver.CUresult.CUDA_SUCCESS, (function, error)
+        return results[0] if results else None
+
+    torch.zeros(1, device="cuda")  # makes the context
+    size = 2**30  # bytes
+    kind = driver.CUmemAllocationProp()
+    kind.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    kind.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    kind.location.id = torch.cuda.current_device()
+    access = driver.CUmemAccessDesc()
+    access.location = kind.location
+    access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+    address = call(driver.cuMemAddressReserve, size, 0, driver.CUdeviceptr(0), 0)
+    seen, dirty = np.empty(size, np.uint8), 0
+    for _ in range(10):
+        handle = call(driver.cuMemCreate, size, kind, 0)
+        call(driver.cuMemMap, address, size, 0, handle, 0)
+        call(driver.cuMemSetAccess, address, size, [access], 1)
+        call(driver.cuMemcpyDtoH, seen.ctypes.data, address, size)
+        dirty += bool(seen.any())
+        call(driver.cuMemsetD8, address, 0xFF, size)
+        call(driver.cuCtxSynchronize)
+        call(driver.cuMemUnmap, address, size)
+        call(driver.cuMemRelease, handle)
+    call(driver.cuMemAddressFree, address, size)
+    gpu_table.append(("pages of 1 GiB that came back dirty, of 10", dirty, ""))
+
+
+@pytest.mark.gpu
+@needs_vllm
+def test_vllm_sleeps_and_wakes_on_a_gpu(tiny, process_group, gpu_table):
+    def used():
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**30
+
+    pixels = (28 * 28, 28 * 28 * 64)
+    actor = model.Actor.from_pretrained(str(tiny[False]), torch.bfloat16, pixels=pixels)
+    prompts = prompts_with(actor, 0, 1, 3)
+    before = used()
+    changes = dict(dtype=torch.bfloat16, eager=False, memory_fraction=0.3)
+    with contextlib.closing(start_vllm(actor, tiny[False], **changes)) as engine:
+        actor.model.to("cuda")
+        gpu_table.append(("vLLM awake", used() - before, "GiB"))
+        for _ in range(3):
+            engine.sleep()
+            gpu_table.append(("vLLM asleep, level 2", used() - before, "GiB"))
+            with pytest.raises(RuntimeError, match="while vLLM sleeps"):
+                draw(engine, prompts, 1)
+            perturb(actor.model.cpu() and actor)
+            actor.model.to("cuda")
+            synced = engine.sync(actor)
+            drawn = draw(engine, prompts, 4)
+            with torch.no_grad():
+                logprobs, _ = actor.logprobs(as_groups(prompts, drawn))
+            gap = (sampled(drawn) - logprobs.cpu()).abs().mean().item()
+            gpu_table.append(("vLLM, bf16: gap after a sleep", gap, "nats"))
+            assert gap < 0.05
+        gpu_table.append(("vLLM: waking up", synced["wake_seconds"], "s"))
+
+
+@pytest.mark.gpu
+@needs_vllm
+def test_the_tiny_preset_trains_with_vllm_on_a_gpu(tmp_path, gpu_table):
+    # sleep mode, level 2, CUDA graphs, TP 1
+    flags = ("--engine", "vllm", "--out", str(tmp_path), "--memory_fraction", "0.3")
+    rows, _ = run_on_gpu(*flags, "--steps", "20", "--eval_every", "20")
+    gaps = [row["train/gap"] for row in rows]
+    gpu_table.append(("tiny, vLLM: largest train/gap", max(gaps), "nats"))
+    gpu_table.append(("tiny, vLLM: step", mean_of(rows[5:], "seconds/step"), "s"))
+    assert len(gaps) == 20 and max(gaps) < 0.02
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3463,6 +3777,74 @@ def test_a_conversation_is_judged_by_its_last_turn(actor, grader):
     assert (got["format"].item(), got["accuracy"].item(), got["reward"].item()) == (1, 1, 0.25)
 
 
+def readme_block(name):
+    """The Python of the README that defines `name`."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    [block] = [block for block in blocks if re.search(rf"^(class|def) {name}\b", block, re.M)]
+    return block
+
+
+def test_the_readmes_environment_runs_as_printed(actor, process_group, tmp_path):
+    file = tmp_path / "doubt.py"
+    file.write_text(readme_block("Doubt"))
+    doubt = rollout.find_environment(f"{file}:Doubt")
+    assert rollout.find_environment(f"{file}:Doubt") is doubt  # read once
+    row = problem("<image>How many?", (picture(0),), "4")
+    for first, second, earned in ((r"\boxed{3}", r"\boxed{4}", 1.0), (r"\boxed{4}", "no", 0.0)):
+        game = doubt(row)
+        assert game.first is row
+        asked, nothing = game.step(first)
+        assert (asked.question, asked.images, nothing) == ("Are you sure?", (), 0.0)
+        assert game.step(second) == (None, earned)
+    actor.eos_ids = [*actor.eos_ids, *range(0, 250, 6)]
+    reader = build_reader(actor.processor, first=lambda row: doubt(row).first)
+    engine = rollout.Conversations(rollout.HFEngine(actor, 12), doubt, reader, 400)
+    [rollouts] = draw(engine, [reader(row)], 8)
+    whole = [r for r in rollouts if not r.truncated]
+    assert whole
+    for r in whole:
+        assert len(r.written_turns) == 2 and r.reward == 0.0
+        first, asked, second = r.shown(actor.processor.tokenizer)
+        assert [turn["role"] for turn in (first, asked, second)] == [
+            "policy",
+            "environment",
+            "policy",
+        ]
+        assert asked == {"role": "environment", "text": "Are you sure?", "images": []}
+        assert actor.processor.tokenizer.decode(r.turns[0][:-1]) == first["text"]
+
+
+def test_an_environment_is_found_by_name_or_in_a_file_or_told_what_is_known(tmp_path):
+    assert rollout.find_environment("") is None
+    assert rollout.find_environment("codeword") is rollout.Codeword
+    (tmp_path / "mine.py").write_text("class Mute: pass\nhelper = 3\n")
+    for task in ("chess", f"{tmp_path}/mine.py:Zoom", f"{tmp_path}/none.py:Zoom",
+                 f"{tmp_path}/mine.py:Mute", f"{tmp_path}/mine.py:helper", f"{tmp_path}/mine.py"):  # fmt: skip
+        with pytest.raises(ValueError, match=r"unknown --task .*known: codeword, path.py:Class"):
+            rollout.find_environment(task)
+
+
+def test_an_evaluation_keeps_every_turn_with_what_was_said_and_shown(actor, process_group, grader):
+    engine, prompts = countdown(actor, rollout.HFEngine(actor, 12))
+    rows = [prompt.problem for prompt in prompts]  # of 1, 3 and 2 turns
+    weights = parse_weights("accuracy=1")
+    _, records, _ = rollout.evaluate(engine, rows, engine.reader, 6, 3, weights, grader)
+    assert [record["row"] for record in records] == [0] * 6 + [1] * 6 + [2] * 6
+    for record in records:
+        turns = record["turns"]
+        policy, environment = turns[::2], turns[1::2]
+        assert {turn["role"] for turn in policy} == {"policy"}
+        assert policy[-1]["text"] == record["response"]
+        for left, turn in zip(range(int(record["answer"]) - 1, 0, -1), environment, strict=False):
+            assert turn["role"] == "environment" and turn["text"].endswith(f"{left} left")
+            assert len(turn["images"]) == (left == 1) == turn["text"].count("<image>")
+            assert all(image.startswith("data:image/") for image in turn["images"])
+        if not record["truncated"]:
+            assert len(policy) == int(record["answer"]) == record["reward"]
+    assert json.loads(json.dumps(records)) == records
+    assert any(len(record["turns"]) == 5 for record in records)
+
+
 # --------------------------------------------------------------------------------------------------
 # Video and mixed rows
 
@@ -3617,6 +3999,27 @@ def test_a_turn_with_a_video_counts_it_once_in_a_cumulative_trace(actor):
 
 def test_engine_and_trainer_see_the_same_videos(engine):
     assert largest_gap(engine.actor, engine, mixed_prompts(engine.actor)) < 1e-4
+
+
+def other_video_statistics(folder, to):
+    """The model in `folder`, but its processor normalises videos otherwise than images."""
+    shutil.copytree(folder, to)
+    processor = AutoProcessor.from_pretrained(to)
+    processor.video_processor.image_mean = [0.2, 0.5, 0.7]
+    processor.video_processor.image_std = [0.5, 0.2, 0.3]
+    processor.save_pretrained(to)
+    return to
+
+
+@needs_vllm
+@pytest.mark.xdist_group("vllm")
+def test_vllm_sees_the_same_videos_normalised_by_their_own_mean_and_std(tiny, vllm, tmp_path):
+    folder = other_video_statistics(tiny[False], tmp_path / "other")
+    actor = with_bounds(folder)
+    assert actor.processor.video_processor.image_mean != actor.processor.image_processor.image_mean
+    prompts = mixed_prompts(actor)
+    assert largest_gap(actor, vllm.engine_for(actor, folder), prompts) < 1e-4
+    assert largest_gap(actor, rollout.HFEngine(actor, 12), prompts) < 1e-5
 
 
 def test_a_rank_with_text_alone_trains_beside_one_with_images_and_videos(
@@ -3881,6 +4284,78 @@ def test_flat_groups_change_nothing_but_are_not_computed(tiny, process_group):
     groups = [dataclasses.replace(g, advantages=torch.zeros(4)) for g in groups]
     [nothing] = minibatches_of(run, groups)
     assert nothing.packs == [] and train.update(run, nothing, 0, None) == {}
+
+
+def test_the_tokens_inside_the_last_box_are_found_whatever_the_tokens():
+    texts = ["<think>", r"\boxed{1}", "</think>", r"\box", "ed{", "1", "2}", "<|im_end|>"]
+    assert reward.inside_box(texts) == [False] * 5 + [True, True, False]
+    assert reward.inside_box([r"\boxed{", "x"]) == [False, False]
+
+
+def test_a_white_prompt_has_the_same_ids_and_other_pixels(actor):
+    [pictured, plain] = prompts_with(actor, 2, 0)
+    reader = data.Reader(actor.processor, 28 * 28, 28 * 28 * 64, "")
+    white = reader.white(pictured)
+    assert torch.equal(white.ids, pictured.ids)
+    assert [image.size for image in white.images] == [image.size for image in pictured.images]
+    assert {image.getextrema() for image in white.images} == {((255, 255),) * 3}
+    pixels = white.inputs["pixel_values"]
+    assert pixels.shape == pictured.inputs["pixel_values"].shape
+    assert not torch.equal(pixels, pictured.inputs["pixel_values"])
+    assert reader.white(plain) is plain
+
+
+def test_looks_are_what_the_picture_gave_and_zero_on_white_pictures(tiny, process_group):
+    run, groups = small_run(tiny[False], minibatch_prompts=8)
+    rollouts = {i: group.rollouts[0] for i, group in enumerate(groups)}
+    looks = train.measure_looks(run, rollouts)["looks"]
+    pictured = [(i, rollouts[i]) for i in rollouts if run.test_set[i].images]
+    nats = []
+    for i, drawn in pictured:
+        own, white = run.test_set[i], data.with_images(run.test_set, i, "blank")
+        pairs = [[(run.reader(shown), [drawn.turns])] for shown in (own, white)]
+        with_picture, without = (run.actor.logprobs(pair)[0] for pair in pairs)
+        nats.append((with_picture - without).detach())
+    assert looks == pytest.approx(torch.cat(nats).mean().item(), abs=1e-5) and abs(looks) > 1e-3
+    run.test_set = [data.with_images(run.test_set, i, "blank") for i in range(8)]
+    assert train.measure_looks(run, rollouts)["looks"] == 0
+    run.test_set = [dataclasses.replace(row, images=(), question="What?") for row in run.test_set]
+    assert train.measure_looks(run, rollouts) == {}
+
+
+def test_tokens_that_look_weigh_more_and_responses_the_same(tiny, process_group):
+    run, groups = small_run(tiny[False], minibatch_prompts=8, look_weight=1.0)
+    [minibatch] = minibatches_of(run, groups)
+    [pack] = minibatch.packs
+    logprobs, entropy = run.actor.logprobs(pack.groups)
+    pack.remember(logprobs.detach())
+    weighted, _ = train.pack_loss(run.settings, minibatch, pack, logprobs, entropy)
+    s = dataclasses.replace(run.settings, look_weight=0.0)
+    plain = dataclasses.replace(pack, white_logprobs=None)
+    # on-policy the loss is -sum w A: the weights average 1 in every response
+    expected, _ = train.pack_loss(s, minibatch, plain, logprobs, entropy)
+    close(grpo.policy_loss(logprobs, logprobs, pack.advantages, pack.lengths)[0], -pack.advantages)
+    gradients = [
+        torch.autograd.grad(loss, logprobs, retain_graph=True)[0] for loss in (weighted, expected)
+    ]
+    assert not torch.allclose(*gradients)
+    looks = logprobs.detach() - pack.white_logprobs
+    close(gradients[0], gradients[1] * grpo.look_weights(looks, pack.lengths, 1.0))
+
+
+def test_an_alarm_is_given_where_accuracy_rises_and_looks_fall():
+    def rows(accuracies, looks):
+        told = [
+            {"step": i, "eval/accuracy": a, "eval/looks_answer": x}
+            for i, (a, x) in enumerate(zip(accuracies, looks, strict=True))
+        ]
+        return [*told, {"step": 0, "blank/accuracy": 0.25}]
+
+    warning = report.looks_away(rows([0.4, 0.5, 0.6], [2.0, 1.5, 0.9]))
+    assert "without looking" in warning and "0.250 at step 0" in warning
+    assert report.looks_away(rows([0.4, 0.5, 0.6], [2.0, 1.5, 1.1])) == ""
+    assert report.looks_away(rows([0.4, 0.6, 0.5], [2.0, 1.5, 0.9])) == ""
+    assert report.looks_away(rows([0.4, 0.6], [2.0, 0.5])) == ""
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -4375,7 +4850,7 @@ def test_rollouts_show_what_the_update_did_to_each_token_of_groups_that_teach(
         if cut > 0:  # the first two and the last two are left
             assert turn["tokens"].pop(2) == [f" [{cut} tokens left out] ", 0, 0]
             numbers = numbers[:2] + numbers[-2:]
-        assert [tuple(token[1:]) for token in turn["tokens"]] == [
+        assert [tuple(token[1:3]) for token in turn["tokens"]] == [
             pytest.approx(pair, abs=1e-4) for pair in numbers
         ]
 
@@ -4531,8 +5006,8 @@ def test_without_a_terminal_progress_is_a_plain_line_every_ten_steps(
     )
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
-    for g in groups:
-        g.scores = {"reward": [0.5, 0.5, 0.0, 1.0], "accuracy": [0.0, 0.0, 0.0, 1.0]}
+    scores = {"reward": [0.5, 0.5, 0.0, 1.0], "accuracy": [0.0, 0.0, 0.0, 1.0]}
+    groups = [dataclasses.replace(group, scores=scores) for group in groups]
     log = report.Log(run)
     capsys.readouterr()
     for step in log.progress(range(25)):
@@ -4617,6 +5092,11 @@ def test_token_texts_join_to_the_text_whatever_the_tokens(tiny):
         tokenizer.encode("🙂")[:2] * 3
     )  # bytes that are no text come as the replacement character
     assert set("".join(report.token_texts(tokenizer, half))) == {"\ufffd"}
+
+
+def test_an_evaluation_is_told_in_few_words():
+    got = rollout.summarize([record(1, type="a"), record(0, type="b")], 1)
+    assert rollout.describe(got) == "accuracy 0.500 +- 0.500, reward 0.000, format 0.000"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5105,7 +5585,8 @@ def test_a_run_goes_on_exactly_with_any_optimizer(tiny, process_group, tmp_path,
 def test_muon_takes_the_language_models_matrices_and_a_learning_rate_serves_both(
     tiny, process_group
 ):
-    run, _ = small_run(tiny[False], optimizer="muon", prepare=lambda actor: actor.freeze("tower"))
+    frozen_tower = dict(prepare=lambda actor: actor.freeze("tower"))
+    run, _ = small_run(tiny[False], optimizer="muon", minibatch_prompts=8, **frozen_tower)
     optimizer, schedule = train.build_optimizer(run.settings, run.actor)
     matrices, rest = (set(group["param_names"]) for group in optimizer.param_groups)
     layer = "model.language_model.layers.0."
@@ -5114,6 +5595,7 @@ def test_muon_takes_the_language_models_matrices_and_a_learning_rate_serves_both
     assert {"lm_head.weight", "model.language_model.embed_tokens.weight"} <= rest
     assert not any("visual" in name for name in matrices)
     assert not any("visual.blocks" in name for name in rest)  # frozen
+    optimizer.step()
     schedule.step()
     assert len({group["lr"] for group in optimizer.param_groups}) == 1
 
@@ -5122,10 +5604,10 @@ def test_cosine_and_linear_fall_to_the_final_share_by_hand():
     # 4 steps of one update each, no warm-up, down to 0.2: after 0, 1, 2 and 3 of 4 updates
     shape = dict(steps=4, prompts_per_step=2, minibatch_prompts=2, final_learning_rate=0.2)
     linear = train.Settings(warmup_updates=0, schedule="linear", **shape)
-    close([linear.rate(done) for done in range(4)], [1, 0.8, 0.6, 0.4])
+    assert [linear.rate(done) for done in range(4)] == pytest.approx([1, 0.8, 0.6, 0.4])
     cosine = train.Settings(warmup_updates=0, schedule="cosine", **shape)
     # 0.2 + 0.8 (1 + cos(pi done / 4)) / 2
-    close([cosine.rate(done) for done in range(4)], [1, 0.882843, 0.6, 0.317157])
+    assert [cosine.rate(done) for done in range(4)] == pytest.approx([1, 0.882843, 0.6, 0.317157])
     rising = train.Settings(warmup_updates=1, schedule="cosine", **shape)
     assert rising.rate(0) == 0.5
 
@@ -5174,7 +5656,7 @@ def test_a_forward_without_gradient_changes_nothing_of_a_checkpoint(tiny, proces
     run, groups = adam_run(tiny[False], tmp_path)
     learn(run, groups)
     before = whole_state(run)
-    [minibatch] = train.plan_minibatches(run, groups)
+    [minibatch] = minibatches_of(run, groups)
     with torch.no_grad():
         run.actor.logprobs(minibatch.packs[0].groups)
     assert same(whole_state(run), before)
@@ -5281,17 +5763,17 @@ BAD_IMAGES = {  # what the cell holds, and what the message says of it
     "floats": (encode(Image.new("F", (4, 4)), "TIFF"), "holds floats"),
     "PostScript": (
         POSTSCRIPT,
-        "not a readable image .*cannot identify",
+        "not a readable image: they begin with b'%!PS.*PNG, JPEG",
     ),  # Pillow would start Ghostscript
-    "SVG": (SVG, "not a readable image .*cannot identify"),
+    "SVG": (SVG, "not a readable image: they begin with b'<svg"),
     "long": (red(5700, 28), "5700 x 28, longer than 200 to 1"),
     "number": (7, "int, not bytes, a path"),
     "nothing": ({"bytes": None, "path": None}, "NoneType"),
     "no base64": ("no base64!", "not a file's path, base64"),
     "raw data URL": ("data:image/png,raw", "not a file's path, base64"),
-    "up": ("../secret.png", "leads out of the parquet file's folder"),
-    "absolute": ("/etc/hosts.png", "leads out of the parquet file's folder"),
-    "link out": ("out.png", "leads out of the parquet file's folder"),
+    "up": ("../secret.png", "leads out of the folder"),
+    "absolute": ("/etc/hosts.png", "leads out of the folder"),
+    "link out": ("out.png", "leads out of the folder"),
     "link to itself": ("loop.png", "image 'loop.png'"),
     "folder": ("folder.png", "no plain file"),
     "pipe": ("pipe.png", "no plain file"),  # to read it would wait for ever
@@ -5324,7 +5806,6 @@ BAD_TEXTS = {
     "forged image": (dict(problem="<image><|image_pad|>"), "<\\|image_pad\\|>"),
     "video": (dict(problem="<image><video>"), "<video>"),
     "placeholders": (dict(problem="<image><image>"), "2 <image> in the question but 1 images"),
-    "no placeholder": (dict(problem="What?"), "0 <image> in the question but 1 images"),
     "empty answer": (dict(answer=" "), "the answer or the question is empty"),
     "empty question": (dict(problem=""), "the answer or the question is empty"),
     "huge question": (
@@ -5378,9 +5859,10 @@ def test_a_parquet_file_that_is_not_whole_is_refused_by_name(tmp_path, how):
     elif how == "binary column":
         write(tmp_path, answer=[b"4"])
     with pytest.raises(
-        ValueError, match=r"train\.parquet( is not a whole parquet file|.*'answer' is binary)"
+        ValueError,
+        match=r"train\.parquet( is not a whole parquet file|.*the answer is bytes)|no parquet",
     ):
-        data.load_problems(file)
+        data.load_problems(file)[0]
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about what it finds in the headers
@@ -5633,6 +6115,17 @@ def test_bench_of_the_update(tiny):
         for tower in ("trained", "frozen")
         for shape in ((400, 128), (800, 200))
     )
+
+
+@pytest.fixture(scope="session")
+def gpu_table():
+    """Rows (name, number, unit) of what the tests on a GPU measure, printed at the end."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    rows = []
+    yield rows
+    for name, number, unit in rows:
+        print(f"\n{name:60} {number:12.4g} {unit}", end="", file=sys.__stderr__)
 
 
 if __name__ == "__main__":
