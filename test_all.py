@@ -4435,10 +4435,17 @@ def save_one_update(folder, out, prepare):
 
 
 def nursery():
-    """Import everything once; then, for every job on stdin, fork its ranks and print how they ended.
+    """Import everything once; then, for every job on stdin, fork its ranks and print how they
+    ended.
 
     A job names a function of this file, which a rank calls. Any rank that fails ends the others.
     """
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # transformers imports a part only when it is used
+        model.Actor.from_pretrained(str(tiny_model.build_tiny(Path(folder), ["a b"])))
+    gc.collect()
+    gc.freeze()  # pages stay shared with the ranks
     for line in sys.stdin:
         job = json.loads(line)
         Path(job["log"]).write_text("")
@@ -4490,6 +4497,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
+    "TOKENIZERS_PARALLELISM": "false",
     "CUDA_VISIBLE_DEVICES": "",
 }
 
@@ -4695,7 +4703,7 @@ def test_grpo_learns(tmp_path):
     instruction = train.PRESETS["tiny"]["instruction"]
     tiny_model.build_warm_tiny(start / "tiny-model", problems, instruction, updates=60)
     folder = train_whole(
-        start, tmp_path / "run", *SHORT, "--steps", "30", "--eval_every", "30", "--prompts_per_step", "16",
+        start, tmp_path / "run", *SHORT, "--steps", "20", "--eval_every", "20", "--prompts_per_step", "16",
         "--minibatch_prompts", "16", "--responses_per_prompt", "8", "--rewards", "accuracy=0.9,format=0.1",
     )  # fmt: skip
     rewards = [row["train/reward"] for row in learning_steps(folder)]
@@ -5429,25 +5437,20 @@ def test_a_checkpoint_of_one_rank_goes_on_with_two_and_the_reverse(tiny, process
     saved = whole_state(run)
     run_apart("go_on_with_two_ranks", str(tiny[False]), str(tmp_path), ranks=2)
     two = torch.load(tmp_path / "two.pt", weights_only=True)
-    assert two["states"][0].keys() == saved.keys()
-    assert all(torch.equal(two["states"][0][name], value) for name, value in saved.items())
-    assert learn(run, groups)["loss"] == pytest.approx(
-        two["loss"], rel=1e-5
-    )  # one rank goes on as two did
+    assert same(two["states"][0], saved)
+    # one rank goes on as two did
+    assert learn(run, groups)["loss"] == pytest.approx(two["loss"], rel=1e-5)
     again, _ = adam_run(tiny[False], tmp_path)
     checkpoint.load_checkpoint(
         again, checkpoint.newest_checkpoint(tmp_path / "tiny" / "checkpoints")
     )
     assert again.step == 2 and again.schedule.get_last_lr() == run.schedule.get_last_lr()
-    assert all(
-        torch.equal(whole_state(again)[name], value) for name, value in two["states"][1].items()
-    )
+    assert same(whole_state(again), two["states"][1])
     learn(again, groups)
     learn(run, groups)
-    for name, p in run.actor.model.named_parameters():
-        close(
-            model.full(p), model.full(dict(again.actor.model.named_parameters())[name]), atol=2e-4
-        )
+    weights = zip(run.actor.model.parameters(), again.actor.model.parameters(), strict=True)
+    for one, other in weights:
+        close(model.full(one), model.full(other), atol=2e-4)
 
 
 def test_the_newest_checkpoints_are_kept_and_the_best(tiny, process_group, tmp_path):
