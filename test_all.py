@@ -953,6 +953,510 @@ def test_importing_data_needs_no_transformers():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
 
 
+# --- rows as people have them: each shape by its columns, to a prompt and a verdict
+
+USER = {"role": "user", "content": "<image>What?"}
+PICTURE = {"bytes": None, "path": "pictures/red.png"}  # of a folder beside the rows
+CHOICES = ["3", "4", "six"]
+LETTERED = "\nA. 3\nB. 4\nC. six"
+LLAVA = [
+    {"from": "human", "value": "<image>\nWhat?"},
+    {"from": "gpt", "value": "It is 4."},
+]
+SWIFT = [
+    {"role": "system", "content": "Be brief."},
+    USER,
+    {"role": "assistant", "content": "no"},
+]
+TRL_PARTS = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
+
+# name: columns of one row, --columns, the question it becomes, the gold, a right response, reward
+SHAPES = {
+    "Geometry3K": (
+        dict(images=[PICTURE], problem="<image>What?", answer="4"),
+        "", "<image>What?", "4", r"\boxed{4}", "accuracy",
+    ),
+    "verl": (
+        dict(data_source="geo3k", prompt=[USER], images=[PICTURE], ability="math",
+             reward_model={"style": "rule", "ground_truth": "4"}, extra_info={"answer": "5"}),
+        "", "<image>What?", "4", r"\boxed{4}", "accuracy",
+    ),
+    "EasyR1": (
+        dict(pictures=[PICTURE, PICTURE], problem="<image>or<image>?", answer="4"),
+        "image=pictures", "<image>or<image>?", "4", r"\boxed{4}", "accuracy",
+    ),
+    "R1-V": (
+        dict(image=PICTURE, problem="What?", solution="<answer> 4 </answer>"),
+        "", "<image>What?", "<answer> 4 </answer>", None, "accuracy",
+    ),
+    "TRL": (
+        dict(prompt=[{"role": "user", "content": TRL_PARTS}], image=PICTURE, solution="4"),
+        "", "<image>What?", "4", r"\boxed{4}", "accuracy",
+    ),
+    "ms-swift": (
+        dict(messages=SWIFT, images=["pictures/red.png"], solution="4"),
+        "", "<image>What?", "4", r"\boxed{4}", "accuracy",
+    ),
+    "LLaVA": (
+        dict(id="1", image="pictures/red.png", conversations=LLAVA),
+        "answer=conversations", "<image>\nWhat?", "It is 4.", r"\boxed{It is 4.}", "exact",
+    ),
+    "MMMU": (
+        dict(question="See <image 2>, <image 1> and <image 2>.", options=str(CHOICES), answer="B",
+             explanation="", image_1=PICTURE, image_2=PICTURE, image_3=None),
+        "image=image_1+image_2+image_3",
+        f"See <image>, <image> and image 1.{LETTERED}", "B", r"\boxed{B}", "choice",
+    ),
+    "MathVista": (
+        dict(pid="1", question="What?", image="images/1.jpg", decoded_image=PICTURE, query="Hint",
+             choices=CHOICES, answer="six", metadata={"source": "x"}),
+        "image=decoded_image,problem=question,source=metadata.source",
+        f"<image>What?{LETTERED}", "C", r"\boxed{(C) six}", "choice",
+    ),
+    "ChartQA": (
+        dict(image=PICTURE, query="What?", label=["4"], human_or_machine=0),
+        "", "<image>What?", ("4",), r"\boxed{4.1}", "numeric",
+    ),
+    "DocVQA": (
+        dict(questionId="1", question="Who?", image=PICTURE, answers=["Ann", "Ann Lee"]),
+        "answer=answers", "<image>Who?", ("Ann", "Ann Lee"), r"\boxed{ann lee}", "exact",
+    ),
+    "MathVision": (
+        dict(question="In <image1>, what?", options=[], image="images/1.jpg",
+             decoded_image=PICTURE, answer="4", solution="Add."),
+        "image=decoded_image,answer=answer", "In <image>, what?", "4", r"\boxed{4}", "accuracy",
+    ),
+    "ScienceQA": (
+        dict(image=PICTURE, question="What?", choices=CHOICES, answer=1, solution="Add."),
+        "answer=answer", f"<image>What?{LETTERED}", "B", r"\boxed{B}", "choice",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of one image beside the rows; returns where the rows go."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "red.png").write_bytes(red())
+    return tmp_path
+
+
+def write_rows(file, *rows):
+    """Rows as parquet, or as JSON lines, by the file's name; returns the file."""
+    if file.suffix == ".jsonl":
+        file.write_text("\n".join(json.dumps(row) for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(list(rows)), file)
+    return file
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_rows_of_known_data_sets_become_prompts_and_are_graded(pictures, processor, name, suffix):
+    row, columns, question, gold, response, graded = SHAPES[name]
+    file = write_rows(pictures / f"train.{suffix}", row)
+    rows = data.load_problems(file, columns=columns)
+    usable, checked = data.usable_problems(rows, build_reader(processor), 999)
+    assert len(usable) == 1 and not checked.bad
+    loaded = usable[0]
+    assert (loaded.question, loaded.gold) == (question, gold)
+    assert loaded.images == (red(),) * question.count("<image>")
+    text = processor.tokenizer.decode(build_reader(processor)(loaded).short_ids)
+    assert text.count("<|image_pad|>") == len(loaded.images)
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n" if name == "ms-swift" else ""
+    assert text.startswith(f"{system}<|im_start|>user\n") and text.count("system") == bool(system)
+    if response is not None:
+        weights = {"": {graded: 1.0}}
+        answers = [Response(response), Response(r"\boxed{no}")]
+        with Grader() as grader:
+            scores = compute_rewards(answers, [loaded, loaded], weights, grader)
+        assert scores["reward"] == [1.0, 0.0]
+
+
+def test_numbered_images_are_put_in_the_order_in_which_they_are_mentioned(tmp_path):
+    first, second = red(28, 28), red(56, 28)
+    cells = dict(a=[first], b=[second], problem=["<image 2>, <image 1>; again <image1>"])
+    file = write(tmp_path, **cells)
+    row = data.load_problems(file, columns="image=a+b")[0]
+    assert row.images == (second, first) and row.question == "<image>, <image>; again image 2"
+    for question in ("<image 1>", "<image 1><image 3>", "<image 0><image 1>", "<image 1><image>"):
+        file = write(tmp_path, **(cells | {"problem": [question]}))
+        with pytest.raises(ValueError, match="row 0: the question mentions images .* has 2 images"):
+            data.load_problems(file, columns="image=a+b")[0]
+
+
+def test_images_without_a_placeholder_stand_in_front_and_the_rows_are_counted(tmp_path, processor):
+    questions = ["What?", "<image>Why?", "Who?"]
+    file = write(tmp_path, problem=questions, images=[[red()] * 2, [red()], []])
+    rows = data.load_problems(file)
+    assert [p.question for p in rows] == ["<image><image>What?", "<image>Why?", "Who?"]
+    [sentence] = data.describe(rows)
+    assert sentence == "3 rows with 3 images, columns image=images,problem=problem,answer=answer"
+    _, checked = data.usable_problems(rows, build_reader(processor), 999)
+    assert "kept 3 problems with 3 images" in str(checked)
+    assert "in front of 1 questions without a placeholder now stands <image>" in str(checked)
+    assert (checked.most_images, checked.most_videos) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    "answer, choices, letter",
+    [
+        (2, ["a", "b", "c"], "C"),  # an index, from 0
+        (2.0, ["a", "b", "c"], "C"),  # as pandas writes it beside nulls
+        ("1", ["a", "b", "c"], "B"),
+        (2, ["1", "2", "3"], "C"),  # a number is an index where the choices are texts,
+        (2, [1, 2, 3], "B"),  # and a value where they are numbers
+        ("2", ["1", "2", "3"], "B"),
+        (" b ", ["a", "b"], "B"),
+        ("(B)", ["a", "b"], "B"),
+        ("B.", ["B", "A"], "B"),
+        ("A", ["B", "A"], "B"),  # the text of a choice comes before its letter
+    ],
+)
+def test_an_answer_becomes_the_letter_of_its_choice(tmp_path, answer, choices, letter):
+    row = dict(problem="Which?", answer=answer, choices=choices)
+    loaded = data.load_problems(write_rows(tmp_path / "train.jsonl", row))[0]
+    lines = loaded.question.split("\n")
+    assert loaded.answer == letter
+    assert lines == ["Which?", *(f"{'ABC'[i]}. {choice}" for i, choice in enumerate(choices))]
+
+
+def test_choices_can_be_left_out_be_columns_and_have_several_right_ones(tmp_path):
+    row = dict(problem="Which?", answer="x", options=["x", "y"], A="one", B="two", C=None, gold="B")
+    file = write_rows(tmp_path / "train.jsonl", row)
+    assert data.load_problems(file)[0].answer == "A"
+    plain = data.load_problems(file, columns="choices=")[0]
+    assert (plain.question, plain.answer) == ("Which?", "x")
+    joined = data.load_problems(file, columns="choices=A+B+C,answer=gold")[0]
+    assert (joined.question, joined.answer) == ("Which?\nA. one\nB. two", "B")
+    several = data.load_problems(file, columns="answer=gold+answer")[0]
+    assert several.gold == ("B", "A")
+
+
+BAD_ROWS = {  # a row, --columns, and what the message says
+    "two users": (dict(prompt=[USER, USER]), "", "turns are .'user', 'user'.; a problem is one"),
+    "no user": (dict(prompt=[SWIFT[0]]), "", "turns are .'system'.; a problem is one turn"),
+    "a tool": (dict(prompt=[USER, {"role": "tool", "content": "x"}]), "", "'user', 'tool'"),
+    "audio": (
+        dict(prompt=[{"role": "user", "content": [{"type": "audio"}]}]),
+        "", "the chat holds a part of type 'audio'; text, image",
+    ),
+    "chat without roles": (dict(prompt=[["Hi"]]), "", "a list of list; it is text, or a chat"),
+    "chat without an answer": (
+        dict(messages=[USER], answer=None), "answer=messages", "ends with the user's turn, so it",
+    ),
+    "struct question": (dict(problem={"text": "What?"}), "", "problem=COLUMN.text"),
+    "struct answer": (dict(problem="?", answer={"value": "4"}), "", "answer=COLUMN.value"),
+    "answer of no choice": (
+        dict(problem="?", choices=["a", "b"], answer="d"), "", "'d' is none of the 2 choices",
+    ),
+    "index of no choice": (
+        dict(problem="?", choices=["a", "b"], answer=2), "", "'2' is none of the 2 choices",
+    ),
+    "choices of text": (dict(problem="?", choices="a or b"), "", "'a or b' are no list"),
+    "choices of structs": (dict(problem="?", choices={"label": ["A"]}), "", "not a list of at most"),
+    "27 choices": (dict(problem="?", choices=["x"] * 27), "", "not a list of at most 26 texts"),
+    "list of lists": (
+        dict(problem="<image>?", images=[["a.png"]]), "", "the images are a list of lists",
+    ),
+    "struct image": (
+        dict(problem="<image>?", image={"url": "x", "size": 3}),
+        "", "struct of url, size, not of bytes and path; .*image=COLUMN.FIELD",
+    ),
+    "web image": (
+        dict(problem="<image>?", image="https://x.org/a.png"), "", "'https://x.org/a.png' is on the web",
+    ),
+    "path like base64": (
+        dict(problem="<image>?", image="train/0001"), "", "'train/0001' .*no plain file .*image_folder",
+    ),
+    "percent data URL": (
+        dict(problem="<image>?", image="data:image/png,%89PNG"), "", "does not say ;base64, so it is p",
+    ),
+    "NaN answer": (dict(problem="?", answer=float("nan")), "", "the answer or the question is empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_rows_that_cannot_be_meant_say_what_is_wrong_and_what_to_do(tmp_path, processor, name):
+    row, columns, message = BAD_ROWS[name]
+    file = write_rows(tmp_path / "train.jsonl", dict(answer="4") | row)
+    rows = data.load_problems(file, columns=columns)
+    with pytest.raises(ValueError, match=rf"(?s)1 of 1 rows.*train\.jsonl row 0: .*{message}"):
+        data.usable_problems(rows, build_reader(processor), 999)
+
+
+def test_columns_that_are_wrong_missing_twice_or_ambiguous_are_named(tmp_path):
+    file = write_rows(tmp_path / "a.jsonl", dict(question="?", query="?", answer="4", s={"t": "5"}))
+    for columns in ("", "answer=s.t"):
+        message = "more than one column may be the problem .question, query.; .*problem=question$"
+        with pytest.raises(ValueError, match=message):
+            data.load_problems(file, columns=columns)
+    assert data.load_problems(file, columns=" problem=query , answer=s.t")[0].answer == "5"
+    for columns, message in (
+        (
+            "problem=q",
+            r"no column 'q' for problem among \['answer', 'query', 'question', 's', 's.t'",
+        ),
+        ("problem=query,answer=s.x", "no column 's.x' for answer"),
+        ("problem=query,gold=answer", "'gold=answer': write each of image, video, problem, answer"),
+        ("query", "'query': write each of"),
+        ("answer=s,answer=t", "'answer=t': write each of .* at most once"),
+        ("problem=query,answer=", "no column for the answer among"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.load_problems(file, columns=columns)
+    chat = write_rows(tmp_path / "b.jsonl", dict(messages=[USER]))
+    with pytest.raises(ValueError, match="last turn of a chat: answer=messages"):
+        data.load_problems(chat)
+    twins = pa.table([["?"], ["4"], ["5"]], names=["problem", "answer", "answer"])
+    pq.write_table(twins, tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match="the column 'answer' is there twice; rename one"):
+        data.load_problems(tmp_path / "c.parquet")
+
+
+def test_columns_of_files_that_nothing_names_are_warned_of(tmp_path):
+    stored = {"bytes": red(), "path": None}
+    row = dict(
+        problem="?", answer="4", image_1=stored, photos=[stored], checksum=b"1", note={"a": 1}
+    )
+    rows = data.load_problems(write_rows(tmp_path / "train.parquet", row))
+    first, warning = data.describe(rows)
+    assert first == "1 rows with 0 images, columns problem=problem,answer=answer"
+    assert warning.startswith("warning: image_1, photos hold files that nothing names")
+    assert warning.endswith("--columns image=image_1+photos")
+    named = data.load_problems(tmp_path, columns="image=image_1+photos")
+    assert [s.split(",")[0] for s in data.describe(named)] == ["1 rows with 2 images"]
+    assert named[0].images == (red(), red())
+
+
+def test_images_may_lie_in_a_folder_of_their_own_and_be_urls_of_files(pictures):
+    rows = pictures / "rows"
+    rows.mkdir()
+    path = str(pictures / "pictures" / "red.png")
+    (pictures / "pictures" / "0001").write_bytes(red())
+    (pictures / "pictures" / ("0" * 70)).write_bytes(red())  # as long as base64 of an image
+    text = base64.b64encode(red()).decode()
+    for value in (
+        "red.png",
+        path,
+        f"file://{path}",
+        "file://red.png",
+        "0001",
+        "0" * 70,
+        f"DATA:image/png;base64,{text}",
+        f"data:image/png;base64,{text.replace('+', '%2B').replace('=', '%3D')}",
+    ):
+        file = write_rows(rows / "train.jsonl", dict(problem="<image>?", answer="4", image=value))
+        assert data.load_problems(file, image_folder=f"{pictures}/pictures")[0].images == (red(),)
+    file = write_rows(rows / "train.jsonl", dict(problem="?", answer="4", image=f"file://{path}"))
+    with pytest.raises(ValueError, match=r"train\.jsonl row 0: .*leads out .*--image_folder"):
+        data.load_problems(file)[0]
+
+
+def test_json_rows_may_differ_in_type_and_the_broken_ones_are_named(tmp_path):
+    file = tmp_path / "train.jsonl"
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    # a date stays text, a number may stand beside a text, and a chat's content beside parts
+    rows = [
+        dict(prompt="?", answer=4),
+        dict(prompt=[dict(USER, content="!")], answer="2020-01-01"),
+        dict(prompt=parts, answer=2.5),
+        dict(prompt="no answer"),
+    ]
+    file.write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+    loaded = [(p.question, p.answer) for p in data.load_problems(file)]
+    assert loaded == [("?", "4"), ("!", "2020-01-01"), ("Hi", "2.5"), ("no answer", "")]
+    (tmp_path / "list.json").write_text(json.dumps(rows))  # as LLaVA's
+    assert [(p.question, p.answer) for p in data.load_problems(tmp_path / "list.json")] == loaded
+    good = '{"problem": "?", "answer": "4"}\n'
+    for line in ("{", "[1]", '"text"', "[" * 10**5, "\xff"):
+        file.write_bytes((good + line).encode("latin-1"))
+        with pytest.raises(ValueError, match=r"train\.jsonl row 1 (is not JSON|is a )"):
+            data.load_problems(file)
+
+
+def test_text_that_is_not_utf8_names_its_column(tmp_path):
+    raw = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
+    with pytest.raises(ValueError, match=r"train\.parquet row 0: column 'answer' .*not UTF-8"):
+        data.load_problems(write(tmp_path, problem=["?"], answer=raw))[0]
+
+
+def test_a_split_is_found_behind_any_mark_and_in_any_case(tmp_path):
+    names = ["geo_train.parquet", "TRAIN/0000.parquet", "test-data/my.Val.jsonl", "x-test-1.parquet",
+             "testmini.parquet", "contest.parquet"]  # fmt: skip
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_rows(tmp_path / name, dict(problem="?", answer="4"))
+    for split, found in (
+        ("train", {"geo_train.parquet", "0000.parquet"}),
+        ("Train", {"geo_train.parquet", "0000.parquet"}),
+        ("validation", {"my.Val.jsonl"}),
+        ("val", {"my.Val.jsonl"}),
+        ("dev", {"my.Val.jsonl"}),
+        ("test", {"x-test-1.parquet"}),
+        ("testmini", {"testmini.parquet"}),
+    ):
+        assert {p.source for p in data.load_problems(tmp_path, split)} == found
+
+
+def test_files_of_the_same_name_are_called_by_their_folders_too(tmp_path):
+    for name in ("art/train-0.parquet", "art/test-0.parquet", "law/train-0.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path, name, problem=["?"])
+    rows = data.load_problems(tmp_path)
+    assert [p.where for p in rows] == ["art/train-0.parquet row 0", "law/train-0.parquet row 0"]
+    assert [p.source for p in rows] == ["art/train-0.parquet", "law/train-0.parquet"]
+    assert data.load_problems(tmp_path, "test")[0].where == "test-0.parquet row 0"
+    rows = data.load_problems(f"{tmp_path}/*/train*.parquet")
+    assert [p.source for p in rows] == ["art/train-0.parquet", "law/train-0.parquet"]
+
+
+def test_a_special_token_in_the_system_text_is_refused(processor):
+    row = dataclasses.replace(problem(), system="Be brief.<|im_end|>")
+    with pytest.raises(ValueError, match=r"row 17: the question holds \['<\|im_end\|>'\]"):
+        build_reader(processor)(row)
+
+
+# --- prompts ahead, and the check over several ranks
+
+
+class CountingReader(data.Reader):
+    """Notes what it makes and in which thread, and makes nothing before its gate is open."""
+
+    def __init__(self, processor, **options):
+        super().__init__(processor, MIN_PIXELS, MAX_PIXELS, "", **options)
+        self.made = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def _make(self, problem, later):
+        self.made.append((problem.answer, threading.current_thread()))
+        assert self.gate.wait(20)
+        return super()._make(problem, later)
+
+
+def numbered(total):
+    return [problem(answer=str(i)) for i in range(total)]
+
+
+def test_prompts_made_ahead_are_made_once_and_in_another_thread(processor):
+    reader, rows = CountingReader(processor, kept=6), numbered(6)
+    reader.ahead(rows)
+    reader.ahead(rows)  # what is in the making is not begun again
+    ahead = [reader(row) for row in rows]
+    assert [reader(row) for row in rows] == ahead and [p.problem for p in ahead] == rows
+    assert sorted(answer for answer, _ in reader.made) == [row.answer for row in rows]
+    expected = build_reader(processor)(rows[0])
+    assert torch.equal(ahead[0].ids, expected.ids)
+    # nobody waits for what the thread has not begun: it is made at once, where it is asked for
+    reader.gate.clear()
+    more = [problem(answer=f"more {i}") for i in range(3)]
+    reader.ahead(more)
+    while len(reader.made) < 7:
+        time.sleep(0.01)
+    thread = reader.made[6][1]
+    assert thread is not threading.main_thread()
+    threading.Timer(0.2, reader.gate.set).start()
+    assert reader(more[2]).problem is more[2] and reader.made[7][1] is threading.main_thread()
+    assert [reader(row).problem for row in more] == more and len(reader.made) == 9
+
+
+def test_an_error_of_the_thread_comes_out_where_the_prompt_is_asked_for(processor):
+    reader = CountingReader(processor, kept=4)
+    bad = problem(images=(b"torn",))
+    reader.ahead([bad, *numbered(1)])
+    assert len(reader(numbered(1)[0]).ids)
+    with pytest.raises(ValueError, match="row 17: 4 bytes are not a readable image"):
+        reader(bad)
+
+
+def test_prompts_are_kept_within_bounds(processor):
+    reader, rows = CountingReader(processor, kept=2), numbered(4)
+    for index in (0, 1, 0, 2, 0, 1):  # 1 was used before 0, so 2 took its place
+        reader(rows[index])
+    assert [answer for answer, _ in reader.made] == ["0", "1", "2", "1"]
+    # what is asked for ahead comes on top until it is used, and is forgotten if it is not
+    reader.ahead(rows)
+    assert len(reader._used) == 2 and len(reader._coming) == 2
+    reader.ahead([])
+    assert not reader._coming
+    reader(rows[3])
+    assert len(reader._used) == 2
+    forgetful = CountingReader(processor)
+    forgetful(rows[0])
+    assert not forgetful._used
+
+
+def test_many_threads_may_ask_one_reader(processor):
+    reader, rows = CountingReader(processor, kept=8), numbered(8)
+    reader.ahead(rows)
+    got = {}
+
+    def ask(name):
+        got[name] = [reader(row) for row in random.Random(name).sample(rows, 8)]
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(reader.made) == 8 and len({id(p) for prompts in got.values() for p in prompts}) == 8
+
+
+def test_a_run_that_ends_does_not_wait_for_the_prompts_ahead():
+    code = (
+        "import time, data\n"
+        "class Slow(data.Reader):\n"
+        "    def _make(self, problem, later):\n"
+        "        time.sleep(0.5)\n"
+        "reader = Slow(None, 1, 1)\n"
+        "rows = [data.Problem(str(i), '?', (), '4', '', '') for i in range(200)]\n"
+        "reader.ahead(rows)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE, timeout=60)
+
+
+def check_on_two_ranks(file, out):
+    """Run by torchrun: what each rank finds usable, how many prompts it made, and its error."""
+    processes.start_processes()
+    reader = CountingReader(build_processor(), kept=9)
+    rows = data.load_problems(file)
+    usable, checked = data.usable_problems(rows, reader, 40, skip_bad_rows=True)
+    found = [[p.answer for p in usable], checked.longest, checked.overlong, checked.bad]
+    try:
+        data.usable_problems(rows, reader, 40)
+    except ValueError as error:
+        found.append(str(error))
+    shares = processes.gather_objects((found, len(reader.made)))
+    if torch.distributed.get_rank() == 0:
+        torch.save(shares, out)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_share_the_check_and_find_the_same(tmp_path, processor):
+    questions = ["<image>ok", "<image>" + "long " * 20, "<image>ok", "<image><image>", "<image>ok"]
+    file = write(tmp_path, problem=questions, answer=list("abcde"), images=[[red()]] * 5)
+    torchrun("check_on_two_ranks", str(file), str(tmp_path / "two.pt"))
+    (first, made), (second, also_made) = torch.load(tmp_path / "two.pt")
+    assert first == second and first[0] == ["a", "c", "e"] and first[2] == 1
+    assert "2 <image> in the question" in first[3][0] and "1 of 5 rows are broken" in first[4]
+    # rows 0, 2, 4 and 1, 3; what failed is not made again either, as it is kept
+    assert (made, also_made) == (3, 2)
+    # and one process without torchrun finds the same
+    rows = data.load_problems(file)
+    usable, checked = data.usable_problems(rows, build_reader(processor), 40, skip_bad_rows=True)
+    assert [p.answer for p in usable] == first[0]
+    assert [checked.longest, checked.overlong, checked.bad] == first[1:4]
+
+
+def test_a_run_without_videos_needs_no_pyav_and_one_without_the_hub_no_hub():
+    code = (
+        "import sys, data; from support import figures;"
+        "sys.exit(any(name in sys.modules for name in ('av', 'huggingface_hub', 'pyarrow.json')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
+
+
 # --------------------------------------------------------------------------------------------------
 # reward.py
 
