@@ -75,7 +75,10 @@ import torch
 import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 HERE = Path(__file__).parent
@@ -3024,6 +3027,328 @@ def test_the_tiny_model_is_the_same_for_the_same_seed(tmp_path):
     weights = [(tiny_model.build_tiny(tmp_path / name, ["a b"], seed=seed) / "model.safetensors").read_bytes()
                for name, seed in (("a", 0), ("b", 0), ("c", 1))]  # fmt: skip
     assert weights[0] == weights[1] != weights[2]
+
+
+# ---- entropy with a gradient, capped logits, whole images
+
+
+def test_the_entropys_gradient_by_hand():
+    # logits log 3 and 0: p = 3/4, 1/4; H = 3/4 log 4/3 + 1/4 log 4 = 0.5623;
+    # dH/dz = -p (log p + H) = -3/4 (-0.2877 + 0.5623), -1/4 (-1.3863 + 0.5623)
+    h = torch.tensor([[math.log(3.0), 0.0]], requires_grad=True)
+    request = make_request(torch.tensor([0]), entropy="gradient")
+    _, entropy = model.ChunkedLogprobs.apply(h, torch.eye(2), request)
+    close(entropy, torch.tensor([0.562335]))
+    entropy.sum().backward()
+    close(h.grad, torch.tensor([[-0.205990, 0.205990]]), atol=1e-5)
+
+
+def test_entropy_has_a_gradient_where_it_is_asked_for_and_costs_nothing_where_not(
+    actor, monkeypatch
+):
+    groups, results = random_groups(actor), {}
+    for packing in ("padded", "packed", "shared"):
+        actor.use_packing(packing)
+        actor.model.zero_grad()
+        _, entropy = actor.logprobs(groups, entropy="gradient")
+        (torch.linspace(-1, 1, len(entropy)) * entropy).sum().backward()
+        found = {n: p.grad.clone() for n, p in actor.model.named_parameters() if p.grad is not None}
+        results[packing] = entropy.detach(), found
+    for entropy, found in results.values():
+        close(entropy, results["padded"][0], atol=1e-5)
+        assert_same_gradients(found, results["padded"][1])
+    assert not actor.logprobs(groups)[1].requires_grad
+    monkeypatch.setattr(torch.special, "entr", None)
+    logprobs, entropy = actor.logprobs(groups, entropy="none")
+    logprobs.sum().backward()
+    assert not entropy.any()
+
+
+def test_the_softcap_bends_logits_by_hand():
+    # cap 2: logits 2 atanh(1/2) = 1.0986 and 0 become 1 and 0, then temperature 1/2: 2 and 0
+    h = torch.tensor([[2 * math.atanh(0.5), 0.0]])
+    request = make_request(torch.tensor([0]), temperature=0.5, softcap=2.0)
+    logprobs, _ = model.ChunkedLogprobs.apply(h, torch.eye(2), request)
+    close(logprobs, torch.tensor([-math.log(1 + math.exp(-2))]))
+
+
+def tiny_gemma4(processor):
+    """A random model with everything that Gemma 4 brings: images that see forwards in sliding
+    layers alone, softcapped logits, inputs for every layer, larger heads in full layers."""
+    text = dict(
+        vocab_size=300, vocab_size_per_layer_input=300, hidden_size_per_layer_input=8, hidden_size=64,
+        intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        global_head_dim=32, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=6,
+        final_logit_softcapping=3.0, use_bidirectional_attention="vision", pad_token_id=0,
+    )  # fmt: skip
+    vision = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=16, patch_size=4, pooling_kernel_size=2, position_embedding_size=64,
+    )  # fmt: skip
+    ids = dict(image_token_id=290, video_token_id=291, audio_token_id=292, boi_token_id=293)
+    config = AutoConfig.for_model(
+        "gemma4", text_config=text, vision_config=vision, audio_config=None, eoi_token_id=294, **ids
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+        for p in network.parameters():
+            if p.ndim > 1:
+                torch.nn.init.normal_(p, std=0.2)
+    return model.Actor(network, processor)
+
+
+def gemma4_prompt(images):
+    """Text, then images of 8 x 8 patches, which the pooler makes 16 tokens of."""
+    generator = torch.Generator().manual_seed(images)
+    text = torch.randint(1, 250, (5,), generator=generator)
+    image = torch.tensor([293, *[290] * 16, 294])
+    ids = torch.cat([text, *[torch.cat([image, text[:2]])] * images])
+    inputs = {"mm_token_type_ids": (ids == 290).long()[None]}
+    if images:
+        places = torch.cartesian_prod(torch.arange(8), torch.arange(8)).flip(-1)
+        inputs["pixel_values"] = torch.rand(images, 64, 48, generator=generator)
+        inputs["image_position_ids"] = places.repeat(images, 1, 1)
+    return data.Prompt(None, ids, ids, [None] * images, inputs)
+
+
+def test_softcaps_and_images_that_see_forwards_in_windows_alone_follow_the_config(
+    actor, monkeypatch
+):
+    gemma = tiny_gemma4(actor.processor)
+    assert gemma.softcap == 3 and gemma.whole_images == "windows"
+    generator = torch.Generator().manual_seed(0)
+    groups = []
+    for images, lengths in ((2, (3, 5)), (0, (4, 4, 1)), (1, (2, 9))):
+        responses = [[torch.randint(1, 250, (n,), generator=generator)] for n in lengths]
+        groups.append((gemma4_prompt(images), responses))
+    assert_same_in_every_layout(gemma, groups)
+    prompts = [gemma4_prompt(2), gemma4_prompt(0)]
+    assert gemma.check_packing(prompts) < 1e-5
+    assert gemma.model.config.text_config.final_logit_softcapping == 3  # as it was
+    for wrong in ("everywhere", "nowhere"):
+        monkeypatch.setattr(model.Actor, "whole_images", wrong)
+        with pytest.raises(RuntimeError, match="not exact for Gemma4For"):
+            gemma.check_packing(prompts)
+
+
+def test_a_wrong_mask_is_refused_in_bfloat16_too(tiny, monkeypatch):
+    actor = model.Actor.from_pretrained(str(tiny[False]), torch.bfloat16)
+    prompts = prompts_with(actor, 2, 0)
+    assert 1e-4 < actor.check_packing(prompts) < 0.01  # above the floor of float32
+    monkeypatch.setattr(model.Layout, "padded", lambda self, *_: _everyone_sees_all(self))
+    with pytest.raises(RuntimeError, match="packing 'shared' is not exact"):
+        actor.check_packing(prompts)
+
+
+# ---- the kernels of a GPU, without one
+
+
+def plain_varlen(q, k, v, queries, keys, longest_query, longest_key, *, scale=None, window_size=(-1, -1), **_):  # fmt: skip
+    """What torch says that varlen_attn computes, sequence by sequence."""
+    check_varlen_arguments(q, k, v, queries, keys, longest_query, longest_key)
+    assert queries[-1] == len(q) and keys[-1] == len(k)
+    assert queries.diff().max() == longest_query and keys.diff().max() == longest_key
+    left, right = (len(k) if reach < 0 else reach for reach in window_size)
+    ends, out = list(zip(queries.tolist(), keys.tolist(), strict=True)), []
+    for (q_start, k_start), (q_end, k_end) in itertools.pairwise(ends):
+        heads = q.shape[1] // k.shape[1]
+        some_k = k[k_start:k_end].repeat_interleave(heads, 1)
+        some_v = v[k_start:k_end].repeat_interleave(heads, 1)
+        scores = torch.einsum("qhd,khd->hqk", q[q_start:q_end], some_k) * scale
+        own = torch.arange(q_end - q_start)[:, None] + (k_end - k_start) - (q_end - q_start)
+        key = torch.arange(k_end - k_start)
+        scores = scores.masked_fill((key < own - left) | (key > own + right), -torch.inf)
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), some_v))
+    return torch.cat(out)
+
+
+def check_varlen_arguments(q, k, v, queries, keys, longest_query, longest_key, *_, **__):
+    """What the kernel demands, beside values."""
+    assert q.ndim == 3 and k.shape == v.shape and q.shape[1] % k.shape[1] == 0
+    assert q.shape[2] == k.shape[2] <= 256 and q.shape[2] % 8 == 0
+    assert q.dtype == k.dtype == v.dtype and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    assert queries.shape == keys.shape and queries.dtype == keys.dtype == torch.int32
+    assert queries.is_contiguous() and keys.is_contiguous()
+    assert len({x.device for x in (q, k, v, queries, keys)}) == 1
+    assert isinstance(longest_query, int) and isinstance(longest_key, int)
+
+
+def force_kernels(monkeypatch, kernel):
+    """As on a GPU in 16 bits, with `kernel` in the place of varlen_attn."""
+    monkeypatch.setattr(model, "flash_attn_varlen_func", None)
+    monkeypatch.setattr(model, "varlen_attn", kernel)
+    monkeypatch.setattr(model, "kernel_runs", lambda q: True)
+    monkeypatch.setattr(model, "tower_in_one_call", lambda family: family is model.QWEN)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_what_the_kernels_are_asked_for_is_what_the_dense_attention_computes(
+    tiny, monkeypatch, window
+):
+    config = AutoConfig.from_pretrained(tiny[False])
+    if window:
+        config.text_config.sliding_window, config.text_config.use_sliding_window = window, True
+        config.text_config.layer_types = ["sliding_attention", "full_attention"] * 2
+    config.vision_config.window_size = 56  # 4 windows in an image of 84 x 56, of two sizes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    actor = model.Actor(network, AutoProcessor.from_pretrained(tiny[False]))
+    groups = random_groups(actor)
+    expected, expected_gradients = gradients(actor, groups, "shared")
+    calls = []
+    force_kernels(
+        monkeypatch, lambda *args, **options: calls.append(args) or plain_varlen(*args, **options)
+    )
+    got, got_gradients = gradients(actor, groups, "shared")
+    assert len(calls) == config.vision_config.depth + config.text_config.num_hidden_layers
+    assert len({len(args[3]) for args in calls}) == 3  # images, their windows, segments of the pack
+    close(got, expected, atol=1e-5)
+    assert_same_gradients(got_gradients, expected_gradients)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_the_towers_of_all_qwens_take_the_kernel(name, family_folder, monkeypatch):
+    actor = model.Actor.from_pretrained(str(family_folder(name)))
+    groups = random_groups(actor)
+    expected = actor.logprobs(groups)[0]
+    force_kernels(monkeypatch, plain_varlen)
+    actor.use_packing("padded")  # text by sdpa, so the tower alone differs
+    close(actor.logprobs(groups)[0], expected, atol=2e-5)
+    assert actor.model.config.vision_config._attn_implementation == "flash_tower"
+
+
+def sized_config(folder, size, layers=2, depth=3):
+    """Config of Qwen2.5-VL-3B or 7B with the token ids of a tiny one, and fewer layers."""
+    tiny = AutoConfig.from_pretrained(folder)
+    text = tiny.text_config.to_dict() | {
+        "3B": dict(hidden_size=2048, intermediate_size=11008, num_attention_heads=16,
+                   num_key_value_heads=2, vocab_size=151936),
+        "7B": dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28,
+                   num_key_value_heads=4, vocab_size=152064),
+    }[size]  # fmt: skip
+    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
+    text |= dict(num_hidden_layers=layers, rope_parameters=rope, max_position_embeddings=32768)
+    for name in ("head_dim", "layer_types", "max_window_layers"):
+        text.pop(name, None)
+    vision = tiny.vision_config.to_dict() | dict(
+        depth=depth, hidden_size=1280, intermediate_size=3420, num_heads=16, window_size=112,
+        out_hidden_size=text["hidden_size"], fullatt_block_indexes=[depth // 2],
+    )  # fmt: skip
+    ids = {name: getattr(tiny, name) for name in vars(tiny) if name.endswith("_token_id")}
+    return AutoConfig.for_model(
+        "qwen2_5_vl", text_config=text, vision_config=vision, tie_word_embeddings=size == "3B", **ids
+    )  # fmt: skip
+
+
+class CountsAreReal(FakeTensorMode):
+    """Fake tensors, which have shapes and no values, but for integers on the CPU: grids, windows
+    and layouts are computed."""
+
+    def __init__(self):
+        super().__init__(allow_non_fake_inputs=True)
+
+    def dispatch(self, func, types, args=(), kwargs=None):
+        leaves = torch.utils._pytree.arg_tree_leaves(*args, **(kwargs or {}))
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        if any(isinstance(x, torch.device) and x.type != "cpu" for x in leaves):
+            return super().dispatch(func, types, args, kwargs)
+        if tensors and all(is_count(x) for x in tensors):
+            return func(*args, **(kwargs or {}))
+        out = super().dispatch(func, types, args, kwargs)
+        makes_counts = isinstance(out, torch.Tensor) and not out.is_floating_point()
+        return func(*args, **(kwargs or {})) if makes_counts and not tensors else out
+
+
+def is_count(tensor):
+    return not isinstance(tensor, FakeTensor) and not tensor.is_floating_point()
+
+
+def watched_varlen(calls):
+    """The kernel's own wrapper, which knows shapes and gradients of fake tensors, and its calls."""
+
+    def watched(*args, **options):
+        check_varlen_arguments(*args)
+        calls.append(args)
+        return varlen_attn(*args, **options)
+
+    return watched
+
+
+def test_the_kernel_path_runs_forward_and_backward_at_full_width_under_fsdp(tiny):
+    printed = run_python([__file__, "check_kernels_under_fsdp", str(tiny[False])], cwd=HERE)
+    assert printed.splitlines()[-1] == "all checked"
+
+
+def check_kernels_under_fsdp(folder):
+    """Rank 0 of 8 that are not there, tensors without values: shapes, dtypes and gradients."""
+    processor = model.Actor.from_pretrained(folder).processor
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        calls = []
+        force_kernels(monkeypatch, watched_varlen(calls))
+        for size, frozen in (("3B", False), ("7B", False), ("7B", True)):
+            calls.clear()
+            with CountsAreReal():
+                config = sized_config(folder, size)
+                network = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+                actor = model.Actor(network, processor)
+                if frozen:
+                    actor.freeze("tower", "projector")
+                actor.checkpoint_activations()
+                actor.shard(torch.device("cpu"))
+                groups = random_groups(actor, (2, 0, 1), ((300, 500), (40,), (7, 1)))
+                features = actor.image_features([prompt for prompt, _ in groups])
+                assert (features is None) != frozen
+                logprobs, entropy = actor.logprobs(groups, features, entropy="gradient")
+                assert logprobs.shape == entropy.shape == (848,) and logprobs.dtype == torch.float32
+                assert len(calls) == 5  # 2 layers, and 3 of the tower
+                (logprobs.sum() + entropy.sum()).backward()
+                assert len(calls) == 5 + (2 if frozen else 5)  # recomputed
+                for name, p in actor.model.named_parameters():
+                    assert p.requires_grad == (not frozen or actor.part(name) == "language")
+                    if p.requires_grad:
+                        assert isinstance(p.grad, model.DTensor) and p.grad.dtype == torch.float32
+                        assert p.grad.shape == p.shape, name
+    print("all checked")
+
+
+def test_the_kernel_path_brings_everything_to_the_models_device(tiny, monkeypatch):
+    # the device "meta" has no values, and refuses to meet the CPU as a GPU does
+    processor, calls = model.Actor.from_pretrained(str(tiny[False])).processor, []
+    force_kernels(monkeypatch, watched_varlen(calls))
+    with CountsAreReal():
+        with torch.device("meta"):
+            config = sized_config(tiny[False], "7B")
+            network = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+        actor = model.Actor(network, processor)
+        groups = random_groups(actor, (0, 0), ((300, 500), (7, 1)))
+        logprobs, _ = actor.logprobs(groups)
+        logprobs.sum().backward()
+        assert {p.grad.device.type for p in network.parameters() if p.grad is not None} == {"meta"}
+    q, k = calls[0][:2]
+    tokens = sum(len(prompt.ids) for prompt, _ in groups) + 808
+    again = 2 * len(groups[0][0].ids) + 2 * len(groups[1][0].ids)  # a prompt for each response
+    assert q.shape == (tokens, 28, 128) and k.shape == (tokens + again, 4, 128)
+
+
+# ---- the sampler, before training
+
+
+def test_a_sampler_that_computes_another_model_is_refused_before_training(actor, process_group):
+    prompts = prompts_with(actor, 2, 0)
+    engine = rollout.HFEngine(actor, 24)
+    for packing in ("shared", "padded"):
+        actor.use_packing(packing)
+        train.check_against_sampler(engine, actor, prompts)
+    assert engine.max_response_tokens == 24
+    other = copy.copy(actor)
+    other.temperature = 1.05
+    with pytest.raises(RuntimeError, match=r"(?s)before training.*packing 'padded'.*softcap.*per-t"):
+        train.check_against_sampler(rollout.HFEngine(other, 24), actor, prompts)
+    actor.compute = torch.bfloat16  # there that little is rounding
+    train.check_against_sampler(rollout.HFEngine(other, 24), actor, prompts)
 
 
 # --------------------------------------------------------------------------------------------------
