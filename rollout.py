@@ -555,8 +555,10 @@ def load_weights(worker, weights: Iterator[tuple[str, Tensor]]) -> None:
             padded = isinstance(
                 layer, VocabParallelEmbedding
             )  # one tensor, and rows beyond the vocabulary
-            if info.can_load() and 0 < info.load_numel < info.load_numel_total and not padded:
-                missing.add(f"{name} ({info.load_numel} of {info.load_numel_total} elements)")
+            # its buffers are no weights: CLIP counts its positions in one
+            needed = sum(p.numel() for p in layer.parameters(recurse=False))
+            if info.can_load() and 0 < info.load_numel < needed and not padded:
+                missing.add(f"{name} ({info.load_numel} of {needed} elements)")
         if missing:
             raise RuntimeError(
                 f"{len(missing)} of vLLM's weights were not in the model given to sync, for example "
