@@ -1,24 +1,48 @@
 """The actor: any Hugging Face vision-language model, scoring the tokens that the policy wrote.
 
     groups [(prompt, [response, ...]), ...] --make_pack--> Pack, one row without padding
-    (a response is ids (R,), or the turns of a conversation: ids, observation, ids, ...; see
-    lay_out) Pack --model forward--> hidden states --log-prob head--> logprobs (N,), entropy (N,),
-    in nats
+    Pack --model forward--> hidden states --log-prob head--> logprobs (N,), entropy (N,), in nats
 
-In GRPO the n responses of a group share their prompt and its images. A pack holds each prompt once:
+In GRPO the n responses of a group share their prompt and its images, so a pack holds each prompt
+once. A response attends to its prompt and to itself, never to another response. Here prompt p is
+followed by responses a and b, then the next prompt q by its response c; x: attends:
 
-    [prompt_a | a_resp1 | a_resp2 | ... | prompt_b | b_resp1 | ...]
+    position       0 1 2 3 4 3 4 5 0 1 2
+                   p p p a a b b b q q c     the last p predicts both the first a and the first b;
+                 p x                         each response goes on from its prompt's positions
+                 p x x
+                 p x x x                     an image's tokens stand in p like any others
+                 a x x x x
+                 a x x x x x
+                 b x x x     x
+                 b x x x     x x
+                 b x x x     x x x
+                 q                 x
+                 q                 x x
+                 c                 x x x
 
-A response attends to its prompt and to itself, the last prompt token predicts the first token of
-every response, and every response starts its positions after the prompt's largest. The result
-equals the padded forward of every (prompt, response) pair, at a fraction of the work. The head
-never holds more than `chunk` rows of logits.
+The result equals the padded forward of every (prompt, response) pair at a fraction of the work, and
+check_packing makes sure of it before training. The head never holds more than `chunk` rows of
+logits.
+
+What is set in one place and used in another:
+
+    layout=       keyword of the model's forward, which transformers hands on, unread, to the
+                  attention of every layer: shared_attention
+    head.request  what lm_head is to score, set around the forward, which gives it nothing but
+                  hidden states: LogprobHead
+    features      what a frozen tower made of the images, kept over several forwards; None, and the
+                  tower runs, if it is trained, if packing is not "shared" (an image would be needed
+                  several times), if there is no image, or if the forward takes no
+                  mm_encoder_outputs: image_features
+    anchors       prompts of one white image that shard makes where a sharded tower is trained; they
+                  join packs without images, so that all ranks gather the tower together
 
 Not here: the loss (grpo.py), sampling (rollout.py), the optimizer (train.py).
 
-        Legend  P tokens of a prompt, T tokens of a pack, N tokens written by the policy, H hidden
-        size, V vocabulary, S segments (prompts and responses) of a pack, R tokens of a segment, K
-        keys that it sees
+Legend  P tokens of a prompt, T tokens of a pack, N tokens written by the policy, R tokens of a
+        response, S segments (prompts and responses) of a pack, L longest segment, K keys that it
+        sees, H hidden size, V vocabulary
 Papers  M-RoPE arXiv:2409.12191; FlashAttention's variable-length form arXiv:2307.08691
 """
 
@@ -86,44 +110,43 @@ except ImportError:  # optional: torch's own variable-length attention does the 
 
 
 Turn = Tensor | data.Prompt  # ids (R,) that the policy wrote, or what it read
-Group = tuple[
-    data.Prompt, list[list[Turn]]
-]  # a prompt, and what follows it: the turns of every response
+Response = list[Turn]  # all that follows a prompt; a single answer is a list of one
+Group = tuple[data.Prompt, list[Response]]
 
 
 @dataclass
 class Pack:
-    """The inputs of one forward pass over whole groups. `keep` (N,) are the positions that predict
-    `targets` (N,)."""
+    """The inputs of one forward pass over whole groups."""
 
     input_ids: Tensor  # (1, T)
     position_ids: Tensor  # (3, 1, T) with M-RoPE, else (1, T)
-    keep: Tensor
-    targets: Tensor
+    keep: Tensor  # (N,) the positions that predict `targets`
+    targets: Tensor  # (N,) what the policy wrote
     layout: Layout
 
 
-def make_pack(groups: list[Group], positions: Callable, whole_images: bool = False) -> Pack:
+def make_pack(groups: list[Group], positions: Callable, whole_images: str = "nowhere") -> Pack:
     """Lay groups end to end: `[prompt_a | a_resp1 | a_resp2 | ... | prompt_b | ...]`.
 
     Args:
         groups: (prompt, responses) pairs; a prompt may have no response. A response is one segment
             with all its turns, those of the environment included, which nothing is trained on.
         positions: Prompt -> (3 or 1, P).
-        whole_images: let the tokens of an image see all of it.
+        whole_images: layers in which a token of an image sees all of it: see Layout.
 
     Returns:
         A Pack whose N targets are the tokens that the policy wrote, end to end in the order given.
     """
-    ids, places, segments, keep, targets = [], [], [], [], []
+    ids, pieces, segments, keep, targets = [], [], [], [], []
     t = 0  # tokens laid so far
     for prompt, responses in groups:
-        prompt_start, prompt_end = t, t + len(prompt.ids)
+        prompt_start = t
         prompt_positions = positions(prompt)
         ids.append(prompt.ids)
-        places.append(prompt_positions)
+        pieces.append(prompt_positions)
+        t += len(prompt.ids)
+        prompt_end = t
         segments.append((prompt_start, prompt_end, prompt_start, prompt_start))
-        t = prompt_end
         for response in responses:
             row, row_positions, written = lay_out(response, positions, prompt_positions.max() + 1)
             predictor = torch.arange(t - 1, t - 1 + len(row))  # position t - 1 predicts token t,
@@ -131,28 +154,22 @@ def make_pack(groups: list[Group], positions: Callable, whole_images: bool = Fal
             keep.append(predictor[written])
             targets.append(row[written])
             ids.append(row)
-            places.append(row_positions)
+            pieces.append(row_positions)
             segments.append((t, t + len(row), prompt_start, prompt_end))
             t += len(row)
-    images = image_numbers(turns_of(groups)) if whole_images else None
-    position_ids = join_positions(places)
+    images = None if whole_images == "nowhere" else image_numbers(turns_of(groups))
     return Pack(
         input_ids=torch.cat(ids)[None],
-        position_ids=position_ids[:, None] if len(position_ids) > 1 else position_ids,
+        position_ids=as_position_ids(join_positions(pieces)[:, None]),
         keep=torch.cat(keep),
         targets=torch.cat(targets),
-        layout=Layout(segments, images),
+        layout=Layout(segments, images, whole_images),
     )
 
 
-def image_numbers(turns: list[Turn]) -> Tensor:
-    """(T,) number of the image that a token belongs to, -1 for text."""
-    inside = join_token_types(turns)["token_type_ids"] == 1
-    begins = inside & ~F.pad(inside, (1, -1))
-    return torch.where(inside, begins.cumsum(0), -1)
-
-
-def lay_out(turns: list, positions: Callable, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def lay_out(
+    turns: list[Turn], positions: Callable, start: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Write the turns of a conversation into one row.
 
     Args:
@@ -163,57 +180,67 @@ def lay_out(turns: list, positions: Callable, start: int = 0) -> tuple[Tensor, T
     Returns:
         ids (T,), positions (3 or 1, T), and (T,) bool: written by the policy, so trained.
     """
-    ids, places, written = [], [], []
+    ids, pieces, written = [], [], []
     for turn in turns:
         is_written = isinstance(turn, Tensor)
         if is_written and len(turn) == 0:
             raise ValueError("an empty response has no token to score; drop it before packing")
-        ids.append(turn if is_written else turn.ids)
-        places.append(start + (torch.arange(len(turn))[None] if is_written else positions(turn)))
-        written.append(torch.full((len(ids[-1]),), is_written))
-        start = places[-1].max() + 1
-    return torch.cat(ids), join_positions(places), torch.cat(written)
+        turn_ids = turn if is_written else turn.ids
+        turn_positions = torch.arange(len(turn))[None] if is_written else positions(turn)
+        ids.append(turn_ids)
+        pieces.append(start + turn_positions)
+        written.append(torch.full((len(turn_ids),), is_written))
+        start = pieces[-1].max() + 1
+    return torch.cat(ids), join_positions(pieces), torch.cat(written)
 
 
-def join_positions(places: list[Tensor]) -> Tensor:
+def join_positions(pieces: list[Tensor]) -> Tensor:
     """(3 or 1, T) positions of pieces end to end; a piece of text has one row where one with images
     has 3."""
-    rows = max(map(len, places))
-    return torch.cat([place.expand(rows, -1) for place in places], 1)
+    rows = max(map(len, pieces))
+    return torch.cat([piece.expand(rows, -1) for piece in pieces], 1)
+
+
+def as_position_ids(positions: Tensor) -> Tensor:
+    """Positions (3 or 1, B, T) of rows as the forward takes them: (3, B, T) with M-RoPE, else
+    (B, T)."""
+    return positions if len(positions) > 1 else positions[0]
 
 
 @dataclass
 class Layout:
-    """Who attends to whom in a pack. Travels to the attention function as a keyword argument of the
-    forward.
+    """Who attends to whom in a pack: a segment sees its prompt, then itself up to each token."""
 
-    segments: (start, end, prompt_start, prompt_end) of every prompt and response, in tokens; a
-    prompt's own prompt range is empty. Keys of a segment are its prompt range, then itself. With
-    `images`, a token of an image sees all of its image.
-    """
-
+    # (start, end, prompt_start, prompt_end) in tokens, of every prompt and response; a prompt's own
+    # prompt range is empty
     segments: list[tuple[int, int, int, int]]
-    images: Tensor | None = (
-        None  # (T,) number of the image a token belongs to, -1 for text; None where it is no matter
-    )
-    _cache: dict = field(default_factory=dict)
+    images: Tensor | None = None  # (T,) number of the image a token belongs to, -1 for text
+    whole_images: str = "nowhere"  # or "everywhere" or "windows": layers with a sliding window
+    _cache: dict = field(default_factory=dict)  # the same for all layers of a forward
+
+    def looks_ahead(self, window: int | None) -> bool:
+        """Whether an image's tokens see all of it in a layer with this sliding window."""
+        if self.whole_images == "windows":
+            return bool(window)
+        return self.whole_images == "everywhere"
 
     def varlen(self, device) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """For the variable-length kernel: key index (sum of keys,), cumulative query and key
-        counts, their maxima."""
-        if "varlen" not in self._cache:
-            lengths = torch.tensor(
-                [[b - a, b - a + d - c] for a, b, c, d in self.segments]
-            )  # (S, 2)
-            queries, keys = F.pad(lengths.cumsum(0), (0, 0, 1, 0)).int().T.contiguous().to(device)
-            index = torch.cat(
-                [
-                    torch.cat([torch.arange(c, d), torch.arange(a, b)])
-                    for a, b, c, d in self.segments
-                ]
-            )
-            self._cache["varlen"] = index.to(device), queries, keys, *lengths.amax(0).tolist()
-        return self._cache["varlen"]
+        """For the variable-length kernel: (sum of keys,) index of every segment's keys, (S + 1,)
+        cumulative counts of queries and of keys, and the longest of each."""
+        if ("varlen", device) not in self._cache:
+            index, queries, keys = [], [0], [0]
+            longest_query = longest_key = 0
+            for start, end, prompt_start, prompt_end in self.segments:
+                index += range(prompt_start, prompt_end)
+                index += range(start, end)
+                queries.append(end)
+                keys.append(len(index))
+                longest_query = max(longest_query, end - start)
+                longest_key = max(longest_key, keys[-1] - keys[-2])
+            counts = torch.tensor([queries, keys], dtype=torch.int32, device=device)
+            index = torch.tensor(index, device=device)
+            self._cache["varlen", device] = index, *counts, longest_query, longest_key
+        return self._cache["varlen", device]
 
     def padded(self, window: int | None, device) -> list[tuple]:
         """For dense attention: prompts and responses, each as (query index, key index, mask,
@@ -223,37 +250,75 @@ class Layout:
         long and responses many; a mask of None is plain causal attention. `real` are the queries
         that are no padding, `places` their rows.
         """
-        if ("padded", window, device) not in self._cache:
-            kinds = [
-                [s for s in self.segments if (s[2] == s[3]) == is_prompt]
-                for is_prompt in (True, False)
-            ]
-            batches = [self._dense_batch(kind, window) for kind in kinds if kind]
-            self._cache["padded", window, device] = [
-                [x if x is None else x.to(device) for x in b] for b in batches
-            ]
-        return self._cache["padded", window, device]
+        if (window, device) not in self._cache:
+            prompts = [segment for segment in self.segments if segment[2] == segment[3]]
+            responses = [segment for segment in self.segments if segment[2] < segment[3]]
+            batches = []
+            for segments in filter(None, (prompts, responses)):
+                batch = self._dense_batch(segments, window)
+                batches.append([x if x is None else x.to(device) for x in batch])
+            self._cache[window, device] = batches
+        return self._cache[window, device]
 
     def _dense_batch(self, segments, window):
-        a, b, c, d = (torch.tensor(x)[:, None] for x in zip(*segments, strict=True))  # each (S, 1)
-        query, key = torch.arange(int((b - a).max())), torch.arange(int((b - a + d - c).max()))
-        real = query < b - a  # (S, L)
-        query_index = torch.where(real, a + query, a)
-        key_index = torch.where(key < d - c, c + key, a + key - (d - c)).clamp(max=b - 1)  # (S, K)
-        last = (d - c) + query  # (S, L) the key that is the query itself: the last one it may see
-        mask = key <= last[..., None]  # (S, L, K)
-        if self.images is not None:
-            mine, its = self.images[query_index][..., None], self.images[key_index][:, None]
-            mask |= (mine == its) & (mine >= 0)
-        mask &= (key < b - a + d - c)[:, None]
+        start, end, prompt_start, prompt_end = torch.tensor(segments).T[..., None]  # (S, 1) each
+        length = end - start
+        prefix = prompt_end - prompt_start
+        q = torch.arange(int(length.max()))  # (L,)
+        k = torch.arange(int((prefix + length).max()))  # (K,): the prompt, then the segment itself
+        q_real = q < length
+        k_real = k < prefix + length
+        q_row = torch.where(q_real, start + q, start)  # where each lies in the pack
+        k_row = torch.where(k < prefix, prompt_start + k, start + k - prefix)
+        k_row = torch.where(k_real, k_row, end - 1)
+        own_key = (prefix + q)[..., None]  # (S, L, 1): causal, so the last that a query sees
+        mask = k <= own_key
+        looks_ahead = self.looks_ahead(window)
+        if looks_ahead:
+            q_image = self.images[q_row][..., None]
+            k_image = self.images[k_row][:, None]
+            mask = mask | (q_image == k_image) & (q_image >= 0)
+        mask = mask & k_real[:, None]
         if window:
-            mask &= key > last[..., None] - window
-            mask |= ~real[
-                ..., None
-            ]  # a padding query that sees nothing would be nan, in the backward too
-        # whole prompts: causal attention needs no mask
-        plain = not window and self.images is None and bool((c == d).all() and real.all())
-        return query_index, key_index, None if plain else mask[:, None], query_index[real], real
+            mask = mask & (k > own_key - window)
+            # a padding query that sees nothing would be nan, in the backward too
+            mask = mask | ~q_real[..., None]
+        whole = bool(prefix.max() == 0 and q_real.all())
+        is_causal = whole and not window and not looks_ahead
+        return q_row, k_row, None if is_causal else mask[:, None], q_row[q_real], q_real
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention
+
+
+def kernel_runs(q: Tensor) -> bool:
+    """Whether FlashAttention computes this: on a GPU, in 16 bits, heads of at most 256 numbers."""
+    return q.is_cuda and q.itemsize == 2 and q.shape[-1] <= 256
+
+
+# torch 2.11 takes fewer heads of keys than of queries as they are, later ones want to be told
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def varlen(q, k, v, queries, keys, longest_query, longest_key, scale, window) -> Tensor:
+    """Attention of sequences that lie end to end, by the variable-length kernel.
+
+    Args:
+        q, k, v: (tokens, heads, head size); k and v may have fewer heads (grouped queries).
+        queries, keys: (sequences + 1,) int32, where each sequence begins and ends in q and in k.
+        window: keys (left, right) of its own key that a query sees, -1: all. The last query's own
+            key is the last key. (-1, 0) is causal.
+
+    Returns:
+        (query tokens, heads, head size).
+    """
+    sizes = (queries, keys, longest_query, longest_key)
+    if flash_attn_varlen_func is not None:
+        return flash_attn_varlen_func(
+            q, k, v, *sizes, softmax_scale=scale, causal=window == (-1, 0), window_size=window
+        )
+    return varlen_attn(q, k, v, *sizes, scale=scale, window_size=window, **GROUPED)
 
 
 def shared_attention(
@@ -272,6 +337,7 @@ def shared_attention(
 
     Args:
         q, k, v: (1, heads, T, head size); k and v may have fewer heads (grouped queries).
+        sliding_window: keys that a query sees, itself included; None: all.
         layout: the pack's Layout. Without one there is nothing that keeps the responses apart, so
             this refuses.
 
@@ -280,97 +346,140 @@ def shared_attention(
     """
     if layout is None or attention_mask is not None or dropout:
         raise ValueError(
-            "shared attention runs on packs only: it needs layout=, no attention_mask and no dropout"
+            "shared attention runs on packs only: it needs layout=, no attention_mask, no dropout"
         )
-    if (
-        q.is_cuda and q.itemsize == 2 and layout.images is None
-    ):  # the kernels: causal attention in 16 bits only
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, head size)
-        key_index, *sizes = layout.varlen(q.device)
-        k, v = k.index_select(0, key_index), v.index_select(0, key_index)
-        window = (
-            (sliding_window or 0) - 1,
-            0,
-        )  # (-1, 0) is plain causal, aligned to the bottom right
-        if flash_attn_varlen_func is not None:
-            out = flash_attn_varlen_func(
-                q, k, v, *sizes, softmax_scale=scaling, causal=True, window_size=window
-            )
-        else:
-            out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=window, enable_gqa=True)
-        return out[None], None
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, head size)
+    if kernel_runs(q) and not layout.looks_ahead(sliding_window):
+        key_index, *sizes = layout.varlen(q.device)
+        k = k.index_select(0, key_index)
+        v = v.index_select(0, key_index)
+        window = (sliding_window - 1, 0) if sliding_window else (-1, 0)
+        return varlen(q, k, v, *sizes, scaling, window)[None], None
     out = torch.empty_like(q)
     for query_index, key_index, mask, places, real in layout.padded(sliding_window, q.device):
-        batch = (
-            x[i].transpose(1, 2) for x, i in ((q, query_index), (k, key_index), (v, key_index))
-        )
         attended = F.scaled_dot_product_attention(
-            *batch, mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+            q[query_index].transpose(1, 2),
+            k[key_index].transpose(1, 2),
+            v[key_index].transpose(1, 2),
+            mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=True,
         )
         out = out.index_copy(0, places, attended.transpose(1, 2)[real])
     return out[None], None
 
 
-AttentionInterface.register(
-    "shared", shared_attention
-)  # no mask function beside it, so no T x T mask is built
+def tower_attention(
+    module, q, k, v, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_
+):
+    """Attention of a vision tower in one call, not one for each of an image's windows.
+
+    Args:
+        q, k, v: (1, heads, patches, head size).
+        cu_seq_lens_q: (windows + 1,) int32, where each window begins and ends.
+        max_length_q: patches of the longest.
+    """
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (patches, heads, head size)
+    if kernel_runs(q):
+        ends = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        return varlen(q, k, v, *ends, scaling, (-1, -1))[None], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    windows = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    out = []
+    for window in windows:
+        attended = F.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in window), scale=scaling
+        )
+        out.append(attended.transpose(0, 1))
+    return torch.cat(out)[None], None
+
+
+def tower_in_one_call(family: Family) -> bool:
+    """Whether the tower runs by tower_attention: Qwen's, which attend window by window, on a
+    GPU."""
+    return family is QWEN and torch.cuda.is_available()
+
+
+# no mask function beside it, so no T x T mask is built
+AttentionInterface.register("shared", shared_attention)
+# transformers tells where windows begin and end to an attention with "flash" in its name
+AttentionInterface.register("flash_tower", tower_attention)
 
 
 # --------------------------------------------------------------------------------------------------
 # Log-probs without logits
 
 
+@dataclass
+class Request:
+    """What the head is asked for in place of logits."""
+
+    targets: Tensor  # (N,)
+    banned: Tensor  # ids that have probability 0
+    temperature: float
+    softcap: float | None  # bound that logits approach, before the temperature
+    entropy: str  # none, value or gradient
+    chunk: int  # rows of logits alive at a time
+
+    def logits(self, h: Tensor, weight: Tensor) -> Tensor:
+        """(rows, H) -> (rows, V) logits of the trained distribution, in float32."""
+        z = (h @ weight.T).to(torch.promote_types(h.dtype, torch.float32))
+        if self.softcap:
+            z = self.softcap * (z / self.softcap).tanh()
+        return z.div_(self.temperature).index_fill_(-1, self.banned, -torch.inf)
+
+    def softcap_slope(self, z: Tensor) -> Tensor:
+        """Derivative of the softcap where it gave the logits z; 0 for the banned tokens' -inf."""
+        share = z * self.temperature / self.softcap  # from -1 to 1
+        return 1 - share.clamp(min=-1).square()
+
+
 class ChunkedLogprobs(torch.autograd.Function):
-    """log softmax(h W^T / temperature, banned tokens at -inf)[target], with at most (chunk, V)
-    logits alive.
+    """Log-prob of every target, and the entropy there, with at most `chunk` rows of logits alive.
 
     The backward computes the logits again, which is cheaper in time and memory than checkpointing
-    chunks; only those of the last chunk are kept, so that a pack of one chunk pays nothing.
+    chunks.
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, banned, temperature, chunk, want_entropy):
+    def forward(ctx, h, weight, request):
         dtype = torch.promote_types(h.dtype, torch.float32)
-        logprobs, entropy, lse = torch.zeros((3, len(targets)), dtype=dtype, device=h.device)
-        for i in range(0, len(targets), chunk):
-            s = slice(i, i + chunk)
-            z = ChunkedLogprobs.logits(h[s], weight, banned, temperature, dtype)
-            lse[s] = z.logsumexp(-1)
-            z.sub_(lse[s, None])  # log-probs of the whole vocabulary
-            logprobs[s] = z.gather(-1, targets[s, None])[:, 0]
-            if want_entropy:
-                entropy[s] = -(z.exp() * z.masked_fill(z == -torch.inf, 0)).sum(-1)
-        ctx.kept = z.exp_() if len(targets) and ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(h, weight, targets, banned, lse)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.mark_non_differentiable(entropy)
+        logprobs = torch.zeros(len(h), dtype=dtype, device=h.device)
+        entropy = torch.zeros_like(logprobs)
+        for i in range(0, len(h), request.chunk):
+            rows = slice(i, i + request.chunk)
+            logps = request.logits(h[rows], weight).log_softmax(-1)
+            logprobs[rows] = logps.gather(-1, request.targets[rows, None])[:, 0]
+            if request.entropy != "none":
+                entropy[rows] = torch.special.entr(logps.exp_()).sum(-1)  # sum of -p log p
+        ctx.save_for_backward(h, weight, entropy)
+        ctx.request = request
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, grad, _):
-        h, weight, targets, banned, lse = ctx.saved_tensors
-        grad = grad / ctx.temperature
-        dh, dw = torch.empty_like(h), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for i in reversed(range(0, len(targets), ctx.chunk)):
-            s = slice(i, i + ctx.chunk)
-            p, ctx.kept = ctx.kept, None
-            if p is None:
-                p = (
-                    ChunkedLogprobs.logits(h[s], weight, banned, ctx.temperature, lse.dtype)
-                    .sub_(lse[s, None])
-                    .exp_()
-                )
-            dz = p.mul_(-grad[s, None])  # d log p[target] / dz = onehot - p
-            dz = dz.scatter_add_(1, targets[s, None], grad[s, None]).to(weight.dtype)
-            dh[s] = dz @ weight
+    def backward(ctx, logprobs_grad, entropy_grad):
+        h, weight, entropy = ctx.saved_tensors
+        request = ctx.request
+        dh = torch.empty_like(h)
+        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(h), request.chunk):
+            rows = slice(i, i + request.chunk)
+            g = logprobs_grad[rows, None]
+            e = entropy_grad[rows, None]
+            z = request.logits(h[rows], weight)
+            p = z.softmax(-1)
+            dz = -g * p  # d log p[target] / dz = onehot - p
+            dz.scatter_add_(1, request.targets[rows, None], g)
+            if request.entropy == "gradient":  # dH / dz = -p (log p + H)
+                dz += e * (torch.special.entr(p) - p * entropy[rows, None])
+            if request.softcap:
+                dz *= request.softcap_slope(z)
+            dz = (dz / request.temperature).to(weight.dtype)
+            dh[rows] = dz @ weight
             if dw is not None:
-                dw.addmm_(dz.T, h[s])
-        return dh, dw, None, None, None, None, None
-
-    @staticmethod
-    def logits(h, weight, banned, temperature, dtype):
-        return (h @ weight.T).to(dtype).div_(temperature).index_fill_(-1, banned, -torch.inf)
+                dw.addmm_(dz.T, h[rows])
+        return dh, dw, None
 
 
 class LogprobHead(nn.Linear):
@@ -381,17 +490,15 @@ class LogprobHead(nn.Linear):
     were.
     """
 
-    request: tuple | None = (
-        None  # targets (N,), banned ids, temperature, chunk, whether entropies are wanted
-    )
+    request: Request | None = None
 
     def forward(self, h: Tensor) -> Tensor:
         """(1, N, H) -> (1, N, V) logits, or (1, N, 2) log-prob and entropy while a request is
         set."""
         if self.request is None:
             return super().forward(h)
-        logprobs, entropy = ChunkedLogprobs.apply(h[0], self.weight, *self.request)
-        return torch.stack([logprobs[None], entropy[None]], -1)
+        logprobs, entropy = ChunkedLogprobs.apply(h[0], self.weight, self.request)
+        return torch.stack([logprobs[None], entropy[None]], -1)  # no view, which FSDP2 warns of
 
 
 # --------------------------------------------------------------------------------------------------
@@ -401,10 +508,9 @@ class LogprobHead(nn.Linear):
 class Actor:
     """A vision-language model with its processor, as policy, reference or sampler.
 
-        actor = Actor.from_pretrained("Qwen/Qwen2.5-VL-3B-Instruct")               # or Actor(model,
-        processor) prompt = actor.prompt("<image>How many sides?", [picture]) [responses] =
-        actor.generate([prompt], n=4) logprobs, entropy = actor.logprobs([(prompt, [r.response for r
-        in responses])])   # (N,), (N,)
+        actor = Actor.from_pretrained("Qwen/Qwen2.5-VL-3B-Instruct")  # or Actor(model, processor)
+        prompt = actor.prompt("<image>How many sides?", [picture])
+        logprobs, entropy = actor.logprobs([(prompt, [[ids], [other_ids]])])  # (N,), (N,)
 
     Attributes:
         model, processor: the Hugging Face objects.
@@ -413,19 +519,26 @@ class Actor:
         banned_ids: vision tokens, which the policy may not write: an <|image_pad|> in a response
             would ask for image features that do not exist. They have probability 0 in sampling and
             in scoring alike.
+        compute: dtype in which the blocks compute.
     """
 
     def __init__(
         self, model: nn.Module, processor, temperature: float = 1.0, packing: str = "shared"
     ):
-        self.model, self.processor, self.temperature = model, processor, temperature
-        self.family, self.dtype, self.lora = family_of(model), model.dtype, None
-        self.chunk = 1024  # rows of logits alive at a time; fewer rows of bfloat16 products lose precision in dW
+        self.model = model
+        self.processor = processor
+        self.temperature = temperature
+        self.family = family_of(model)
+        self.dtype = self.compute = model.dtype
+        self.lora = None
+        # rows of logits alive at a time; fewer rows of bfloat16 products lose precision in dW
+        self.chunk = 1024
         self.banned_ids = banned_token_ids(model.config)
         self.pad_id = processor.tokenizer.pad_token_id or 0
         self.eos_ids = end_token_ids(model, processor.tokenizer)
         self.anchors: dict[str, data.Prompt] = {}
-        self.image_bounds, self.checking = {}, False
+        self.image_bounds = {}
+        self.checking = False  # in check_packing nothing drops out
         vision = processor.image_processor
         self.pixels = 1, 10**9  # least and most of an image
         if counts_pixels(vision):
@@ -437,32 +550,166 @@ class Actor:
         model.get_output_embeddings().__class__ = LogprobHead
         self.use_packing(packing)
 
+    def logprobs(
+        self, groups: list[Group], features: dict | None = None, entropy: str = "value"
+    ) -> tuple[Tensor, Tensor]:
+        """Score responses under the model, at `temperature` and without the banned tokens.
+
+        Args:
+            groups: (prompt, [response, ...]) pairs; a response is a list of turns (lay_out).
+            features: image_features of the groups, if they are at hand; else the tower runs on the
+                pixels.
+            entropy: "none": all 0, and free; "value": without a gradient; "gradient": with one, for
+                a term of the loss.
+
+        Returns:
+            logprobs (N,) with gradient and entropy (N,), both float32 nats, over the tokens that
+            the policy wrote, end to end in the order given.
+        """
+        self._choose_mode()
+        if self.packing == "padded":
+            return self._padded_logprobs(groups, entropy)
+        if self.packing == "packed":  # every response brings its own copy of the prompt
+            groups = [
+                (prompt, [response]) for prompt, responses in groups for response in responses
+            ]
+        anchors = [(anchor, []) for anchor in self._missing_anchors(groups)]
+        groups = [*groups, *anchors]
+        turns = turns_of(groups)
+        if features is None:
+            vision = self.multi_modal_inputs(prompts_of(turns))
+        else:
+            vision = {"mm_encoder_outputs": features}
+        pack = make_pack(groups, self.positions, self.whole_images)
+        request = Request(
+            targets=pack.targets.to(self.device),
+            banned=self._banned(),
+            temperature=self.temperature,
+            softcap=self.softcap,
+            entropy=entropy,
+            chunk=self.chunk,
+        )
+        with self._head_asked(request):
+            out = self.model(
+                input_ids=pack.input_ids.to(self.device),
+                position_ids=pack.position_ids.to(self.device),
+                logits_to_keep=pack.keep.to(self.device),
+                layout=pack.layout,
+                use_cache=False,
+                **vision,
+                **self.token_types([turns]),
+            ).logits  # (1, N, 2)
+        logprobs, entropies = out[0].unbind(-1)
+        return logprobs, entropies if entropy == "gradient" else entropies.detach()
+
+    def _padded_logprobs(self, groups, entropy):
+        """The plain way, as a reference: one row per response with all it follows, padded left."""
+        rows = []
+        for prompt, responses in groups:
+            for response in responses:
+                rows.append([prompt, *response])
+        for anchor in self._missing_anchors(groups):
+            rows.append([anchor])
+        all_ids, all_positions, all_written = [], [], []
+        for row in rows:
+            row_ids, row_positions, row_written = lay_out(row, self.positions)
+            all_ids.append(row_ids)
+            all_positions.append(row_positions)
+            all_written.append(row_written)
+        ids = left_pad(all_ids, self.pad_id).to(self.device)  # (B, T)
+        mask = left_pad([torch.ones_like(row_ids) for row_ids in all_ids], 0)
+        positions = left_pad(all_positions, 0).transpose(0, 1)  # (3 or 1, B, T)
+        written = left_pad(all_written, False).to(self.device)
+        # position t - 1 predicts token t; where no row's token was written, logits are not needed
+        predicted = written.any(0).nonzero()[:, 0]  # (R,)
+        turns = [turn for row in rows for turn in row]
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=mask.to(self.device),
+            position_ids=as_position_ids(positions).to(self.device),
+            logits_to_keep=predicted - 1,
+            use_cache=False,
+            **self.multi_modal_inputs(prompts_of(turns)),
+            **self.token_types(rows),
+        ).logits  # (B, R, V), softcapped by the model's own forward
+        logits = (logits.float() / self.temperature).index_fill(-1, self._banned(), -torch.inf)
+        logps = logits.log_softmax(-1)
+        written = written[:, predicted]
+        logprobs = logps.gather(-1, ids[:, predicted, None])[..., 0][written]
+        if entropy == "none":
+            return logprobs, torch.zeros_like(logprobs)
+        finite = logps.masked_fill(logps == -torch.inf, 0)
+        entropies = -(logps.exp() * finite).sum(-1)[written]
+        return logprobs, entropies if entropy == "gradient" else entropies.detach()
+
+    # --- from here on: helpers of the two, layouts, the check of a packing, positions and inputs;
+    # then freezing, LoRA, sharding, weights
+
+    def _choose_mode(self):
+        """Layers drop out and checkpoint while they are trained only."""
+        self.model.train(torch.is_grad_enabled())
+        if self.checking:
+            for module in self.model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.eval()
+
+    @contextlib.contextmanager
+    def _head_asked(self, request: Request):
+        """The head answers `request`, for a while. It caps the logits itself, so the forward, which
+        would cap what comes from it, must not."""
+        head = self.model.get_output_embeddings()
+        text = self.model.config.get_text_config()
+        head.request = request
+        if request.softcap:
+            text.final_logit_softcapping = None
+        try:
+            yield
+        finally:
+            head.request = None
+            if request.softcap:
+                text.final_logit_softcapping = request.softcap
+
+    @property
+    def softcap(self) -> float | None:
+        """The bound that the model's logits approach, if it has one (Gemma 4)."""
+        return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+
+    @property
+    def whole_images(self) -> str:
+        """In which layers a token of an image sees all of it: see Layout."""
+        text = self.model.config.get_text_config()
+        if self.family.whole_images:
+            return "everywhere"
+        if getattr(text, "use_bidirectional_attention", None) == "vision":
+            return "windows"
+        return "nowhere"
+
     def use_packing(self, packing: str) -> None:
         """Choose how `logprobs` lays out its forward: "shared", "packed" (a prompt for every
         response) or "padded".
 
-        The language model's attention is set for good, not around each forward: gradient
-        checkpointing runs the layers again in the backward. The vision tower keeps its own
-        attention.
+        The attention is set for good, not around each forward: gradient checkpointing runs the
+        layers again in the backward. The vision tower's is its own, but for Qwen's windows on a
+        GPU.
         """
         if packing not in ("shared", "packed", "padded"):
             raise ValueError(f"packing is {packing!r}, not one of shared, packed, padded")
         layers = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
         kinds = set(layers) - {"full_attention", "sliding_attention"}
         if share_recurrent_layers(self.model):
-            kinds -= {"linear_attention"}
-        if (
-            packing != "padded" and kinds
-        ):  # a recurrent state (Qwen3.5) cannot tell the sequences of a row apart
+            kinds.discard("linear_attention")
+        if kinds and packing != "padded":
+            # layers that are not known here may not tell the sequences of a row apart
             warnings.warn(
                 f"layers of type {sorted(kinds)} cannot share a row: packing is padded",
                 stacklevel=2,
             )
             packing = "padded"
         self.packing = packing
-        self.model.set_attn_implementation(
-            {"text_config": "sdpa" if packing == "padded" else "shared"}
-        )
+        attention = {"text_config": "sdpa" if packing == "padded" else "shared"}
+        if tower_in_one_call(self.family):
+            attention["vision_config"] = "flash_tower"
+        self.model.set_attn_implementation(attention)
 
     @classmethod
     def from_pretrained(
@@ -505,136 +752,70 @@ class Actor:
             if hasattr(self.model.config, setting):  # LLaVA's forward reads the grids there
                 setattr(self.model.config, setting, value)
 
-    def logprobs(
-        self, groups: list[tuple], features: dict | None = None, entropy=True
-    ) -> tuple[Tensor, Tensor]:
-        """Score responses under the model, at `temperature` and without the banned tokens.
-
-        Args:
-            groups: (prompt, [response, ...]) pairs; a response is ids (R,), or the turns of a
-                conversation (lay_out).
-            features: image_features of the groups, if they are at hand; else the tower runs on the
-                pixels.
-            entropy: compute entropies too; without, they are 0.
-
-        Returns:
-            logprobs (N,) with gradient and entropy (N,) without, both float32 nats, over the tokens
-            that the policy wrote, end to end in the order given.
-        """
-        self.model.train(
-            torch.is_grad_enabled()
-        )  # layers drop out and checkpoint while they are trained only
-        for module in self.model.modules() if self.checking else ():
-            if isinstance(module, nn.Dropout):
-                module.eval()
-        if self.packing == "padded":
-            return self._padded_logprobs(groups)
-        if self.packing == "packed":  # every response brings its own copy of the prompt
-            groups = [
-                (prompt, [response]) for prompt, responses in groups for response in responses
-            ]
-        groups = [*groups, *((anchor, []) for anchor in self._missing_anchors(groups))]
-        pack, device = make_pack(groups, self.positions, self.family.whole_images), self.device
-        if features is not None:
-            vision = {"mm_encoder_outputs": features}
-        else:
-            vision = self.multi_modal_inputs(prompts_of(turns_of(groups)))
-        vision |= self.token_types([turns_of(groups)])
-        head = self.model.get_output_embeddings()
-        head.request = (
-            pack.targets.to(device),
-            self._banned(device),
-            self.temperature,
-            self.chunk,
-            entropy,
-        )
-        try:
-            out = self.model(
-                input_ids=pack.input_ids.to(device),
-                position_ids=pack.position_ids.to(device),
-                logits_to_keep=pack.keep.to(device),
-                layout=pack.layout,
-                use_cache=False,
-                **vision,
-            ).logits  # (1, N, 2)
-        finally:
-            head.request = None
-        return out[0, :, 0], out[0, :, 1].detach()
-
-    def _padded_logprobs(self, groups):
-        """The plain way, as a reference: one row per response with all it follows, padded left."""
-        rows = [[prompt, *response] for prompt, responses in groups for response in responses]
-        rows += [[anchor] for anchor in self._missing_anchors(groups)]
-        ids, places, written = zip(*(lay_out(row, self.positions) for row in rows), strict=True)
-        width = max(len(tokens) - len(row[0].ids) for tokens, row in zip(ids, rows, strict=True))
-        mask = left_pad([torch.ones_like(tokens) for tokens in ids], 0)
-        ids, positions, written = (
-            left_pad(ids, self.pad_id),
-            left_pad(places, 0),
-            left_pad(written, False)[:, -width:],
-        )
-        logits = (
-            self.model(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                use_cache=False,
-                position_ids=(
-                    positions.transpose(0, 1) if positions.shape[1] > 1 else positions[:, 0]
-                ).to(self.device),
-                logits_to_keep=width + 1,
-                **self.multi_modal_inputs([prompt for row in rows for prompt in prompts_of(row)]),
-                **self.token_types(rows),
-            )
-            .logits[:, :-1]
-            .float()
-            / self.temperature
-        )  # (rows, R, V)
-        logps = logits.index_fill(-1, self._banned(self.device), -torch.inf).log_softmax(-1)
-        entropy = -(logps.exp() * logps.masked_fill(logps == -torch.inf, 0)).sum(-1)
-        logprobs = logps.gather(-1, ids[:, -width:, None].to(self.device))[..., 0]
-        return logprobs[written.to(self.device)], entropy[written.to(self.device)].detach()
-
-    def check_packing(self, prompts: list) -> float:
+    def check_packing(self, prompts: list[data.Prompt]) -> float:
         """Compare the chosen packing with the padded forward: log-probs, and the gradient of one
         weight.
 
         Run once before training, so that no family is ever silently wrong. All ranks call this
-        together, with the same prompts; gradients are cleared. Returns the mean difference of the
-        log-probs, in nats; RuntimeError if the packing is not exact for this model.
+        together, with the same prompts; gradients are cleared.
+
+        Args:
+            prompts: two or more, of different lengths: where all rows of a batch are equally long,
+                rounding may be the same in every layout.
+
+        Returns:
+            Mean difference of the log-probs, in nats.
+
+        Raises:
+            RuntimeError: the packing is not exact for this model.
         """
-        groups = self._random_groups(prompts, (5, 8))
-        weight = next(
-            p
-            for name, p in self.model.named_parameters()  # a fresh adapter's B is 0, and so A's gradient
-            if p.requires_grad and self.part(name) == "language" and "lora_A" not in name
+        gap, slope_gap, noise, slope_noise = self.packing_gaps(prompts)
+        # nats, and share of a gradient's norm
+        limit, slope_limit = (0.05, 0.1) if self.compute.itemsize == 2 else (1e-4, 1e-3)
+        if gap < limit + 3 * noise and slope_gap < slope_limit + 3 * slope_noise:
+            return gap
+        raise RuntimeError(
+            f"packing {self.packing!r} is not exact for {type(self.model).__name__}: its log-probs "
+            f"are {gap:.2g} nats (rounding: {noise:.2g}) and a gradient {slope_gap:.2g} of its "
+            f"norm (rounding: {slope_noise:.2g}) away from the padded forward's; use --packing "
+            "padded. Usual causes: a prompt that sees forwards, logits changed behind the head"
         )
-        packing, results, self.checking = self.packing, [], True
-        self.model.zero_grad()
-        # the padded forward in one batch and in several tells how much the rounding of this dtype
-        # alone does
-        for layout, batches in (
-            ("padded", [groups]),
-            ("padded", [[g] for g in groups]),
-            (packing, [groups]),
-        ):
+
+    def packing_gaps(self, prompts: list[data.Prompt]) -> tuple[float, float, float, float]:
+        """How far the chosen packing is from the padded forward: log-probs in nats, and a weight's
+        gradient as a share of its norm; then both for the padded forward in several batches, which
+        is what rounding alone does."""
+        groups = self._random_groups(prompts, (5, 8))
+        weight = self._probed_weight()
+        packing = self.packing
+
+        def measure(layout, batches):
             self.use_packing(layout)
             logprobs = torch.cat([self.logprobs(batch)[0] for batch in batches])
             logprobs.mean().backward()
-            results.append((logprobs.detach(), full(weight.grad).float()))
+            gradient = full(weight.grad).float()
             self.model.zero_grad()
+            return logprobs.detach(), gradient
+
+        def distance(logprobs, gradient):
+            gap = (logprobs - expected).abs().mean()
+            slope_gap = (gradient - expected_gradient).norm() / expected_gradient.norm()
+            return gap.item(), slope_gap.item()
+
+        self.model.zero_grad()
+        self.checking = True
+        expected, expected_gradient = measure("padded", [groups])
+        noise = distance(*measure("padded", [[group] for group in groups]))
+        gaps = distance(*measure(packing, [groups]))
         self.checking = False
-        expected, rounded, got = results
-        noise, gap = ((x[0] - expected[0]).abs().mean().item() for x in (rounded, got))
-        slope_noise, slope = (
-            ((x[1] - expected[1]).norm() / expected[1].norm()).item() for x in (rounded, got)
-        )
-        if not (gap < 1e-4 + 3 * noise and slope < 1e-3 + 3 * slope_noise):
-            raise RuntimeError(
-                f"packing {packing!r} is not exact for {type(self.model).__name__}: its log-probs are "
-                f"{gap:.2g} nats (rounding: {noise:.2g}) and a gradient {slope:.2g} of its norm (rounding: "
-                f"{slope_noise:.2g}) away from the padded forward's; use --packing padded"
-            )
-        return gap
+        return *gaps, *noise
+
+    def _probed_weight(self):
+        """A trained weight of the language model whose gradient is not 0 at the start: a fresh
+        adapter's B is 0, and so A's gradient."""
+        for name, p in self.model.named_parameters():
+            if p.requires_grad and self.part(name) == "language" and "lora_A" not in name:
+                return p
 
     def _random_groups(self, prompts, lengths):
         generator = torch.Generator().manual_seed(0)
@@ -646,21 +827,21 @@ class Actor:
         return groups
 
     def _missing_anchors(self, groups):
-        return [
-            anchor
-            for kind, anchor in self.anchors.items()
-            if not any(getattr(prompt, kind) for prompt in prompts_of(turns_of(groups)))
-        ]
+        prompts = prompts_of(turns_of(groups))
+        missing = []
+        for kind, anchor in self.anchors.items():
+            if not any(getattr(prompt, kind) for prompt in prompts):
+                missing.append(anchor)
+        return missing
 
-    def _banned(self, device):
-        return torch.tensor(self.banned_ids, dtype=torch.long, device=device)
+    def _banned(self):
+        return torch.tensor(self.banned_ids, dtype=torch.long, device=self.device)
 
-    def positions(self, prompt) -> Tensor:
+    def positions(self, prompt: data.Prompt) -> Tensor:
         """Positions of a prompt's tokens: (3, P) time, height, width for M-RoPE, else (1, P).
-        Cached on the prompt.
 
         Explicit, because a Qwen forward without mm_token_type_ids falls back to 1-D positions
-        without a word.
+        without a word. Kept, because every forward of a prompt asks for them.
         """
         if prompt not in self._positions:
             self._positions[prompt] = self._make_positions(prompt)
@@ -680,38 +861,40 @@ class Actor:
         positions = inner.get_rope_index(prompt.ids[None], **inputs)[0][:, 0].cpu()
         return after_videos(positions, prompt.inputs["mm_token_type_ids"][0])
 
-    def multi_modal_inputs(self, prompts: list) -> dict[str, Tensor]:
+    def multi_modal_inputs(self, prompts: list[data.Prompt]) -> dict[str, Tensor]:
         """Pixels and grids of the prompts, on the model's device, ready for the forward."""
-        inputs = extract_multi_modal_inputs(
-            self.model, join_inputs(prompts, self.family.image_axis)
-        )
+        joined = join_inputs(prompts, self.family.image_axis)
+        inputs = extract_multi_modal_inputs(self.model, joined)
         return {name: value.to(self.device) for name, value in inputs.items()}
 
-    def token_types(self, rows: list) -> dict[str, Tensor]:
+    def token_types(self, rows: list[list[Turn]]) -> dict[str, Tensor]:
         """The processor's per-token inputs of rows of turns, padded left with 0, as far as the
         forward takes them."""
         types = [join_token_types(row) for row in rows]
-        return {
-            name: left_pad([row[name] for row in types], 0).to(self.device)
-            for name in extract_multi_modal_inputs(self.model, types[0])
-        }
+        padded = {}
+        for name in extract_multi_modal_inputs(self.model, types[0]):
+            padded[name] = left_pad([row[name] for row in types], 0).to(self.device)
+        return padded
 
     @torch.no_grad()
-    def image_features(self, prompts: list) -> dict | None:
+    def image_features(self, prompts: list[data.Prompt]) -> dict | None:
         """What a frozen vision tower makes of the prompts' images and videos, for `logprobs` to use
         again and again.
 
         Returns None where there is nothing to keep: no image, a tower that is trained, a model
         whose forward takes no `mm_encoder_outputs`, or a layout that needs an image several times.
         """
-        names, model = inspect.signature(unwrap(self.model).forward).parameters, unwrap(self.model)
-        if self.trains_vision() or self.packing != "shared" or "mm_encoder_outputs" not in names:
+        model = unwrap(self.model)
+        takes_features = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+        if self.trains_vision() or self.packing != "shared" or not takes_features:
             return None
-        inputs, features = self.multi_modal_inputs(prompts), {}
-        inputs.pop("second_per_grid_ts", None)
-        videos = {name: inputs.pop(name) for name in list(inputs) if "video" in name}
-        if inputs:
-            features["image"] = model.get_image_features(**inputs, return_dict=True)
+        inputs = self.multi_modal_inputs(prompts)
+        inputs.pop("second_per_grid_ts", None)  # only positions need it
+        images = {name: value for name, value in inputs.items() if "video" not in name}
+        videos = {name: value for name, value in inputs.items() if "video" in name}
+        features = {}
+        if images:
+            features["image"] = model.get_image_features(**images, return_dict=True)
         if videos:
             features["video"] = model.get_video_features(**videos, return_dict=True)
         return features or None
@@ -1105,35 +1288,52 @@ def join_token_types(turns: list[Turn]) -> dict[str, Tensor]:
         names |= dict.fromkeys(filter(is_per_token, prompt.inputs))
     joined = {}
     for name in names:
-        pieces = [
-            torch.zeros_like(turn) if isinstance(turn, Tensor) else turn.inputs[name][0]
-            for turn in turns
-        ]
+        pieces = []
+        for turn in turns:
+            is_written = isinstance(turn, Tensor)
+            pieces.append(torch.zeros_like(turn) if is_written else turn.inputs[name][0])
         joined[name] = torch.cat(pieces)
     return joined
 
 
-def join_inputs(prompts: list, axis: int = 0) -> dict[str, Tensor]:
+def image_numbers(turns: list[Turn]) -> Tensor:
+    """(T,) number of the image or video that a token belongs to, -1 for text."""
+    types = join_token_types(turns)
+    kind = types["token_type_ids"] if "token_type_ids" in types else types["mm_token_type_ids"]
+    inside = (kind == 1) | (kind == 2)  # 1: image, 2: video
+    begins = inside & ~F.pad(inside, (1, -1))
+    return torch.where(inside, begins.cumsum(0), -1)
+
+
+def join_inputs(prompts: list[data.Prompt], axis: int = 0) -> dict[str, Tensor]:
     """Pixels and grids of several prompts, end to end in prompt order; a prompt without images adds
     nothing.
 
     Other axes than `axis` are filled up with zeros to the longest: LLaVA's images differ in their
     number of tiles, and its forward cuts the filling off again.
     """
+    names = {}
+    for prompt in prompts:
+        names |= dict.fromkeys(prompt.inputs)
     joined = {}
-    for name in dict.fromkeys(name for p in prompts for name in p.inputs if not is_per_token(name)):
-        tensors = [p.inputs[name] for p in prompts if name in p.inputs]
-        longest = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
-        missing = [
-            [0 if i == axis else longest[i] - t.shape[i] for i in range(t.ndim)] for t in tensors
-        ]
-        pads = [
-            [n for size in reversed(sizes) for n in (0, size)] for sizes in missing
-        ]  # the last axis first
-        joined[name] = torch.cat(
-            [F.pad(t, pad) for t, pad in zip(tensors, pads, strict=True)], axis
-        )
+    for name in names:
+        if not is_per_token(name):
+            tensors = [prompt.inputs[name] for prompt in prompts if name in prompt.inputs]
+            joined[name] = torch.cat(fill_up(tensors, axis), axis)
     return joined
+
+
+def fill_up(tensors: list[Tensor], axis: int) -> list[Tensor]:
+    """Tensors with zeros behind them, so that they differ in size along `axis` alone."""
+    longest = torch.tensor([t.shape for t in tensors]).amax(0).tolist()
+    filled = []
+    for tensor in tensors:
+        shape = list(longest)
+        shape[axis] = tensor.shape[axis]
+        larger = tensor.new_zeros(shape)
+        larger[tuple(map(slice, tensor.shape))] = tensor
+        filled.append(larger)
+    return filled
 
 
 PER_TOKEN = {  # (1, P) and, of a model with cross attention, more axes
@@ -1151,8 +1351,8 @@ def is_per_token(name: str) -> bool:
 def left_pad(rows: list[Tensor], value) -> Tensor:
     """Stack tensors along a new first axis, padded on the left of their last axis to the
     longest."""
-    width = max(r.shape[-1] for r in rows)
-    return torch.stack([F.pad(r, (width - r.shape[-1], 0), value=value) for r in rows])
+    width = max(row.shape[-1] for row in rows)
+    return torch.stack([F.pad(row, (width - row.shape[-1], 0), value=value) for row in rows])
 
 
 def full(x: Tensor) -> Tensor:
@@ -1165,13 +1365,17 @@ def after_videos(positions: Tensor, types: Tensor) -> Tensor:
 
     transformers 5 begins it after the frames' height and width alone, which a video of many seconds
     outlasts.
+
+    Args:
+        positions: (3, P).
+        types: (P,) 0 for text, another number for each kind of media.
     """
-    positions = positions.clone()
-    for start in (types.diff().nonzero()[:, 0] + 1).tolist():
-        positions[:, start:] += (positions[:, :start].max() + 1 - positions[:, start].max()).clamp(
-            min=0
-        )
-    return positions
+    moved = positions.clone()
+    changes = types.diff().nonzero()[:, 0] + 1
+    for start in changes.tolist():
+        missing = moved[:, :start].max() + 1 - moved[:, start].max()
+        moved[:, start:] += missing.clamp(min=0)
+    return moved
 
 
 MEDIA_TOKEN = re.compile(r"(image|video|vision|audio|[be]oi|[be]oa)(_start|_end)?_token_(id|index)")
