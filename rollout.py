@@ -642,10 +642,12 @@ def not_loaded(model, loaded: set[str]) -> set[str]:
     missing = {name for name, _ in model.named_parameters()} - loaded
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
-        is_partial = info.can_load() and 0 < info.load_numel < info.load_numel_total
+        # buffers are no weights, though vLLM counts them: CLIP numbers its positions in one
+        needed = sum(p.numel() for p in layer.parameters(recurse=False))
+        is_partial = info.can_load() and 0 < info.load_numel < needed
         # an embedding is one tensor, and has rows beyond the vocabulary
         if is_partial and not isinstance(layer, VocabParallelEmbedding):
-            missing.add(f"{name} ({info.load_numel} of {info.load_numel_total} elements)")
+            missing.add(f"{name} ({info.load_numel} of {needed} elements)")
     return missing
 
 

@@ -3637,11 +3637,14 @@ def tiny_family(name: str, folder: Path) -> Path:
     network.generation_config.pad_token_id = kit.tokenizer.pad_token_id
     network.save_pretrained(folder)
     processor.save_pretrained(folder)
-    if name == "llava":  # as on the hub, where the tower still has a module around it
-        file, named = folder / "model.safetensors", {}
-        for key, value in load_file(file).items():
-            named[key.replace("vision_tower.", "vision_tower.vision_model.")] = value
-        save_file(named, file, metadata={"format": "pt"})
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    if name == "llava":  # on the hub the tower still has a module around it
+        weights = {k.replace("tower.", "tower.vision_model."): v for k, v in weights.items()}
+    if name == "qwen3_vl_moe":  # and the experts are transposed
+        for key in [key for key in weights if ".experts." in key]:
+            weights[key] = weights[key].transpose(1, 2).contiguous()
+    save_file(weights, file, metadata={"format": "pt"})
     return Path(folder)
 
 
