@@ -2573,9 +2573,7 @@ def tiny_family(name: str, folder: Path) -> Path:
     if name == "llava":  # as on the hub, where the tower still has a module around it
         file = folder / "model.safetensors"
         weights = load_file(file)
-        named = {
-            k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in weights.items()
-        }
+        named = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in weights.items()}
         save_file(named, file, metadata={"format": "pt"})
     return Path(folder)
 
@@ -4407,9 +4405,7 @@ def test_the_report_is_one_page_that_loads_nothing_and_holds_text_as_data(tmp_pa
     )
     assert "default-src 'none'" in page
     report = embedded(tmp_path)
-    texts = [
-        token[0] for token in report["steps"][0]["groups"][0]["responses"][0]["turns"][0]["tokens"]
-    ]
+    texts = [token[0] for token in report["steps"][0]["groups"][0]["responses"][0]["turns"][0]["tokens"]]
     assert texts == [text.replace("\ud800", "?") for text in HOSTILE]
     assert "train/loss" not in report["curves"]  # JSON has no nan
     assert len(list(tmp_path.iterdir())) == 4  # what it is made from, and itself
@@ -4600,9 +4596,7 @@ def test_the_page_opens_on_a_coloured_step_and_has_a_second_view_where_there_is_
     assert opened.count('class="read"') == 8 and opened.count("8 responses, scroll sideways") == 2
     picture_view = browse(page, "#2/picture")
     assert 'id="groups" class="picture"' in picture_view
-    assert (
-        picture_view.count('class="down clear"') == 8 * 2 + 1
-    )  # in the group with a picture alone
+    assert picture_view.count('class="down clear"') == 8 * 2 + 1  # in the group with a picture alone
     assert picture_view.count(">row 1 · no picture, so nothing to compare") == 1
     assert "the picture gave 0.25 nats a token" in picture_view  # (1.5 - 1.0) / 2
     without = browse(page, "#1/picture")  # no token of step 1 has a fourth number
@@ -4615,9 +4609,7 @@ def test_every_curve_has_a_title_and_says_what_is_healthy_and_broken():
     template = (HERE / "support" / "report.html").read_text()
     panels = template.split("const PANELS = [")[1].split("\n];")[0].split("\n  {title: ")[1:]
     for panel in panels:
-        assert re.search(r'healthy:\s+"[^"]+"', panel) and re.search(r'broken:\s+"[^"]+"', panel), (
-            panel
-        )
+        assert re.search(r'healthy:\s+"[^"]+"', panel) and re.search(r'broken:\s+"[^"]+"', panel), panel
     named = {name for panel in panels for name in re.findall(r'"(train/\w+)"', panel)}
     table = (HERE / "README.md").read_text().split("| metric |")[1].split("\n## ")[0]
     assert set(re.findall(r"`(train/\w+)`", table)) <= named
@@ -4626,9 +4618,7 @@ def test_every_curve_has_a_title_and_says_what_is_healthy_and_broken():
 def test_without_a_terminal_progress_is_a_plain_line_every_ten_steps(
     tiny, process_group, tmp_path, capsys
 ):
-    run, groups = small_run(
-        tiny[False], out=str(tmp_path), name="run", steps=25, minibatch_prompts=8
-    )
+    run, groups = small_run(tiny[False], out=str(tmp_path), name="run", steps=25, minibatch_prompts=8)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     for g in groups:
@@ -5238,14 +5228,10 @@ def test_a_run_goes_on_exactly_with_any_optimizer(tiny, process_group, tmp_path,
     assert same(whole_state(again), whole_state(run))
     names = {name.split(" ")[-1] for name in whole_state(run) if " " in name}
     adam = {"step", "exp_avg", "exp_avg_sq"}
-    assert names == {"adamw": adam, "muon": adam | {"momentum_buffer"}}.get(
-        kind, {"momentum_buffer"}
-    )
+    assert names == {"adamw": adam, "muon": adam | {"momentum_buffer"}}.get(kind, {"momentum_buffer"})
 
 
-def test_muon_takes_the_language_models_matrices_and_a_learning_rate_serves_both(
-    tiny, process_group
-):
+def test_muon_takes_the_language_models_matrices_and_a_learning_rate_serves_both(tiny, process_group):
     run, _ = small_run(tiny[False], optimizer="muon", prepare=lambda actor: actor.freeze("tower"))
     optimizer, schedule = train.build_optimizer(run.settings, run.actor)
     matrices, rest = (set(group["param_names"]) for group in optimizer.param_groups)
