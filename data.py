@@ -25,10 +25,9 @@ import random
 import re
 import string
 import struct
-import threading
 import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -154,7 +153,8 @@ def make_problem(cells: dict[str, list], where: str, folder: Path, file_name: st
         answers = [_letter_of(answer, choices) for answer in answers]
     texts = tuple("" if tables.is_empty(answer) else str(answer) for answer in answers)
     question, images = _place_by_number(question, images)
-    unplaced = bool(images or videos) and IMAGE not in question and VIDEO not in question
+    placed = not question.strip() or IMAGE in question or VIDEO in question
+    unplaced = bool(images or videos) and not placed
     if unplaced:
         question = IMAGE * len(images) + VIDEO * len(videos) + question
     kind = ",".join(map(str, _flat(cells["type"])))
@@ -220,8 +220,8 @@ def decode_image(raw: bytes) -> Image.Image:
         image.load()  # the whole of it, so that a truncated file shows here
     except UnidentifiedImageError as error:
         raise ValueError(
-            f"{len(raw)} bytes that begin with {raw[:16]!r} are not a readable image, which is one "
-            f"of {', '.join(FORMATS)}; repair or remove the row"
+            f"{len(raw)} bytes are not a readable image: they begin with {raw[:16]!r}, and "
+            f"{', '.join(FORMATS)} are read; repair or remove the row"
         ) from error
     except BROKEN as error:
         raise ValueError(
@@ -305,6 +305,7 @@ class Prompt:
     inputs: dict[str, Tensor]
     # frames (F, height, width, 3) and their timing
     videos: list[tuple[np.ndarray, dict]] = field(default_factory=list)
+    text: str = ""  # what the chat template made of it, one token for each image
 
 
 @dataclass(frozen=True)
@@ -354,11 +355,10 @@ class Reader:
         self.video = video
         self.first = first
         self.kept = kept
-        # (problem, later) -> its Prompt, made or in the making
-        self._used: dict[tuple[Problem, bool], Future] = {}  # the one used last at the end
-        self._coming: dict[tuple[Problem, bool], Future] = {}
-        self._lock = threading.Lock()  # of these two
-        self._thread: threading.Thread | None = None
+        # (problem, later) -> its Prompt in the making, or made: the one used last at the end
+        self._used: dict[tuple[Problem, bool], Future] = {}
+        self._coming: dict[tuple[Problem, bool], Future] = {}  # asked for by `ahead`
+        self._thread = ThreadPoolExecutor(1)  # runs _make alone; the rest is the caller's thread
 
     def __call__(self, problem: Problem) -> Prompt:
         """Write the problem as one user turn, images where their placeholders stand, and turn it
@@ -378,47 +378,26 @@ class Reader:
     def ahead(self, problems: Iterable[Problem]) -> None:
         """Start making these prompts in a thread; `reader(problem)` takes them, or raises what
         making them raised. What an earlier call asked for and nobody took is forgotten."""
-        keys = [(problem, False) for problem in problems]
-        with self._lock:
-            earlier = self._coming
-            new = [key for key in keys if key not in self._used]
-            self._coming = {key: earlier.get(key) or Future() for key in new}
-            if self._coming and self._thread is None:
-                self._thread = threading.Thread(target=self._make_coming)
-                self._thread.start()
+        earlier, self._coming = self._coming, {}
+        for problem in problems:
+            key = (problem, False)
+            if key not in self._used:
+                future = earlier.pop(key, None) or self._thread.submit(self._make, *key)
+                self._coming[key] = future
+        for future in earlier.values():
+            future.cancel()
 
     def _take(self, problem: Problem, later: bool) -> Prompt:
         key = (problem, later)
-        with self._lock:
-            future = self._coming.pop(key, None) or self._used.pop(key, None) or Future()
-            self._used[key] = future
-            if len(self._used) > self.kept:
-                oldest = next(iter(self._used))
-                del self._used[oldest]
-            new = _is_new(future)
-            if new:
-                future.set_running_or_notify_cancel()
-        if new:
-            self._fulfil(future, key)
+        future = self._coming.pop(key, None) or self._used.pop(key, None)
+        if future is None or future.cancel():  # nobody has begun it
+            future = Future()
+            future.set_result(self._make(problem, later))
+        self._used[key] = future
+        if len(self._used) > self.kept:
+            oldest = next(iter(self._used))
+            del self._used[oldest]
         return future.result()
-
-    def _make_coming(self) -> None:
-        """The thread: make what is coming and nobody has begun, until nothing is left."""
-        while threading.main_thread().is_alive():  # a run that ends does not wait for all of them
-            with self._lock:
-                new = [key for key, future in self._coming.items() if _is_new(future)]
-                if not new:
-                    self._thread = None
-                    return
-                future = self._coming[new[0]]
-                future.set_running_or_notify_cancel()
-            self._fulfil(future, new[0])
-
-    def _fulfil(self, future: Future, key: tuple[Problem, bool]) -> None:
-        try:
-            future.set_result(self._make(*key))
-        except BaseException as error:  # comes out in _take, whichever thread met it
-            future.set_exception(error)
 
     def _make(self, problem: Problem, later: bool) -> Prompt:
         shown = self.first(problem) if self.first and not later else problem
@@ -426,6 +405,19 @@ class Reader:
             images, videos, text = self._parts(shown, later)
         except ValueError as error:
             raise ValueError(f"{problem.where}: {error}") from error
+        return self._assemble(problem, images, videos, text)
+
+    def white(self, prompt: Prompt) -> Prompt:
+        """The same prompt with white pictures of the same sizes, so of the same ids; itself where
+        it has no picture. What is likelier with its own pictures was seen in them."""
+        if not prompt.images and not prompt.videos:
+            return prompt
+        images = [Image.new("RGB", image.size, "white") for image in prompt.images]
+        videos = [(np.full_like(frames, 255), timing) for frames, timing in prompt.videos]
+        return self._assemble(prompt.problem, images, videos, prompt.text)
+
+    def _assemble(self, problem: Problem, images: list, videos: list, text: str) -> Prompt:
+        """Let the processor make ids and pixels."""
         media = {"images": images} if images else {}
         if videos:
             frames, timing = zip(*videos, strict=True)
@@ -439,7 +431,7 @@ class Reader:
         del inputs["attention_mask"]  # one prompt, no padding
         ids = inputs.pop("input_ids")[0]
         short_ids = self.processor.tokenizer(text, **plain).input_ids[0]
-        return Prompt(problem, ids, short_ids, images, inputs, videos)
+        return Prompt(problem, ids, short_ids, images, inputs, videos, text)
 
     def _parts(self, problem: Problem, later: bool) -> tuple[list, list, str]:
         """Images, videos with their timing, and the text, as the processor takes them."""
@@ -569,7 +561,8 @@ def _text(value: Any, what: str) -> str:
             f"--columns {what}=COLUMN.{field}"
         )
     if isinstance(value, list | bytes):
-        raise ValueError(f"the {what} is a {type(value).__name__}, not text; store it as text")
+        kind = type(value).__name__
+        raise ValueError(f"the {what} is {kind}, not text; name another with --columns {what}=")
     return str(value)
 
 
@@ -924,11 +917,6 @@ def split_turns(problem: Problem) -> list[Problem]:
         its_videos = tuple(itertools.islice(videos, line.count(VIDEO)))
         turns.append(replace(problem, question=line, images=its_images, videos=its_videos))
     return turns
-
-
-def _is_new(future: Future) -> bool:
-    """Whether nobody has begun to make it."""
-    return not future.running() and not future.done()
 
 
 # --------------------------------------------------------------------------------------------------

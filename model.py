@@ -493,8 +493,8 @@ class LogprobHead(nn.Linear):
         set."""
         if self.request is None:
             return super().forward(h)
-        scored = ChunkedLogprobs.apply(h[0], self.weight, self.request)
-        return torch.stack(scored, -1)[None]
+        logprobs, entropy = ChunkedLogprobs.apply(h[0], self.weight, self.request)
+        return torch.stack([logprobs[None], entropy[None]], -1)  # no view, which FSDP2 warns of
 
 
 # --------------------------------------------------------------------------------------------------

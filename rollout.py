@@ -910,6 +910,7 @@ ENVIRONMENTS = {"codeword": Codeword}
 
 
 @functools.cache
+@functools.cache  # a file runs once
 def find_environment(task: str) -> type | None:
     """The environment that --task names: one of ENVIRONMENTS, or `path.py:Class`; "" is none.
 
@@ -964,7 +965,7 @@ def evaluate(
     grader,
     rows: int = 0,
     view: str = "own",
-) -> tuple[dict[str, float], list[dict]]:
+) -> tuple[dict[str, float], list[dict], dict[int, Rollout]]:
     """Answer problems with the whole pipeline: images, template, engine, grader. All ranks call
     this together.
 
@@ -977,8 +978,8 @@ def evaluate(
         view: own, blank or shuffled images, see `data.with_images`.
 
     Returns:
-        Metrics (see `summarize`) and a record of every response, on every rank, problem after
-        problem.
+        Metrics (see `summarize`), a record of every response, problem after problem, and the first
+        Rollout of each problem, by its index; on every rank.
     """
     rank = dist.get_rank()
     world = dist.get_world_size()
@@ -986,7 +987,7 @@ def evaluate(
     total = min(rows or len(problems), len(problems))
     per_call = 256 * world  # so that all ranks make equally many calls
     starts = range(0, total, per_call)
-    records = []
+    records, rollouts = [], {}
     for start in tqdm(starts, f"{view} images", leave=False, disable=rank > 0 or None):
         indices = range(start + rank, min(start + per_call, total), world)
         seen = [data.with_images(problems, i, view) for i in indices]
@@ -1000,8 +1001,11 @@ def evaluate(
                 own.append(make_record(index, seen[p], rollout, earned, tokenizer))
         for share in gather_objects(own):
             records += share
+        firsts = {index: group[0] for index, group in zip(indices, groups, strict=True)}
+        for share in gather_objects(firsts):
+            rollouts |= share
     records.sort(key=lambda record: record["row"])
-    return summarize(records, n), records
+    return summarize(records, n), records, rollouts
 
 
 def make_record(

@@ -11,6 +11,7 @@ torchrun starts for the tests of 2 ranks.
 
 import base64
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import functools
@@ -28,10 +29,13 @@ import random
 import re
 import resource
 import runpy
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -40,6 +44,9 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the models are tiny, and two workers share the cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a test never downloads
 
 import data
@@ -281,6 +288,11 @@ def processor():
     return build_processor()
 
 
+def few_or_all(few, all_of_them):
+    """Sizes for parametrize: a sample, and with -m slow the whole."""
+    return [few, pytest.param(all_of_them, marks=pytest.mark.slow)]
+
+
 def encode(image, form="PNG", **options):
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
@@ -396,10 +408,12 @@ def test_a_row_keeps_its_texts_types_and_place(tmp_path):
     assert [(p.question, p.answer, p.type, len(p.images)) for p in rows] == [
         ("a", "1", "", 0),
         ("", "2", "", 0),
-        ("c", "3", "Triangle,Circle", 2),
+        ("<image><image>c", "3", "Triangle,Circle", 2),
     ]
-    assert [p.question for p in rows[::-2]] == ["c", "a"] and rows[-1].source == "train-1.parquet"
-    assert [p.question for p in rows.select([2, 0])] == ["c", "a"]
+    assert [p.question for p in rows[::-2]] == ["<image><image>c", "a"] and rows[
+        -1
+    ].source == "train-1.parquet"
+    assert [p.question for p in rows.select([2, 0])] == ["<image><image>c", "a"]
     assert [p.gold for p in rows] == ["1", "2", "3"]
     with pytest.raises(IndexError):
         rows[3]
@@ -416,10 +430,8 @@ def test_columns_may_have_other_names(tmp_path):
         kind=["k"],
         from_=["s"],
     )
-    names = dict(
-        image_key="image", problem_key="q", answer_key="a", type_key="kind", source_key="from_"
-    )
-    row = data.load_problems(file, **names)[0]
+    names = "image=image,problem=q,answer=a,type=kind,source=from_"
+    row = data.load_problems(file, columns=names)[0]
     assert (row.question, row.answer, row.images, row.type, row.source) == (
         "a<image>",
         "7",
@@ -464,25 +476,27 @@ def test_a_folder_gives_the_files_of_the_split(tmp_path):
             names(absent)
 
 
-def test_a_folder_without_split_names_gives_all_files_and_a_glob_what_it_matches(tmp_path):
+def test_a_folder_without_split_names_is_refused_and_a_glob_gives_what_it_matches(tmp_path):
     for name in ("b.parquet", "a.parquet"):
         write(tmp_path, name, problem=[name])
-    assert [p.question for p in data.load_problems(tmp_path)] == ["a.parquet", "b.parquet"]
+    # both would be trained on and held out
+    with pytest.raises(ValueError, match=r"'train' among \['a.parquet', 'b.parquet'\].*glob"):
+        data.load_problems(tmp_path)
+    rows = data.load_problems(f"{tmp_path}/*.parquet")
+    assert [p.question for p in rows] == ["a.parquet", "b.parquet"]
     assert [p.question for p in data.load_problems(f"{tmp_path}/b*.parquet")] == ["b.parquet"]
 
 
 def test_what_cannot_be_loaded_says_what_is_there(tmp_path):
-    with pytest.raises(ValueError, match=r"'problem' among \['answer', 'q'\].*problem_key"):
+    with pytest.raises(ValueError, match=r"the problem among \['answer', 'q'\].*problem=NAME"):
         data.load_problems(write(tmp_path, problem=None, answer=["1"], q=["a"]))
-    with pytest.raises(ValueError, match=r"'answer' among \['problem'\].*answer_key"):
+    with pytest.raises(ValueError, match=r"the answer among \['problem'\].*answer=NAME"):
         data.load_problems(write(tmp_path, problem=["a"], answer=None))
-    with pytest.raises(ValueError, match=r"'images'.*image_key"):  # not taken for text-only data
-        data.load_problems(write(tmp_path, image=[red()]))
     for column, value in (("problem", ["4"]), ("answer", [["4"]]), ("answer", {"a": "4"})):
         with pytest.raises(
-            ValueError, match=rf"'{column}' is (list|struct).*but .* {column} is text"
+            ValueError, match=rf"train\.parquet row 0: the {column} is a? ?(list|s)"
         ):
-            data.load_problems(write(tmp_path, **{column: [value]}))
+            data.load_problems(write(tmp_path, **{column: [value]}))[0]
     with pytest.raises(ValueError, match="no rows"):
         data.load_problems(
             write(tmp_path, problem=pa.array([], pa.string()), answer=pa.array([], pa.string()))
@@ -579,7 +593,7 @@ def test_resized_size_is_on_the_grid_within_bounds_and_left_alone_by_qwens_rule(
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     same = total = 0
-    for width, height, low, high, factor in random_cases(4000):
+    for width, height, low, high, factor in random_cases(1000):
         try:
             new = data.resized_size(width, height, low, high, factor)
         except ValueError as error:  # bounds of one prime number of tiles, say 263, have no size of aspect below 200
@@ -590,7 +604,7 @@ def test_resized_size_is_on_the_grid_within_bounds_and_left_alone_by_qwens_rule(
         assert smart_resize(new[1], new[0], factor, low, high) == new[::-1]
         same += smart_resize(height, width, factor, low, high) == new[::-1]
         total += 1
-    assert total > 3000 and same > 0.9 * total  # the rule itself wherever it keeps its promise
+    assert total > 750 and same > 0.9 * total  # the rule itself wherever it keeps its promise
 
 
 def test_resize_by_hand():
@@ -719,6 +733,31 @@ def test_a_processor_with_other_bounds_is_refused_instead_of_resizing_again():
         build_reader(other)(problem())
 
 
+def test_prompts_are_made_ahead_in_a_thread_and_none_is_made_twice(processor, monkeypatch):
+    reader = build_reader(processor, kept=4)
+    made, threads = Counter(), set()
+    make = reader._make
+
+    def counted(asked, later):
+        made[asked.where, later] += 1
+        threads.add(threading.current_thread())
+        return make(asked, later)
+
+    monkeypatch.setattr(reader, "_make", counted)
+    problems = [problem(where=str(i)) for i in range(4)]
+    reader.ahead(problems)
+    reader._thread.submit(len, "").result()  # it has come to the end
+    prompts = [reader(asked) for asked in problems]
+    reader.ahead(problems)  # they are kept, so there is nothing to make
+    assert [reader(asked) for asked in problems] == prompts
+    assert set(made.values()) == {1} and len(made) == 4
+    assert threading.main_thread() not in threads
+    broken = problem("<image><image>two for one", where="row 9")
+    reader.ahead([broken])
+    with pytest.raises(ValueError, match="row 9"):
+        reader(broken)
+
+
 def test_usable_problems_counts_overlong_and_broken_rows(tmp_path, processor):
     truncated = red(300, 300)[:200]
     file = write(
@@ -726,7 +765,7 @@ def test_usable_problems_counts_overlong_and_broken_rows(tmp_path, processor):
         problem=[
             "<image>ok",
             "<image>" + "long " * 200,
-            "no placeholder",
+            "<image>two<image>",
             "<image>torn",
             "<image>empty",
             "<image>ok",
@@ -741,7 +780,7 @@ def test_usable_problems_counts_overlong_and_broken_rows(tmp_path, processor):
         data.usable_problems(rows, build_reader(processor), 300)
     usable, report = data.usable_problems(rows, build_reader(processor), 300, skip_bad_rows=True)
     assert [p.answer for p in usable] == ["1", "6"]
-    assert (report.kept, report.overlong, len(report.bad)) == (2, 1, 3)
+    assert (len(report.rows), report.overlong, len(report.bad)) == (2, 1, 3)
     assert [message.split(":")[0] for message in report.bad] == [
         f"train.parquet row {i}" for i in (2, 3, 4)
     ]
@@ -776,7 +815,7 @@ def test_real_geo3k_rows_become_prompts(processor):
     ) == (60, 360, 60)
     assert all(len(p.images) == 1 and p.answer and p.type for p in rows)
     usable, report = data.usable_problems(rows[:20], build_reader(processor), 10_000)
-    assert len(usable) == report.kept == 20 and not report.bad and report.overlong == 0
+    assert len(usable) == len(report.rows) == 20 and not report.bad and report.overlong == 0
 
 
 # --- batches
@@ -1007,7 +1046,7 @@ ANSWERS = r"""
 50% != 5000% ;; 40% ;; 0.5% ;; 50%%
 
 # inequalities, intervals, points
-x < 60 == 60 > x ;; x \lt 60 ;; x<60. ;; (-\infty, 60) ;; x \in (-\infty, 60)
+x < 60 == 60 > x ;; (60 > x) ;; x \lt 60 ;; x<60. ;; (-\infty, 60) ;; x \in (-\infty, 60)
 x < 60 != 60 ;; x > 60 ;; x \le 60 ;; x <= 60 ;; x = 60 ;; x < 140 ;; 60 < x ;; -\infty, 60
 x < 60 != (-\infty, 60]
 x <= 60 == x \leq 60 ;; x\leqslant 60 ;; 60 \ge x ;; (-\infty, 60]
@@ -1020,7 +1059,7 @@ x \le 60 == x ≤ 60
 4 < x < 10 != [4, 10] ;; 4 > x > 10
 4 \le x < 10 == [4, 10) ;; 10 > x \ge 4 ;; x \ge 4 and x < 10
 4 \le x < 10 != 10 \ge x > 4 ;; (4, 10)
-(3, 4) == (3,4) ;; P(3, 4) ;; P = (3, 4) ;; A(3,4) ;; \left(3, 4\right)
+(3, 4) == (3,4) ;; (x, y) = (3, 4) ;; P(3, 4) ;; P = (3, 4) ;; A(3,4) ;; \left(3, 4\right)
 (3, 4) != (4,3) ;; 3, 4 ;; \{3, 4\} ;; 3 4 ;; [3, 4] ;; 34 ;; (3, 4, 5) ;; (3,4), (5,6)
 [0, 100] == [0,100]
 [0, 100] != 0, 100 ;; \{0, 100\} ;; (0, 100) ;; 50
@@ -1068,6 +1107,7 @@ x = 4 == 4 ;; y = 4 ;; 4 = x
 45 == m\angle ABC = 45° = x ;; ∠ABC = 45
 24 == \text{Area} = 24 \text{ cm}^2 ;; \theta = 24 ;; \overline { A B } = 24
 24 == m \angle A B C = 24 ;; \overline{AB} = 24 ;; θ = 24°
+24 == \text{Thus } x = 24 ;; therefore AB = 24
 24 == Area of \triangle ABC = 24 ;; \text{Area of } \triangle ABC = 24 ;; area = 24
 24 == The area is 24 ;; AB = 24 ;; A B = 24
 24 == The length of AB is 24 cm. ;; \text{arc } BC = 24 ;; A' B' = 24 ;; m \widehat{AB} = 24
@@ -1087,6 +1127,7 @@ a + b = 90 != a + b > 90 ;; 90 ;; a - b = 90
 8 != 1/x = 8
 
 # a phrase beside the = that changes the value
+15 != the 14 = 15 ;; \theta 14 = 15 ;; \sin 14 = 15 ;; a 14 = 15 ;; x 14 = 15 ;; 2 x = 15
 15 != not x = 15 ;; half of x = 15 ;; \text{half of } x = 15 ;; twice x = 15 ;; x squared = 15
 15 != \text{x squared} = 15
 15 != supplement = 15 ;; \text{the supplement of } \angle A = 15 ;; complement of x = 15
@@ -1320,17 +1361,16 @@ def test_without_rounding_a_decimal_gold_takes_only_its_value():
 
 
 @pytest.mark.skipif(not GEO3K.exists(), reason="needs shared/geo3k")
-def test_every_geo3k_gold_is_itself_and_none_of_its_wrong_choices():
+@pytest.mark.parametrize("every", few_or_all(16, 1))
+def test_every_geo3k_gold_is_itself_and_none_of_its_wrong_choices(every):
     rows = [json.loads(line) for line in (GEO3K / "answers.jsonl").read_text().splitlines()]
     assert len(rows) == 2401
-    own = [(row["answer"], row["answer"]) for row in rows]
-    pairs = [
-        (choice, row["answer"])
-        for row in rows
-        for choice in row["choices"]
-        if choice != row["answer"]
-    ]
+    own, pairs = [], []
+    for row in rows:
+        own.append((row["answer"], row["answer"]))
+        pairs += [(choice, row["answer"]) for choice in row["choices"] if choice != row["answer"]]
     assert len(pairs) == 7198  # 2401 * 3, less five choices that repeat the gold
+    own, pairs = own[::every], pairs[::every]
     with Grader() as grader:
         grader.shortcut = False  # parsed and compared for real, not found equal as strings
         assert [pair for pair, ok in zip(own, grader.grade(own), strict=True) if not ok] == []
@@ -1338,15 +1378,26 @@ def test_every_geo3k_gold_is_itself_and_none_of_its_wrong_choices():
         assert grader.timeouts == grader.crashes == 0
 
 
+def test_hundreds_of_answers_are_judged_each_way():
+    assert sum(right for _, _, right in CASES) >= 200 <= sum(not right for _, _, right in CASES)
+
+
 # ---- nothing a model writes can hang, crash or run
 
 
-def test_hostile_answers_are_wrong_in_seconds_and_change_no_other_verdict(tmp_path):
-    cases = random.Random(0).choices(CASES, k=1000)
-    cases += [(hostile(i, str(tmp_path / "x")), "15", False) for i in range(1000)]
+@pytest.mark.parametrize(
+    "count, time_limit", [(280, 1.0), pytest.param(1000, 2.0, marks=pytest.mark.slow)]
+)
+def test_hostile_answers_are_wrong_in_seconds_and_change_no_other_verdict(
+    tmp_path, count, time_limit
+):
+    numbers = re.compile(r"[-0-9.]+")  # a busy machine may take a second for a sane root
+    easy = [case for case in CASES if time_limit == 2 or numbers.fullmatch(case[0] or "")]
+    cases = random.Random(0).choices(easy, k=count)
+    cases += [(hostile(i, str(tmp_path / "x")), "15", False) for i in range(count)]
     random.Random(1).shuffle(cases)
     start = time.monotonic()
-    with Grader() as fresh:
+    with Grader(time_limit=time_limit) as fresh:
         got = fresh.grade([case[:2] for case in cases])
         pids = [worker.pid for worker in fresh.pool]
     assert time.monotonic() - start < 60 and not any(map(running, pids))
@@ -1450,6 +1501,42 @@ def test_close_ends_the_workers_and_grading_goes_on_with_new_ones():
     grader.close()
 
 
+@pytest.mark.parametrize("gold", [
+    "9" * 100_000, "{" * 100_000, "1 " * 50_000, "°" * 100_000, r"\boxed{" * 15_000, "a=" * 50_000,
+])  # fmt: skip
+def test_a_gold_of_100_000_characters_is_as_cheap_as_an_answer(gold):
+    start = time.monotonic()
+    with Grader() as short:
+        assert short.grade([("15", gold), (gold, "15"), (gold, gold)] * 10) == [False] * 30
+        assert short.pool == [] and time.monotonic() - start < 2
+    assert score("numeric", "15", gold) == score("exact", "15", gold) == 0
+
+
+def test_normalising_takes_time_in_proportion_to_the_text(monkeypatch):
+    monkeypatch.setattr(reward, "MAX_CHARS", 10**6)
+    for unit in (
+        "1",
+        "1.1",
+        "1/",
+        "1 000",
+        "°",
+        "{",
+        "x=",
+        "AB ",
+        r"\frac",
+        r"\text{",
+        "½",
+        " is ",
+        "x < ",
+    ):
+        seconds = {}
+        for count in (2_000, 20_000):
+            start = time.process_time()
+            reward.normalise(unit * (count // len(unit)))
+            seconds[count] = time.process_time() - start
+        assert seconds[20_000] < 40 * seconds[2_000] + 0.1, unit  # quadratic would be 100 times
+
+
 def test_workers_do_not_load_torch(grader):
     grader.grade([(r"\sqrt{4}", "2")])
     maps = Path(f"/proc/{grader.pool[0].pid}/maps").read_text()
@@ -1502,7 +1589,8 @@ def test_accuracy_and_format_are_reported_without_a_weight(grader):
 
 def test_cheats_get_no_accuracy(grader):
     cheats = [
-        r"\boxed{15} \boxed{5}", r"<think>\boxed{15}</think> \boxed{}", r"\boxed{5, 14, 15, 35}", r"\boxed{5 or 15}", r"\boxed{5} or 15", "15",
+        r"\boxed{15} \boxed{5}", r"<think>\boxed{15}</think> \boxed{}", r"\boxed{5, 14, 15, 35}",
+        r"\boxed{5 or 15}", r"\boxed{5} or 15", "15", r"<think>\boxed{15} or \boxed{5}</think>",
     ]  # fmt: skip
     for name in ("accuracy", "exact", "numeric", "choice", "per_image"):
         gold = "C" if name == "choice" else "15"
@@ -1629,6 +1717,8 @@ def bad(problem, response, gold):
     return float("nan")
 def short(response):
     return 1
+def cut(problem, response, gold):
+    return 1 / 0
 """)
     asked = dataclasses.replace(problem("<image><image>?"), answers=("red", "blue"))
     weights = f"{file}:both=0.5,{file}:both(9)=3,{file}:one=-1"
@@ -1641,6 +1731,11 @@ def short(response):
     ]  # a text stays one
     with pytest.raises(ValueError, match=r"bad' is nan for train.parquet row 17"):
         rewards(f"{file}:bad=1", ["a"], ["4"])
+    with pytest.raises(
+        ValueError, match=r"mine.py:cut' failed for train.parquet row 17: ZeroDiv.*mine.py, line 13"
+    ) as failure:
+        rewards(f"{file}:cut=1", ["a"], ["4"])
+    assert isinstance(failure.value.__cause__, ZeroDivisionError)
     for name in (f"{file}:none", f"{file}:short", f"{tmp_path}/none.py:one"):
         with pytest.raises(ValueError, match=r"unknown reward.*of \(problem, response, gold\)"):
             parse_weights(f"{name}=1")
@@ -1687,8 +1782,20 @@ def test_weights_for_a_source_that_no_problem_has_stop_the_start(tmp_path, tiny,
     ):
         places = dict(data=file, test_data=held_out)
         settings = train.Settings(model=str(tiny[False]), instruction="", rewards=rewards, **places)
-        with pytest.raises(ValueError, match=rf"no problem has: \['{unknown}'\]; see --source_key"):
+        with pytest.raises(
+            ValueError, match=rf"no problem has: \['{unknown}'\]; name their column"
+        ):
             train.build(settings, torch.device("cpu"))
+
+
+def test_golds_that_hold_a_whole_solution_are_read_by_every_reward(grader):
+    for name, gold, answer in (
+        ("accuracy", "<answer> 3 </answer>", "3.0"), ("accuracy", "so 1 + 2 #### 3", "3"),
+        ("choice", "<think>A?</think><answer> B </answer>", "b"), ("numeric", "#### 40", "41"),
+        ("exact", "<answer>Red car</answer>", "red car"), ("exact", r"It is \boxed{red}", "red"),
+    ):  # fmt: skip
+        got = rewards(f"{name}=1", [rf"\boxed{{{answer}}}", r"\boxed{A}"], [gold] * 2, grader)
+        assert got["reward"] == [1, 0], gold
 
 
 def test_responses_and_problems_must_pair_up():
@@ -1862,10 +1969,10 @@ def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, proce
         rollout.HFEngine(actor, max_response_tokens=4),
         parse_weights("accuracy=1;b:exact=1"),
     )
-    problems = data.load_problems(file, answer_key="gold")
+    problems = data.load_problems(file, columns="answer=gold")
     with Grader() as grader:
         reader = build_reader(actor.processor)
-        _, records = rollout.evaluate(engine, problems, reader, 2, 0, weights, grader)
+        _, records, _ = rollout.evaluate(engine, problems, reader, 2, 0, weights, grader)
     records = json.loads(json.dumps(records))
     assert [(r["source"], r["answer"]) for r in records[::2]] == list(
         zip("abb", golds, strict=True)
@@ -1880,6 +1987,25 @@ def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, proce
     ]
 
 
+def test_the_audit_lists_golds_that_no_normal_answer_can_match(tmp_path):
+    golds = ["15", r"2 \sqrt { 221 }", "Answer: 3", "<answer> 3 </answer>", "1e-05", "red", "- 8",
+             "10 cm", r"\angle 2 and \angle 6", "P(3, 4)", "3 : 4", r"20 y^2 - 10 y", "x < 60",
+             "3 big apples", "between 3 and 5 apples", "5 wugs", "1 2"]  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    rows = [{"answer": gold, "response": ""} for gold in golds]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = audit(file, check=True).stdout
+    assert [line for line in out.splitlines() if "itself" in line] == [
+        "rows.jsonl row 13: gold '3 big apples' equals only itself, not a plain '3'",
+        "rows.jsonl row 14: gold 'between 3 and 5 apples' equals only itself, not a plain '5'",
+        "rows.jsonl row 15: gold '5 wugs' equals only itself, not a plain '5'",
+        "rows.jsonl row 16: gold '1 2' is not equal to itself",
+    ]
+    assert "gradable golds: 13 of 17;" in out
+    # of other rewards than accuracy a plain spelling says nothing
+    assert "gradable golds: 17 of 17" in audit(file, "--rewards", "exact=1", check=True).stdout
+
+
 @pytest.mark.parametrize("line, message", [
     (b'{"answer": "1"', "JSONDecodeError"), (b"[" * 100_000, "RecursionError"), (b'["answer"]', "TypeError"),
     (b"7", "TypeError"), (b'"answer"', "TypeError"), (b'{"question": "?"}', "KeyError.*text or a list"),
@@ -1888,7 +2014,7 @@ def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, proce
     (b'{"answer": "\xff"}', "UnicodeDecodeError"), (b"", "JSONDecodeError"),
 ])  # fmt: skip
 def test_the_audit_names_file_and_row_of_what_is_broken(tmp_path, line, message):
-    (tmp_path / "rows.jsonl").write_bytes(b'{"answer": "1"}\n' + line + b"\n")
+    (tmp_path / "rows.jsonl").write_bytes(b'{"answer": "1", "response": ""}\n' + line + b"\n")
     with pytest.raises(ValueError, match=rf"rows\.jsonl row 1 is broken .*{message}"):
         reward.read_rows(str(tmp_path / "rows.jsonl"), "answer", "data_source")
 
@@ -1937,6 +2063,10 @@ def prompts_with(actor, *counts):
     return [ask(actor, row) for row in rows]
 
 
+def nothing(actor):
+    return actor
+
+
 def random_groups(actor, counts=(0, 1, 3), lengths=((3, 5), (4, 4, 1), (2, 9)), seed=0):
     generator = torch.Generator().manual_seed(seed)
     groups = []
@@ -1944,20 +2074,6 @@ def random_groups(actor, counts=(0, 1, 3), lengths=((3, 5), (4, 4, 1), (2, 9)), 
         responses = [torch.randint(0, 250, (n,), generator=generator) for n in ns]
         groups.append((prompt, [[response] for response in responses]))
     return groups
-
-
-def draw(engine, prompts, n, seed=0, **options):
-    return engine.generate([[prompt] for prompt in prompts], n, seed, **options)
-
-
-def as_groups(prompts, drawn):
-    """What the engine drew for each prompt, as Actor.logprobs takes it."""
-    return [(p, [r.turns for r in rs]) for p, rs in zip(prompts, drawn, strict=True)]
-
-
-def sampled(drawn):
-    """(N,) sampler_logprobs of all that was drawn."""
-    return torch.cat([r.sampler_logprobs for rollouts in drawn for r in rollouts])
 
 
 @pytest.mark.parametrize("packing", ["shared", "packed", "padded"])
@@ -2020,35 +2136,107 @@ def assert_same_gradients(got, expected, tolerance=1e-5):
         assert (got[name] - g).norm() <= tolerance * max(g.norm(), 1e-3 * scale), name
 
 
-def assert_same_in_every_layout(actor, groups):
-    """Log-probs and all gradients; returns the padded forward's gradients by name."""
+def with_lora(actor, seed=1, dropout=0.0):
+    """LoRA as after some training: both factors random."""
+    actor.add_lora(4, 8.0, dropout, "q_proj,v_proj,down_proj")
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in actor.model.named_parameters():
+        if "lora_B" in name:
+            p.data = 0.05 * torch.randn(p.shape, generator=generator)
+    return actor
+
+
+def image_groups(actor):
+    return random_groups(actor, (0, 1, 3, 2), ((3, 5), (4, 4, 1), (2, 9), (6,)))
+
+
+def conversation_groups(actor):
+    """Conversations of one to three turns between plain responses."""
+    text, image = random_groups(actor, (0, 1), ((3, 5), (4, 2)))
+    prompt, one, later, two = two_turns(actor)
+    more = make(actor, "Once more.", later=True)
+    conversations = [[one, later, two], [two], [two, more, one, later, one]]
+    return [text, (prompt, conversations), image]
+
+
+def mixed_groups(actor):
+    """Text, images and videos, and a conversation in which a video arrives."""
+    generator = torch.Generator().manual_seed(0)
+    groups = []
+    for prompt in mixed_prompts(actor):
+        responses = [torch.randint(0, 250, (n,), generator=generator) for n in (3, 5)]
+        groups.append((prompt, [[response] for response in responses]))
+    clip = media_problem("<video>Now?", 0, stills(2, 56, 84))
+    [one], [two] = groups[0][1]
+    groups[1][1].append([one, build_reader(actor.processor).later(clip), two])
+    return groups
+
+
+def freeze_vision(actor):
+    actor.freeze("tower", "projector")
+    return actor
+
+
+def slide_windows(actor):
+    """Every second layer sees six tokens back."""
+    config = copy.deepcopy(actor.model.config)
+    config.text_config.sliding_window, config.text_config.use_sliding_window = 6, True
+    config.text_config.layer_types = ["sliding_attention", "full_attention"] * 2
+    network = hf.Qwen2_5_VLForConditionalGeneration(config).eval()
+    network.load_state_dict(actor.model.state_dict())
+    return model.Actor(network, actor.processor)
+
+
+def checkpoint_layers(actor):
+    actor.checkpoint_activations()
+    return actor
+
+
+LAYOUT_CASES = {  # the model, what is done to it, what it scores, and images and videos of which features are kept
+    "plain": ("untied", nothing, image_groups, None),
+    "tied": ("tied", nothing, image_groups, None),
+    "frozen tower": ("untied", freeze_vision, image_groups, (0 + 1 + 3 + 2, 0)),
+    "checkpointing": ("untied", checkpoint_layers, image_groups, None),
+    "LoRA": ("untied", with_lora, image_groups, (0 + 1 + 3 + 2, 0)),
+    "sliding window": ("untied", slide_windows, image_groups, None),
+    "conversations": ("untied", nothing, conversation_groups, None),
+    "conversations, frozen tower": ("untied", freeze_vision, conversation_groups, (2 + 2 + 2 + 1, 0)),
+    "conversations, Qwen3-VL": ("qwen3_vl", nothing, conversation_groups, None),
+    "video": ("untied", nothing, mixed_groups, None),
+    "video, frozen tower": ("untied", freeze_vision, mixed_groups, (1 + 2 + 1, 1 + 1 + 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAYOUT_CASES)
+def test_every_layout_gives_the_same_logprobs_and_gradients(tiny, family_folder, case):
+    name, prepare, groups_of, kept = LAYOUT_CASES[case]
+    folder = {"untied": tiny[False], "tied": tiny[True]}.get(name) or family_folder(name)
+    actor = prepare(model.Actor.from_pretrained(str(folder)))
+    groups = groups_of(actor)
     expected, expected_gradients = gradients(actor, groups, "padded")
     for packing in ("packed", "shared"):
         got, got_gradients = gradients(actor, groups, packing)
         close(got, expected, atol=1e-5)
         assert_same_gradients(got_gradients, expected_gradients)
-    return expected_gradients
+    features = actor.image_features(model.prompts_of(model.turns_of(groups)))
+    if kept:
+        counts = Counter({kind: len(held.pooler_output) for kind, held in features.items()})
+        assert (counts["image"], counts["video"]) == kept
+        close(actor.logprobs(groups, features)[0], expected, atol=1e-5)
+    else:
+        assert features is None
 
 
-@pytest.mark.parametrize("variant", ["plain", "frozen tower", "checkpointing", "tied"])
-def test_shared_packed_and_padded_give_the_same_logprobs_and_gradients(
-    tiny, process_group, variant
-):
-    actor = model.Actor.from_pretrained(str(tiny[variant == "tied"]))
-    groups = random_groups(actor, (0, 1, 3, 2), ((3, 5), (4, 4, 1), (2, 9), (6,)))
-    if variant == "frozen tower":
-        actor.freeze("tower", "projector")
-    if variant == "checkpointing":
-        actor.checkpoint_activations()
-        layer, calls = actor.model.model.language_model.layers[1].mlp, []
-        layer.register_forward_pre_hook(lambda *_: calls.append(1))
-        gradients(actor, groups, "shared")
-        assert len(calls) == 2  # in the forward, and again in the backward
-        assert (
-            len(draw(rollout.HFEngine(actor, 3), [groups[1][0]], 2)[0]) == 2
-            and actor.model.training
-        )
-    assert_same_in_every_layout(actor, groups)
+def test_checkpointed_layers_run_again_in_the_backward_and_generation_goes_on(actor, process_group):
+    actor.checkpoint_activations()
+    groups = image_groups(actor)
+    layer, calls = actor.model.model.language_model.layers[1].mlp, []
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    gradients(actor, groups, "shared")
+    assert len(calls) == 2
+    prompt, _ = groups[1]
+    [rollouts] = draw(rollout.HFEngine(actor, 3), [prompt], 2)
+    assert len(rollouts) == 2 and actor.model.training
 
 
 def test_kept_features_of_a_frozen_tower_change_nothing(actor):
@@ -2083,22 +2271,6 @@ def _everyone_sees_all(layout):
     n = layout.segments[-1][1]
     return [(torch.arange(n)[None], torch.arange(n)[None], torch.ones(1, 1, n, n).tril().bool(), torch.arange(n),
              torch.ones(1, n, dtype=torch.bool))]  # fmt: skip
-
-
-def with_lora(actor, seed=1, dropout=0.0):
-    """LoRA as after some training: both factors random."""
-    actor.add_lora(4, 8.0, dropout, "q_proj,v_proj,down_proj")
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in actor.model.named_parameters():
-        if "lora_B" in name:
-            p.data = 0.05 * torch.randn(p.shape, generator=generator)
-    return actor
-
-
-def test_lora_gives_the_same_logprobs_and_gradients_in_every_layout(actor):
-    trained = assert_same_in_every_layout(with_lora(actor), random_groups(actor))
-    assert trained and all("lora_" in name for name in trained)
-    assert actor.check_packing(prompts_with(actor, 2, 0)) < 1e-5
 
 
 def test_lora_adapts_the_language_model_alone_and_keeps_the_base_bit_for_bit(actor):
@@ -2138,27 +2310,25 @@ def test_weights_have_lora_merged_and_equal_a_plain_model(actor, tiny):
 
 
 def test_an_actor_serves_a_notebook_without_processes(tiny):
-    script = f"""
-import model, rollout, torch, transformers
-from PIL import Image
-network = transformers.AutoModelForImageTextToText.from_pretrained({str(tiny[True])!r}, attn_implementation="sdpa")
-actor = model.Actor(network, transformers.AutoProcessor.from_pretrained({str(tiny[True])!r}))
-prompts = [actor.prompt("<image>How many sides?", [Image.new("RGB", (56, 84), "red")]), actor.prompt("Which colour?")]
-drawn = rollout.HFEngine(actor, max_response_tokens=6).generate([[p] for p in prompts], n=3, seed=0)
-groups = [(p, [r.turns for r in rs]) for p, rs in zip(prompts, drawn)]
-gaps = []
-for on in (True, False):
-    actor.checkpoint_activations(on)
-    logprobs, _ = actor.logprobs(groups)
-    logprobs.sum().backward()
-    gaps.append((logprobs - torch.cat([r.sampler_logprobs for rs in drawn for r in rs])).abs().max().item())
-actor.save({str(tiny[True] / "again")!r})
-print(max(gaps) < 1e-5, actor.summarize_trained())
-"""
-    printed = run_python(["-c", script], cwd=HERE)
-    assert printed == (
-        "True parameters trained: language 0.63M of 0.63M, projector 0.20M of 0.20M, tower 0.30M of 0.30M\n"
-    )
+    printed = run_apart("use_in_a_notebook", str(tiny[True])).splitlines()[-1]
+    parts = "language 0.63M of 0.63M, projector 0.20M of 0.20M, tower 0.30M of 0.30M"
+    assert printed == f"True parameters trained: {parts}"
+
+
+def use_in_a_notebook(folder):
+    network = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa")
+    actor = model.Actor(network, AutoProcessor.from_pretrained(folder))
+    image = Image.new("RGB", (56, 84), "red")
+    prompts = [actor.prompt("<image>How many sides?", [image]), actor.prompt("Which colour?")]
+    drawn = draw(rollout.HFEngine(actor, max_response_tokens=6), prompts, 3)
+    gaps = []
+    for on in (True, False):
+        actor.checkpoint_activations(on)
+        logprobs, _ = actor.logprobs(as_groups(prompts, drawn))
+        logprobs.sum().backward()
+        gaps.append((logprobs - sampled(drawn)).abs().max().item())
+    actor.save(Path(folder) / "again")
+    print(max(gaps) < 1e-5, actor.summarize_trained())
 
 
 def test_without_lora_there_is_no_adapter_to_save(actor, tmp_path):
@@ -2221,22 +2391,6 @@ def test_a_response_does_not_see_the_others_of_its_pack(actor):
     close(together, alone, atol=1e-5)
 
 
-def test_a_sliding_window_hides_the_same_keys_as_in_the_padded_forward(tiny):
-    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
-
-    config = AutoConfig.from_pretrained(tiny[False])
-    config.text_config.sliding_window, config.text_config.use_sliding_window = 6, True
-    config.text_config.layer_types = ["sliding_attention", "full_attention"] * 2
-    torch.manual_seed(0)
-    network = Qwen2_5_VLForConditionalGeneration(config).eval()
-    actor = model.Actor(network, AutoProcessor.from_pretrained(tiny[False]))
-    groups = random_groups(actor)
-    expected, expected_gradients = gradients(actor, groups, "padded")
-    got, got_gradients = gradients(actor, groups, "shared")
-    close(got, expected, atol=1e-5)
-    assert_same_gradients(got_gradients, expected_gradients)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
     "dtype, gap", [(torch.bfloat16, 0.02), (torch.float32, 1e-4)]
@@ -2282,18 +2436,34 @@ def test_chunked_logprobs_equal_log_softmax_with_gradients(softcap):
 
 
 def test_the_head_holds_one_chunk_of_logits_however_many_tokens():
-    # vocabulary 152k, float32: a chunk of 64 rows is 37 MiB, all logits of 640 rows would be 371
-    # MiB
-    code = (
-        f"import sys, torch, resource; sys.path.insert(0, {str(HERE)!r}); import model; n = int(sys.argv[1])\n"
-        "h, w = torch.randn(n, 16, requires_grad=True), torch.randn(152064, 16, requires_grad=True)\n"
-        "y, none = torch.randint(0, 1000, (n,)), torch.tensor([], dtype=torch.long)\n"
-        "request = model.Request(y, none, 1.0, None, 'value', 64)\n"
-        "model.ChunkedLogprobs.apply(h, w, request)[0].sum().backward()\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
-    )
-    few, many = (float(run_python(["-c", code, str(n)]).splitlines()[-1]) for n in (64, 640))
-    assert many - few < 152064 * 64 * 4 / 2**20
+    # 64 rows of 50,000 float32 are 12.2 MiB; all 640 rows would be 122
+    few, many = (float(run_apart("print_peak_of_the_head", rows)) for rows in (64, 640))
+    assert many - few < 3 * 12.2
+
+
+def print_peak_of_the_head(rows):
+    """MiB that one forward and backward of the head takes at most."""
+    ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # freed blocks of 1 MiB and more go back at once
+    h, weight = (torch.randn(n, 16, requires_grad=True) for n in (rows, 50_000))
+    targets, banned = torch.randint(0, 1000, (rows,)), torch.tensor([], dtype=torch.long)
+    request = model.Request(targets, banned, 1.0, None, "value", 64)
+    before = reset_peak()
+    model.ChunkedLogprobs.apply(h, weight, request)[0].sum().backward()
+    print(mebibytes("VmHWM") - before)
+
+
+def mebibytes(name):
+    """VmRSS or VmHWM, the most that it has been, of this process."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(name + r":\s*(\d+)", status)[1]) / 1024
+
+
+def reset_peak():
+    """Let VmHWM begin anew; returns what is in use, in MiB."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return mebibytes("VmRSS")
 
 
 def test_extract_multi_modal_inputs_reads_the_forward_signature():
@@ -2422,158 +2592,226 @@ def tiny_tokenizer(turn, special, named, **_):
     return tokenizer
 
 
+class Kit:
+    """What every tiny family is built from: a tokenizer, its chat template, the language model's shape."""
+
+    def __init__(self, name):
+        chat = CHATS[name]
+        self.tokenizer = tiny_tokenizer(**chat)
+        self.template = dict(chat_template=chat_template(**chat))
+        self.text = dict(
+            vocab_size=len(self.tokenizer),
+            hidden_size=128,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            bos_token_id=self.tokenizer.bos_token_id,
+            max_position_embeddings=4096,
+        )
+
+    def id_of(self, token):
+        return self.tokenizer.convert_tokens_to_ids(token)
+
+    def qwen_ids(self):
+        names = dict(image="image_pad", video="video_pad", vision_start="vision_start")
+        names["vision_end"] = "vision_end"
+        return {f"{ours}_token_id": self.id_of(f"<|{theirs}|>") for ours, theirs in names.items()}
+
+
+TOWER = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=14
+)
+SIGLIP = dict(**TOWER, model_type="siglip_vision_model", vision_use_head=False)
+QWEN_TOWER = dict(depth=2, num_heads=2, patch_size=14)
+QWEN3_TOWER = dict(
+    **QWEN_TOWER,
+    hidden_size=32,
+    intermediate_size=64,
+    out_hidden_size=128,
+    num_position_embeddings=64,
+)
+
+
+def rotary(*sections, **more):
+    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=list(sections), **more)
+    return dict(rope_parameters=rope)
+
+
+def tiny_qwen2_vl(kit):
+    images, videos = hf.Qwen2VLImageProcessor(), hf.Qwen2VLVideoProcessor()
+    processor = hf.Qwen2VLProcessor(images, kit.tokenizer, videos, **kit.template)
+    vision = dict(**QWEN_TOWER, embed_dim=32, hidden_size=128, mlp_ratio=2)
+    text = kit.text | rotary(8, 4, 4, mrope_interleaved=False)
+    return processor, dict(text_config=text, vision_config=vision, **kit.qwen_ids())
+
+
+def tiny_qwen2_5_vl(kit):
+    images, videos = hf.Qwen2VLImageProcessor(), hf.Qwen2VLVideoProcessor()
+    processor = hf.Qwen2_5_VLProcessor(images, kit.tokenizer, videos, **kit.template)
+    sizes = dict(hidden_size=32, intermediate_size=64, out_hidden_size=128)
+    vision = dict(**QWEN_TOWER, **sizes, fullatt_block_indexes=[1])
+    text = kit.text | rotary(8, 4, 4, mrope_interleaved=False)
+    return processor, dict(text_config=text, vision_config=vision, **kit.qwen_ids())
+
+
+def qwen3_processor(kit):
+    images, videos = (
+        hf.Qwen2VLImageProcessor(patch_size=14),
+        hf.Qwen3VLVideoProcessor(patch_size=14),
+    )
+    return hf.Qwen3VLProcessor(images, kit.tokenizer, videos, **kit.template)
+
+
+def tiny_qwen3_vl(kit):
+    vision = dict(**QWEN3_TOWER, deepstack_visual_indexes=[0, 1])
+    text = kit.text | rotary(8, 4, 4, mrope_interleaved=True)
+    return qwen3_processor(kit), dict(text_config=text, vision_config=vision, **kit.qwen_ids())
+
+
+def tiny_qwen3_vl_moe(kit):
+    vision = dict(**QWEN3_TOWER, deepstack_visual_indexes=[0, 1])
+    experts = dict(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
+    )
+    text = kit.text | rotary(8, 4, 4, mrope_interleaved=False) | experts
+    return qwen3_processor(kit), dict(text_config=text, vision_config=vision, **kit.qwen_ids())
+
+
+def tiny_qwen3_5(kit):
+    layers = ["linear_attention", "full_attention", "linear_attention"]
+    keys = dict(linear_key_head_dim=8, linear_num_key_heads=2)
+    values = dict(linear_value_head_dim=8, linear_num_value_heads=4)
+    text = kit.text | rotary(2, 1, 1, partial_rotary_factor=0.25) | keys | values
+    text["layer_types"] = layers
+    return qwen3_processor(kit), dict(text_config=text, vision_config=QWEN3_TOWER, **kit.qwen_ids())
+
+
+def tiny_internvl(kit):
+    images = hf.GotOcr2ImageProcessor(size=dict(height=56, width=56), max_patches=2)
+    videos = hf.InternVLVideoProcessor()
+    processor = hf.InternVLProcessor(
+        images, kit.tokenizer, videos, image_seq_length=4, **kit.template
+    )
+    vision = TOWER | dict(image_size=[56, 56], patch_size=[14, 14])
+    ids = dict(image_token_id=kit.id_of("<IMG_CONTEXT>"), image_seq_length=4)
+    text = dict(model_type="qwen2", **kit.text)
+    return processor, dict(text_config=text, vision_config=vision, **ids)
+
+
+def tiny_llava_onevision(kit):
+    grid = [[28, 28], [28, 56], [56, 28], [56, 56]]
+    images = hf.LlavaOnevisionImageProcessor(
+        size=dict(height=28, width=28), image_grid_pinpoints=grid
+    )
+    options = dict(num_image_tokens=4, vision_feature_select_strategy="full", **kit.template)
+    videos = hf.LlavaOnevisionVideoProcessor()
+    processor = hf.LlavaOnevisionProcessor(images, kit.tokenizer, videos, **options)
+    text, vision = dict(model_type="qwen2", **kit.text), dict(**SIGLIP, image_size=28)
+    ids = dict(image_token_index=kit.id_of("<image>"), video_token_index=kit.id_of("<video>"))
+    return processor, dict(text_config=text, vision_config=vision, image_grid_pinpoints=grid, **ids)
+
+
+def tiny_idefics3(kit):
+    edges = dict(size=dict(longest_edge=112), max_image_size=dict(longest_edge=56))
+    images = hf.Idefics3ImageProcessor(**edges)
+    processor = hf.Idefics3Processor(images, kit.tokenizer, image_seq_len=4, **kit.template)
+    text, vision = dict(model_type="llama", **kit.text), dict(**TOWER, image_size=56)
+    ids = dict(image_token_id=kit.id_of("<image>"), pad_token_id=kit.tokenizer.pad_token_id)
+    return processor, dict(text_config=text, vision_config=vision, scale_factor=2, **ids)
+
+
+def tiny_gemma3(kit):
+    images = hf.Gemma3ImageProcessor(size=dict(height=56, width=56))
+    processor = hf.Gemma3Processor(images, kit.tokenizer, image_seq_length=16, **kit.template)
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    text = kit.text | dict(query_pre_attn_scalar=32, sliding_window=8, layer_types=layers)
+    tokens = dict(boi="<start_of_image>", eoi="<end_of_image>", image="<image_soft_token>")
+    ids = {f"{name}_token_index": kit.id_of(token) for name, token in tokens.items()}
+    vision = dict(**SIGLIP, image_size=56)
+    return processor, dict(text_config=text, vision_config=vision, mm_tokens_per_image=16, **ids)
+
+
+def tiny_llava(kit):
+    sizes = dict(size=dict(shortest_edge=56), crop_size=dict(height=56, width=56))
+    options = dict(
+        patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    images = hf.CLIPImageProcessor(**sizes)
+    processor = hf.LlavaProcessor(images, kit.tokenizer, **options, **kit.template)
+    vision = dict(**TOWER, model_type="clip_vision_model", image_size=56, projection_dim=32)
+    ids = dict(image_token_index=kit.id_of("<image>"), image_seq_length=16)
+    text = dict(model_type="llama", **kit.text)
+    return processor, dict(text_config=text, vision_config=vision, **ids)
+
+
+def tiny_glm4v(kit):
+    bounds = dict(shortest_edge=2 * 28 * 28, longest_edge=2 * 64 * 28 * 28)
+    images, videos = hf.Glm4vImageProcessor(size=bounds), hf.Glm4vVideoProcessor()
+    processor = hf.Glm4vProcessor(images, kit.tokenizer, videos, **kit.template)
+    sizes = dict(hidden_size=32, intermediate_size=64, out_hidden_size=128, image_size=56)
+    ids = {}
+    for kind in ("image", "video"):
+        ids[f"{kind}_token_id"] = kit.id_of(f"<|{kind}|>")
+        ids[f"{kind}_start_token_id"] = kit.id_of(f"<|begin_of_{kind}|>")
+        ids[f"{kind}_end_token_id"] = kit.id_of(f"<|end_of_{kind}|>")
+    text = kit.text | rotary(4, 2, 2, partial_rotary_factor=0.5)
+    return processor, dict(text_config=text, vision_config=QWEN_TOWER | sizes, **ids)
+
+
+def tiny_mistral3(kit):
+    side = dict(patch_size=dict(height=28, width=28), size=dict(longest_edge=112))
+    images, merging = hf.PixtralImageProcessor(**side), dict(spatial_merge_size=2)
+    processor = hf.PixtralProcessor(images, kit.tokenizer, patch_size=14, **merging, **kit.template)
+    text = dict(model_type="mistral", **kit.text, sliding_window=None)
+    vision = dict(**TOWER, model_type="pixtral", image_size=112)
+    ids = dict(image_token_index=kit.id_of("[IMG]"))
+    return processor, dict(text_config=text, vision_config=vision, **merging, **ids)
+
+
+def tiny_gemma4(kit):
+    merging = dict(patch_size=4, pooling_kernel_size=2)
+    images = hf.Gemma4ImageProcessor(**merging, max_soft_tokens=70)
+    parts = hf.Gemma4AudioFeatureExtractor(), images, kit.tokenizer, hf.Gemma4VideoProcessor()
+    layers = ["sliding_attention", "full_attention", "full_attention"]
+    text = kit.text | dict(head_dim=16, global_head_dim=32, sliding_window=8, layer_types=layers)
+    text |= dict(hidden_size_per_layer_input=16, vocab_size_per_layer_input=len(kit.tokenizer))
+    text["num_kv_shared_layers"] = 1
+    vision = TOWER | dict(num_key_value_heads=2, head_dim=16, **merging)
+    vision |= dict(position_embedding_size=128, default_output_length=70)
+    ids = dict(boi_token_id=kit.id_of("<|image>"), eoi_token_id=kit.id_of("<image|>"))
+    ids["video_token_id"] = kit.id_of("<|video|>")
+    for kind in ("image", "audio"):
+        ids[f"{kind}_token_id"] = getattr(kit.tokenizer, f"{kind}_token_id")
+    config = dict(text_config=text, vision_config=vision, audio_config=None, **ids)
+    return hf.Gemma4Processor(*parts, **kit.template), config
+
+
 def tiny_family(name: str, folder: Path) -> Path:
     """Write a random tiny model of a family, float32, and its processor; an image of 56 x 56 is 4
     to 34 tokens."""
-    chat = CHATS[name]
-    tokenizer = tiny_tokenizer(**chat)
-    ids = {token.strip("<|>"): i for token, i in tokenizer.get_added_vocab().items()}
-    text = dict(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, max_position_embeddings=4096,
-    )  # fmt: skip
-    rope = dict(
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "mrope_section": [8, 4, 4],
-            "mrope_interleaved": name == "qwen3_vl",
-        }
-    )
-    tower = dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        patch_size=14,
-    )
-    qwen_tower = dict(depth=2, num_heads=2, patch_size=14)
-    qwen_ids = {
-        f"{ours}_token_id": ids.get(theirs)
-        for ours, theirs in (
-            ("image", "image_pad"),
-            ("video", "video_pad"),
-            ("vision_start", "vision_start"),
-            ("vision_end", "vision_end"),
-        )
-    }
-    deep = dict(
-        hidden_size=32, intermediate_size=64, out_hidden_size=128, num_position_embeddings=64
-    )
-    template = dict(chat_template=chat_template(**chat))
-    grid, edges = [[28, 28], [28, 56], [56, 28], [56, 56]], dict(longest_edge=112)
-    old_qwen = lambda: (hf.Qwen2VLImageProcessor(), tokenizer, hf.Qwen2VLVideoProcessor())  # noqa: E731
-    new_qwen = lambda: (  # noqa: E731
-        hf.Qwen2VLImageProcessor(patch_size=14), tokenizer, hf.Qwen3VLVideoProcessor(patch_size=14))  # fmt: skip
-    processor = {
-        "qwen2_vl": lambda: hf.Qwen2VLProcessor(*old_qwen(), **template),
-        "qwen2_5_vl": lambda: hf.Qwen2_5_VLProcessor(*old_qwen(), **template),
-        "qwen3_vl": lambda: hf.Qwen3VLProcessor(*new_qwen(), **template),
-        "qwen3_5": lambda: hf.Qwen3VLProcessor(*new_qwen(), **template),
-        "internvl": lambda: hf.InternVLProcessor(
-            hf.GotOcr2ImageProcessor(size=dict(height=56, width=56), max_patches=2), tokenizer,
-            hf.InternVLVideoProcessor(), image_seq_length=4, **template),
-        "llava_onevision": lambda: hf.LlavaOnevisionProcessor(
-            hf.LlavaOnevisionImageProcessor(size=dict(height=28, width=28), image_grid_pinpoints=grid), tokenizer,
-            hf.LlavaOnevisionVideoProcessor(), num_image_tokens=4, vision_feature_select_strategy="full", **template),
-        "idefics3": lambda: hf.Idefics3Processor(
-            hf.Idefics3ImageProcessor(size=edges, max_image_size=dict(longest_edge=56)), tokenizer, image_seq_len=4,
-            **template),
-        "gemma3": lambda: hf.Gemma3Processor(
-            hf.Gemma3ImageProcessor(size=dict(height=56, width=56)), tokenizer, image_seq_length=16, **template),
-        "llava": lambda: hf.LlavaProcessor(
-            hf.CLIPImageProcessor(size=dict(shortest_edge=56), crop_size=dict(height=56, width=56)), tokenizer,
-            patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1, **template),
-        "qwen3_vl_moe": lambda: hf.Qwen3VLProcessor(*new_qwen(), **template),
-        "glm4v": lambda: hf.Glm4vProcessor(
-            hf.Glm4vImageProcessor(size=dict(shortest_edge=2 * 28 * 28, longest_edge=2 * 64 * 28 * 28)), tokenizer,
-            hf.Glm4vVideoProcessor(), **template),
-        "mistral3": lambda: hf.PixtralProcessor(
-            hf.PixtralImageProcessor(patch_size=dict(height=28, width=28), size=dict(longest_edge=112)), tokenizer,
-            patch_size=14, spatial_merge_size=2, **template),
-        "gemma4": lambda: hf.Gemma4Processor(
-            hf.Gemma4AudioFeatureExtractor(), hf.Gemma4ImageProcessor(
-                patch_size=4, pooling_kernel_size=2, max_soft_tokens=70), tokenizer, hf.Gemma4VideoProcessor(),
-            **template),
-    }[name]()  # fmt: skip
-    siglip = dict(**tower, model_type="siglip_vision_model", vision_use_head=False)
-    config = {
-        "qwen2_vl": lambda: dict(text_config=text | rope, **qwen_ids, vision_config=dict(
-            **qwen_tower, embed_dim=32, hidden_size=128, mlp_ratio=2)),
-        "qwen2_5_vl": lambda: dict(text_config=text | rope, **qwen_ids, vision_config=dict(
-            **qwen_tower, hidden_size=32, intermediate_size=64, out_hidden_size=128, fullatt_block_indexes=[1])),
-        "qwen3_vl": lambda: dict(text_config=text | rope, **qwen_ids, vision_config=dict(
-            **qwen_tower, **deep, deepstack_visual_indexes=[0, 1])),
-        "qwen3_5": lambda: dict(**qwen_ids, vision_config=dict(**qwen_tower, **deep), text_config=text | dict(
-            head_dim=32, layer_types=["linear_attention", "full_attention", "linear_attention"],
-            linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1],
-                             "partial_rotary_factor": 0.25})),
-        "internvl": lambda: dict(text_config=dict(model_type="qwen2", **text), image_token_id=ids["IMG_CONTEXT"],
-                                 image_seq_length=4, vision_config=dict(**tower, image_size=[56, 56]) | dict(
-                                     patch_size=[14, 14])),
-        "llava_onevision": lambda: dict(
-            text_config=dict(model_type="qwen2", **text), vision_config=dict(**siglip, image_size=28),
-            image_token_index=ids["image"], video_token_index=ids["video"], image_grid_pinpoints=grid),
-        "idefics3": lambda: dict(
-            vision_config=dict(**tower, image_size=56), text_config=dict(model_type="llama", **text),
-            image_token_id=ids.get("image"), scale_factor=2, pad_token_id=tokenizer.pad_token_id),
-        "gemma3": lambda: dict(
-            text_config=text | dict(query_pre_attn_scalar=32, sliding_window=8, layer_types=[
-                "sliding_attention", "full_attention", "sliding_attention"]),
-            vision_config=dict(**siglip, image_size=56), mm_tokens_per_image=16, boi_token_index=ids["start_of_image"],
-            eoi_token_index=ids["end_of_image"], image_token_index=ids["image_soft_token"]),
-        "llava": lambda: dict(
-            text_config=dict(model_type="llama", **text), image_token_index=ids.get("image"), vision_config=dict(
-                **tower, model_type="clip_vision_model", image_size=56, projection_dim=32), image_seq_length=16),
-        "qwen3_vl_moe": lambda: dict(
-            vision_config=dict(**qwen_tower, **deep, deepstack_visual_indexes=[0, 1]), **qwen_ids,
-            text_config=text | rope | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
-                                           norm_topk_prob=True)),
-        "glm4v": lambda: dict(
-            text_config=text | dict(rope_parameters={
-                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "partial_rotary_factor": 0.5}),
-            vision_config=dict(**qwen_tower, hidden_size=32, intermediate_size=64, out_hidden_size=128, image_size=56),
-            image_token_id=ids.get("image"), video_token_id=ids.get("video"), image_start_token_id=ids.get(
-                "begin_of_image"), image_end_token_id=ids.get("end_of_image"), video_start_token_id=ids.get(
-                "begin_of_video"), video_end_token_id=ids.get("end_of_video")),
-        "mistral3": lambda: dict(
-            text_config=dict(model_type="mistral", **text, sliding_window=None), vision_config=dict(
-                **tower, model_type="pixtral", image_size=112), image_token_index=ids.get("[IMG]"),
-            spatial_merge_size=2),
-        "gemma4": lambda: dict(
-            text_config=text | dict(
-                head_dim=16, global_head_dim=32, sliding_window=8, hidden_size_per_layer_input=16,
-                vocab_size_per_layer_input=len(tokenizer), num_kv_shared_layers=1, layer_types=[
-                    "sliding_attention", "full_attention", "full_attention"]),
-            vision_config=dict(
-                hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                num_key_value_heads=2, head_dim=16, patch_size=4, pooling_kernel_size=2,
-                position_embedding_size=128, default_output_length=70),
-            audio_config=None, boi_token_id=tokenizer.convert_tokens_to_ids("<|image>"),
-            eoi_token_id=tokenizer.convert_tokens_to_ids("<image|>"), image_token_id=tokenizer.image_token_id,
-            video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"), audio_token_id=tokenizer.audio_token_id),
-    }[name]()  # fmt: skip
-    config = AutoConfig.for_model(
-        name, **config, tie_word_embeddings=name in ("gemma3", "qwen2_vl", "gemma4")
-    )
+    kit = Kit(name)
+    processor, settings = globals()[f"tiny_{name}"](kit)
+    tied = name in ("gemma3", "qwen2_vl", "gemma4")
+    config = AutoConfig.for_model(name, **settings, tie_word_embeddings=tied)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
         for p in network.parameters():
-            if (
-                p.ndim > 1
-            ):  # wide enough, and never 0 (Gemma 3's projector), so that the image matters
+            # wide enough, and never 0 (Gemma 3's projector), so that the image matters
+            if p.ndim > 1:
                 torch.nn.init.normal_(p, std=0.1)
-    network.generation_config.eos_token_id = tokenizer.eos_token_id
-    network.generation_config.pad_token_id = tokenizer.pad_token_id
+    network.generation_config.eos_token_id = kit.tokenizer.eos_token_id
+    network.generation_config.pad_token_id = kit.tokenizer.pad_token_id
     network.save_pretrained(folder)
     processor.save_pretrained(folder)
     if name == "llava":  # as on the hub, where the tower still has a module around it
-        file = folder / "model.safetensors"
-        weights = load_file(file)
-        named = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in weights.items()}
+        file, named = folder / "model.safetensors", {}
+        for key, value in load_file(file).items():
+            named[key.replace("vision_tower.", "vision_tower.vision_model.")] = value
         save_file(named, file, metadata={"format": "pt"})
     return Path(folder)
 
@@ -2715,60 +2953,22 @@ def process_group():
     torch.distributed.destroy_process_group()
 
 
-def test_sampler_logprobs_equal_the_trainers(actor, process_group):
-    actor.temperature = 0.7
-    prompts = prompts_with(actor, 0, 1, 3, 1)
-    drawn = draw(rollout.HFEngine(actor, max_response_tokens=12), prompts, n=5)
-    assert [len(rollouts) for rollouts in drawn] == [5, 5, 5, 5]
-    with torch.no_grad():
-        logprobs, _ = actor.logprobs(as_groups(prompts, drawn))
-    close(sampled(drawn), logprobs, atol=1e-5)
+def draw(engine, prompts, n, seed=0, **options):
+    return engine.generate([[prompt] for prompt in prompts], n, seed, **options)
 
 
-def test_vision_tokens_are_never_drawn_and_the_rest_is_uniform_when_the_head_is_zero(
-    actor, process_group
-):
-    torch.nn.init.zeros_(actor.model.lm_head.weight)
-    actor.model.generation_config.update(
-        top_k=1, top_p=0.1, repetition_penalty=2.0
-    )  # not the trained distribution
-    engine = rollout.HFEngine(actor, max_response_tokens=30)
-    [group] = draw(engine, prompts_with(actor, 1), n=200)
-    tokens = torch.cat([r.response for r in group])
-    allowed = actor.model.config.text_config.vocab_size - len(actor.banned_ids)
-    assert not torch.isin(tokens, torch.tensor(actor.banned_ids)).any()
-    assert len(tokens.unique()) > 0.95 * allowed
-    close(
-        torch.cat([r.sampler_logprobs for r in group]),
-        torch.full((len(tokens),), -math.log(allowed)),
-        atol=1e-5,
-    )
+def as_groups(prompts, drawn):
+    """What the engine drew for each prompt, as Actor.logprobs takes it."""
+    return [(p, [r.turns for r in rs]) for p, rs in zip(prompts, drawn, strict=True)]
 
 
-def test_a_response_ends_with_the_end_token_or_is_marked_truncated(actor, process_group):
-    torch.nn.init.zeros_(actor.model.lm_head.weight)
-    engine = rollout.HFEngine(actor, max_response_tokens=200)
-    [group] = draw(engine, prompts_with(actor, 0), n=100, seed=1)
-    [end] = actor.eos_ids
-    assert {r.truncated for r in group} == {True, False}
-    for r in group:
-        assert (r.response == end).sum() == (not r.truncated) and len(r.response) == len(
-            r.sampler_logprobs
-        )
-        assert len(r.response) == 200 if r.truncated else r.response[-1] == end
-        assert "<|im_end|>" not in r.text(actor.processor.tokenizer)
+def sampled(drawn):
+    """(N,) sampler_logprobs of all that was drawn."""
+    return torch.cat([r.sampler_logprobs for rollouts in drawn for r in rollouts])
 
 
-def test_generation_is_fixed_by_its_seed_and_greedy_by_nothing(actor, process_group):
-    engine, prompts = rollout.HFEngine(actor, max_response_tokens=8), prompts_with(actor, 1, 0)
-
-    def ids(**options):
-        return [r.response.tolist() for g in draw(engine, prompts, **options) for r in g]
-
-    state = torch.get_rng_state()
-    assert ids(n=3, seed=1) == ids(n=3, seed=1) != ids(n=3, seed=2)
-    assert ids(n=1, seed=1, greedy=True) == ids(n=1, seed=2, greedy=True)
-    assert torch.equal(state, torch.get_rng_state())
+def drawn_ids(engine, prompts, n, seed, **options):
+    return [r.response.tolist() for rs in draw(engine, prompts, n, seed, **options) for r in rs]
 
 
 def test_an_engine_closes_after_success_or_an_exit_but_not_after_a_failure():
@@ -2801,26 +3001,119 @@ def test_greedy_generation_prints_no_warning(actor, process_group, caplog):
     assert "not valid" not in caplog.text
 
 
-# --------------------------------------------------------------------------------------------------
-# rollout.py: vLLM
-
-needs_vllm = pytest.mark.skipif(
-    rollout.choose_engine("auto")[0] != "vllm", reason=rollout.choose_engine("auto")[1]
-)
-
-
-def vllm_engine(actor, folder, **changes):
-    settings = dict(dtype=torch.float32, tp=1, memory_fraction=0.3, eager=True, max_prompt_tokens=400,
-                    max_response_tokens=24, max_images=3)  # fmt: skip
-    return rollout.VLLMEngine(actor, str(folder), **settings | changes)
-
-
 def largest_gap(actor, engine, prompts, n=4, seed=0):
     """Largest |sampler_logprobs - logprobs| over n responses to each prompt."""
     drawn = draw(engine, prompts, n, seed)
     with torch.no_grad():
         logprobs, _ = actor.logprobs(as_groups(prompts, drawn))
     return (sampled(drawn) - logprobs).abs().max().item()
+
+
+needs_vllm = pytest.mark.skipif(
+    rollout.choose_engine("auto")[0] != "vllm", reason=rollout.choose_engine("auto")[1]
+)
+in_vllms_process = [needs_vllm, pytest.mark.xdist_group("vllm")]
+
+
+def with_bounds(folder):
+    """The actor of a model whose processor leaves the tests' images alone, as vLLM needs."""
+    return model.Actor.from_pretrained(str(folder), pixels=(MIN_PIXELS, MAX_PIXELS))
+
+
+def start_vllm(actor, folder, **changes):
+    limits = dict(max_prompt_tokens=400, max_response_tokens=24, max_images=3, max_videos=2)
+    settings = dict(dtype=torch.float32, tp=1, memory_fraction=0.3, eager=True)
+    return rollout.VLLMEngine(actor, str(folder), **settings | limits | changes)
+
+
+class KeptVLLM:
+    """At most one vLLM engine: a start takes seconds, so the tests of one model share it."""
+
+    engine = folder = None
+
+    def engine_for(self, actor, folder):
+        """An engine with the actor's weights; one that has just started has those of the folder."""
+        if self.folder == folder:
+            self.engine.actor = actor
+            self.engine.sync(actor)
+        else:
+            self.close()
+            self.engine = start_vllm(actor, folder)
+            self.folder = folder
+        self.engine.max_response_tokens = 24
+        return self.engine
+
+    def close(self):
+        if self.engine:
+            self.engine.close()
+        self.engine = self.folder = None
+
+
+@pytest.fixture(scope="session")
+def vllm(process_group):
+    kept = KeptVLLM()
+    yield kept
+    kept.close()
+
+
+@pytest.fixture(params=["hf", pytest.param("vllm", marks=in_vllms_process)])
+def engine(request, tiny, process_group):
+    """Either engine, for what both promise, over an actor of its own: engine.actor."""
+    actor = with_bounds(tiny[False])
+    if request.param == "vllm":
+        return request.getfixturevalue("vllm").engine_for(actor, tiny[False])
+    return rollout.HFEngine(actor, max_response_tokens=24)
+
+
+def test_sampler_logprobs_equal_the_trainers(engine):
+    engine.actor.temperature = 0.7
+    prompts = prompts_with(engine.actor, 0, 1, 3, 1)
+    assert [len(rollouts) for rollouts in draw(engine, prompts, 5)] == [5, 5, 5, 5]
+    assert largest_gap(engine.actor, engine, prompts, n=5) < 1e-4
+
+
+def test_without_a_head_all_tokens_but_the_banned_ones_are_drawn_equally_often(engine):
+    actor = engine.actor
+    torch.nn.init.zeros_(actor.model.lm_head.weight)
+    # none of this belongs to the trained distribution
+    actor.model.generation_config.update(top_k=1, top_p=0.1, repetition_penalty=2.0)
+    engine.sync(actor)
+    [rollouts] = drawn = draw(engine, prompts_with(actor, 1), 200)
+    tokens = torch.cat([r.response for r in rollouts])
+    allowed = actor.model.config.text_config.vocab_size - len(actor.banned_ids)
+    assert not torch.isin(tokens, torch.tensor(actor.banned_ids)).any()
+    assert len(tokens.unique()) > 0.95 * allowed
+    close(sampled(drawn), torch.full((len(tokens),), -math.log(allowed)), atol=1e-5)
+
+
+def test_a_response_ends_with_the_end_token_or_is_marked_truncated(engine):
+    actor = engine.actor
+    torch.nn.init.zeros_(actor.model.lm_head.weight)
+    engine.sync(actor)
+    [rollouts] = draw(engine, prompts_with(actor, 0), 100, seed=1)
+    [end] = actor.eos_ids
+    assert {r.truncated for r in rollouts} == {True, False}
+    for r in rollouts:
+        assert (r.response == end).sum() == (not r.truncated)
+        assert len(r.response) == len(r.sampler_logprobs)
+        assert len(r.response) == 24 if r.truncated else r.response[-1] == end
+        assert "<|im_end|>" not in r.text(actor.processor.tokenizer)
+
+
+def test_generation_is_fixed_by_its_seed_and_greedy_by_nothing(engine):
+    prompts = prompts_with(engine.actor, 1, 0, 1)
+    ids = functools.partial(drawn_ids, engine, prompts)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    assert ids(3, seed=1) == ids(3, seed=1) != ids(3, seed=2)
+    assert len({tuple(r) for r in ids(4, seed=1)}) == 12  # no two responses share their noise
+    likeliest = ids(1, seed=1, greedy=True)
+    assert likeliest == ids(1, seed=2, greedy=True)
+    assert likeliest == drawn_ids(rollout.HFEngine(engine.actor, 24), prompts, 1, 0, greedy=True)
+    assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads() == threads
+
+
+# --------------------------------------------------------------------------------------------------
+# rollout.py: vLLM
 
 
 def perturb(actor, part="", scale=0.05, seed=0):
@@ -2832,122 +3125,109 @@ def perturb(actor, part="", scale=0.05, seed=0):
 
 
 @needs_vllm
-@pytest.mark.parametrize("tied", [True, False])
-def test_vllm_follows_the_trainer_through_every_kind_of_update(tiny, process_group, tied):
-    actor = model.Actor.from_pretrained(
-        str(tiny[tied]), pixels=(28 * 28, 28 * 28 * 64), temperature=0.7
-    )
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.parametrize("tied", [False, True])
+def test_vllm_follows_the_trainer_through_every_kind_of_update(tiny, vllm, tied):
+    actor = with_bounds(tiny[tied])
+    actor.temperature = 0.7
     prompts = prompts_with(actor, 0, 1, 3)
-    with contextlib.closing(vllm_engine(actor, tiny[tied])) as engine:
-        assert largest_gap(actor, engine, prompts) < 1e-4
-        # "visual" with the same images: an encoder output cached under the old weights must not
-        # survive
-        for part in ("", "visual", "", "embed_tokens", "norm", "bias"):
-            perturb(actor, part, 0.2 if part else 0.05)
-            assert largest_gap(actor, engine, prompts) > 1e-2, f"{part!r} changed nothing"
-            stats = engine.sync(actor)
-            assert largest_gap(actor, engine, prompts) < 1e-4, part
-        assert stats["gigabytes"] == pytest.approx(
-            4e-9 * sum(v.numel() for v in actor.model.state_dict().values())
-        )
-        assert stats["gigabytes_per_second"] > 0
-        with_lora(actor)
-        assert largest_gap(actor, engine, prompts) > 1e-2
-        engine.sync(actor)
-        assert largest_gap(actor, engine, prompts) < 1e-4
-
-
-@needs_vllm
-@pytest.mark.parametrize("name", ["qwen3_vl", "internvl", "idefics3"])
-def test_vllm_follows_other_families(name, family_folder, process_group):
-    actor = model.Actor.from_pretrained(str(family_folder(name)), pixels=(28 * 28, 28 * 28 * 64))
-    prompts = prompts_with(actor, 0, 1, 2)
-    with contextlib.closing(vllm_engine(actor, family_folder(name))) as engine:
-        assert largest_gap(actor, engine, prompts) < 1e-4
-        perturb(actor)
-        assert largest_gap(actor, engine, prompts) > 1e-2
-        engine.sync(actor)
-        assert largest_gap(actor, engine, prompts) < 1e-4
-
-
-@needs_vllm
-def test_vllm_samples_the_trained_distribution(tiny, process_group):
-    actor = model.Actor.from_pretrained(str(tiny[False]), pixels=(28 * 28, 28 * 28 * 64))
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    with contextlib.closing(vllm_engine(actor, tiny[False])) as engine:
-        prompts = prompts_with(actor, 1, 0, 1)
-
-        def ids(**options):
-            return [r.response.tolist() for g in draw(engine, prompts, **options) for r in g]
-
-        assert ids(n=3, seed=1) == ids(n=3, seed=1) != ids(n=3, seed=2)
-        assert len({tuple(r) for r in ids(n=4, seed=1)}) == 12  # no two responses share their noise
-        assert ids(n=1, seed=1, greedy=True) == ids(n=1, seed=2, greedy=True)
-        hf = rollout.HFEngine(actor, 24)
-        greedy = [g[0].response.tolist() for g in draw(hf, prompts, 1, greedy=True)]
-        assert ids(n=1, seed=0, greedy=True) == greedy
-        torch.nn.init.zeros_(actor.model.lm_head.weight)
-        engine.sync(actor)
-        [group] = draw(engine, prompts[:1], 200)
-        tokens = torch.cat([r.response for r in group])
-        allowed = actor.model.config.text_config.vocab_size - len(actor.banned_ids)
-        assert (
-            not torch.isin(tokens, torch.tensor(actor.banned_ids)).any()
-            and len(tokens.unique()) > 0.95 * allowed
-        )
-        close(
-            torch.cat([r.sampler_logprobs for r in group]),
-            torch.full((len(tokens),), -math.log(allowed)),
-            atol=1e-5,
-        )
-        assert {r.truncated for r in group} == {True, False}
-        for r in group:
-            assert len(r.response) == 24 if r.truncated else r.response[-1] in actor.eos_ids
+    engine = vllm.engine_for(actor, tiny[tied])
     assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads() == threads
+    assert largest_gap(actor, engine, prompts) < 1e-4
+    # "visual" with the same images: an encoder output cached under the old weights must not survive
+    for part in ("", "visual", "", "embed_tokens", "norm", "bias"):
+        perturb(actor, part, 0.2 if part else 0.05)
+        assert largest_gap(actor, engine, prompts) > 1e-2, f"{part!r} changed nothing"
+        stats = engine.sync(actor)
+        assert largest_gap(actor, engine, prompts) < 1e-4, part
+    numbers = sum(v.numel() for v in actor.model.state_dict().values())
+    assert stats["gigabytes"] == pytest.approx(4e-9 * numbers)
+    assert stats["gigabytes_per_second"] > 0
+    with_lora(actor)
+    assert largest_gap(actor, engine, prompts) > 1e-2
+    engine.sync(actor)
+    assert largest_gap(actor, engine, prompts) < 1e-4
+
+
+@needs_vllm
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.parametrize("name", [
+    "qwen3_vl", pytest.param("internvl", marks=pytest.mark.slow), pytest.param("idefics3", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_vllm_follows_other_families(name, family_folder, vllm):
+    actor = with_bounds(family_folder(name))
+    prompts = prompts_with(actor, 0, 1, 2)
+    engine = vllm.engine_for(actor, family_folder(name))
+    assert largest_gap(actor, engine, prompts) < 1e-4
+    perturb(actor)
+    assert largest_gap(actor, engine, prompts) > 1e-2
+    engine.sync(actor)
+    assert largest_gap(actor, engine, prompts) < 1e-4
+
+
+@needs_vllm
+@pytest.mark.xdist_group("vllm")
+def test_vllm_serves_an_exported_model_with_its_adapters_merged(actor, vllm, tmp_path):
+    with_lora(actor).save(tmp_path)
+    exported = with_bounds(tmp_path)
+    prompts = prompts_with(exported, 0, 1)
+    engine = vllm.engine_for(exported, tmp_path)
+    assert largest_gap(exported, engine, prompts) < 1e-4
+    assert largest_gap(actor, engine, prompts) < 1e-4
+
+
+@needs_vllm
+@pytest.mark.xdist_group("vllm")
+def test_vllm_refuses_another_prompt(tiny, vllm):
+    actor = with_bounds(tiny[False])
+    [prompt] = prompts_with(actor, 1)
+    engine = vllm.engine_for(actor, tiny[False])
+    resized = dataclasses.replace(prompt, images=[prompt.images[0].resize((56, 28))])
+    with pytest.raises(RuntimeError, match="another prompt than the trainer"):
+        draw(engine, [resized], 1)
+
+
+LAYER = "model.language_model.layers.1."
+
+
+@needs_vllm
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.parametrize("name, message", [
+    (LAYER + "self_attn.k_proj.weight", "were not in the model"),
+    pytest.param(LAYER + "mlp.down_proj.weight", "were not in the model", marks=pytest.mark.slow),
+    pytest.param(LAYER + "extra.weight", "extra", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_vllm_refuses_another_model_and_ends_without_the_trainers_processes(
+    tiny, vllm, name, message
+):
+    actor = with_bounds(tiny[False])
+    weights = dict(actor.model.state_dict())
+    if name in weights:
+        del weights[name]
+    else:
+        weights[name] = torch.zeros(2)
+    engine = vllm.engine_for(actor, tiny[False])
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        engine.sync(SimpleNamespace(weights=lambda dtype: iter(weights.items())))
+    vllm.close()  # it is not usable after that
     assert torch.distributed.is_initialized()
 
 
 @needs_vllm
-def test_vllm_refuses_another_prompt_and_another_model(tiny, process_group):
-    actor = model.Actor.from_pretrained(str(tiny[False]), pixels=(28 * 28, 28 * 28 * 64))
-    [prompt] = prompts_with(actor, 1)
-    with contextlib.closing(vllm_engine(actor, tiny[False])) as engine:
-        resized = dataclasses.replace(prompt, images=[prompt.images[0].resize((56, 28))])
-        with pytest.raises(RuntimeError, match="another prompt than the trainer"):
-            draw(engine, [resized], 1)
-        with pytest.raises(ValueError, match="greedy with n=2"):
-            draw(engine, [prompt], 2, greedy=True)
-
-    def altered(change):
-        weights = dict(actor.model.state_dict())
-        change(weights)
-        return SimpleNamespace(weights=lambda dtype: iter(weights.items()))
-
-    layer = "model.language_model.layers.1."
-    for change, message in (
-        (lambda w: w.pop(layer + "mlp.down_proj.weight"), "were not in the model"),
-        (lambda w: w.pop(layer + "self_attn.k_proj.weight"), "were not in the model"),
-        (lambda w: w.update({layer + "extra.weight": torch.zeros(2)}), "extra"),
-    ):
-        with contextlib.closing(vllm_engine(actor, tiny[False])) as engine:
-            with pytest.raises((RuntimeError, ValueError), match=message):
-                engine.sync(altered(change))
-
-
-@needs_vllm
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_vllm_follows_sharded_weights_on_two_ranks_and_the_gate_sees_a_missed_sync(tiny, tp):
-    torchrun("check_vllm_on_two_ranks", str(tiny[tp == 1]), str(tp))
+    run_apart("check_vllm_on_two_ranks", str(tiny[tp == 1]), tp, ranks=2)
 
 
 def check_vllm_on_two_ranks(folder, tp):
-    """Run by torchrun, with 2 ranks."""
+    """Run with 2 ranks."""
     device = processes.start_processes()
-    actor = model.Actor.from_pretrained(folder, pixels=(28 * 28, 28 * 28 * 64))
+    actor = with_bounds(folder)
     prompts = prompts_with(actor, 0, 1, 3)[
         :: 1 if torch.distributed.get_rank() else 2
     ]  # 2 on one rank, 3 on the other
-    engine = vllm_engine(actor, folder, tp=int(tp))
+    engine = start_vllm(actor, folder, tp=tp)
     actor.shard(device)
     optimizer = torch.optim.AdamW(actor.model.parameters(), lr=1e-2)
     assert largest_gap(actor, engine, prompts) < 1e-4
@@ -3113,7 +3393,7 @@ def test_vllm_sleeps_and_wakes_on_a_gpu(tiny, process_group, gpu_table):
     prompts = prompts_with(actor, 0, 1, 3)
     before = used()
     changes = dict(dtype=torch.bfloat16, eager=False, memory_fraction=0.3)
-    with contextlib.closing(vllm_engine(actor, tiny[False], **changes)) as engine:
+    with contextlib.closing(start_vllm(actor, tiny[False], **changes)) as engine:
         actor.model.to("cuda")
         gpu_table.append(("vLLM awake", used() - before, "GiB"))
         for _ in range(3):
@@ -3344,31 +3624,6 @@ def test_a_trace_that_repeats_the_conversation_in_other_tokens_or_pictures_is_re
         model.make_trace([(other, one), (again, two)])
 
 
-@pytest.mark.parametrize("variant", ["trained tower", "frozen tower", "Qwen3-VL"])
-def test_conversations_give_the_same_logprobs_and_gradients_in_every_layout(
-    family_folder, actor, variant
-):
-    actor = (
-        model.Actor.from_pretrained(str(family_folder("qwen3_vl")))
-        if variant == "Qwen3-VL"
-        else actor
-    )
-    plain = random_groups(actor, (0, 1), ((3, 5), (4, 2)))
-    prompt, one, later, two = two_turns(actor)
-    text = make(actor, "Once more.", later=True)
-    groups = [
-        plain[0],
-        (prompt, [[one, later, two], [two], [two, text, one, later, one]]),
-        plain[1],
-    ]
-    if variant == "frozen tower":
-        actor.freeze("tower", "projector")
-        features = actor.image_features(model.prompts_of(model.turns_of(groups)))
-        assert len(features["image"].pooler_output) == 2 + 2 + 2 + 1
-        close(actor.logprobs(groups, features)[0], actor.logprobs(groups)[0], atol=1e-6)
-    assert_same_in_every_layout(actor, groups)
-
-
 def test_a_later_turn_is_what_the_template_adds_and_a_template_that_starts_anew_is_refused(actor):
     later = make(actor, "<image>Now?", picture(2, 56, 56), later=True)
     seen = "\n<|im_start|>user\n<|vision_start|>%s<|vision_end|>Now?<|im_end|>\n<|im_start|>assistant\n"
@@ -3443,16 +3698,9 @@ def observations(r):
     return [turn for turn in r.turns if isinstance(turn, rollout.Observation)]
 
 
-def test_in_conversations_the_samplers_logprobs_equal_the_trainers(actor, process_group):
-    actor.temperature = 0.7
-    assert conversation_gap(actor, *countdown(actor, rollout.HFEngine(actor, 12))) < 1e-5
-
-
-@needs_vllm
-def test_in_conversations_vllms_logprobs_equal_the_trainers(tiny, process_group):
-    actor = model.Actor.from_pretrained(str(tiny[False]), pixels=(28 * 28, 28 * 28 * 64))
-    with contextlib.closing(vllm_engine(actor, tiny[False], max_response_tokens=12)) as engine:
-        assert conversation_gap(actor, *countdown(actor, engine)) < 1e-4
+def test_in_conversations_the_samplers_logprobs_equal_the_trainers(engine):
+    engine.actor.temperature, engine.max_response_tokens = 0.7, 12
+    assert conversation_gap(engine.actor, *countdown(engine.actor, engine)) < 1e-4
 
 
 def test_a_conversation_over_the_limit_ends_before_its_next_turn(actor, process_group):
@@ -3502,19 +3750,32 @@ def test_the_codeword_environment_by_hand(tmp_path):
         assert game.step(rf"<think>look</think>\boxed{{{said}}}") == (None, reward_of)
 
 
-def test_two_ranks_train_on_conversations_of_which_one_has_none_to_evaluate(tmp_path):
+def test_two_ranks_train_on_conversations_of_which_one_has_none_to_evaluate(seedling, tmp_path):
     figures.make_codewords(tmp_path / "codewords", train=40, test=3)
-    rows = data.load_problems(tmp_path / "codewords")
-    tiny_model.build_warm_tiny(
-        tmp_path / "codeword-model", rows, tiny_model.TINY_INSTRUCTION, updates=30
-    )
-    torchrun("--task", "codeword", "--engine", "hf", "--out", str(tmp_path), "--steps", "1", "--eval_rows", "1",
-             "--prompts_per_step", "6", "--minibatch_prompts", "3", "--responses_per_prompt", "4",
-             "--max_tokens_per_pack", "400", "--kl_coefficient", "0.1", script=HERE / "train.py")  # fmt: skip
-    before, *_ = rows = metrics(tmp_path / "codeword")
-    [step] = [row for row in rows if "train/reward" in row]
-    assert before["eval/format"] == 1  # of the last turn: the first one is "ok"
+    code, log = torchrun(
+        HERE / "train.py", "--task", "codeword", "--engine", "hf", "--out", tmp_path, "--model", seedling / "tiny-model",
+        "--steps", "1", "--eval_rows", "1", "--prompts_per_step", "6", "--minibatch_prompts", "3",
+        "--responses_per_prompt", "4", "--max_tokens_per_pack", "400", "--kl_coefficient", "0.1",
+    )  # fmt: skip
+    assert code == 0, log
+    [step] = learning_steps(tmp_path / "codeword")
     assert step["train/gap"] < 1e-5 and step["train/learnt_tokens"] > 0
+
+
+def test_a_conversation_is_judged_by_its_last_turn(actor, grader):
+    encode_text = actor.processor.tokenizer.encode
+    said = [
+        torch.tensor(encode_text(text + "<|im_end|>"))
+        for text in ("ok", "<think>I look.</think>\\boxed{4}")
+    ]
+    turns = [said[0], rollout.Observation(problem("Now?", ()), 3), said[1]]
+    logprobs = torch.zeros(len(said[0]) + len(said[1]))
+    conversation = rollout.Rollout(turns, logprobs, False, reward=0.25)
+    weights = parse_weights("accuracy=1")
+    got = rollout.score(
+        [[conversation]], [problem()], 1, actor.processor.tokenizer, weights, grader
+    )
+    assert (got["format"].item(), got["accuracy"].item(), got["reward"].item()) == (1, 1, 0.25)
 
 
 def readme_block(name):
@@ -3568,7 +3829,7 @@ def test_an_evaluation_keeps_every_turn_with_what_was_said_and_shown(actor, proc
     engine, prompts = countdown(actor, rollout.HFEngine(actor, 12))
     rows = [prompt.problem for prompt in prompts]  # of 1, 3 and 2 turns
     weights = parse_weights("accuracy=1")
-    _, records = rollout.evaluate(engine, rows, engine.reader, 6, 3, weights, grader)
+    _, records, _ = rollout.evaluate(engine, rows, engine.reader, 6, 3, weights, grader)
     assert [record["row"] for record in records] == [0] * 6 + [1] * 6 + [2] * 6
     for record in records:
         turns = record["turns"]
@@ -3718,28 +3979,6 @@ def test_what_follows_a_video_begins_after_its_last_frame(actor):
     assert (positions[:, start + 16 :] - start - 13).tolist() == [list(range(rest))] * 3
 
 
-@pytest.mark.parametrize("variant", ["trained tower", "frozen tower"])
-def test_mixed_rows_give_the_same_logprobs_and_gradients_in_every_layout(actor, variant):
-    generator = torch.Generator().manual_seed(0)
-    groups = []
-    for prompt in mixed_prompts(actor):
-        responses = [torch.randint(0, 250, (n,), generator=generator) for n in (3, 5)]
-        groups.append((prompt, [[response] for response in responses]))
-    later = dataclasses.replace(media_problem("<video>Now?", 0, stills(2, 56, 84)))
-    observation = build_reader(actor.processor).later(later)
-    [one], [two] = groups[0][1]
-    groups[1][1].append([one, observation, two])
-    if variant == "frozen tower":
-        actor.freeze("tower", "projector")
-        features = actor.image_features(model.prompts_of(model.turns_of(groups)))
-        assert [len(features[kind].pooler_output) for kind in ("image", "video")] == [
-            1 + 2 + 1,
-            1 + 1 + 2,
-        ]
-        close(actor.logprobs(groups, features)[0], actor.logprobs(groups)[0], atol=1e-6)
-    assert_same_in_every_layout(actor, groups)
-
-
 def test_a_turn_with_a_video_counts_it_once_in_a_cumulative_trace(actor):
     *_, mixed = mixed_prompts(actor)
     one = torch.tensor(actor.processor.tokenizer.encode("look<|im_end|>"))
@@ -3759,6 +3998,10 @@ def test_a_turn_with_a_video_counts_it_once_in_a_cumulative_trace(actor):
     assert all(torch.equal(got.inputs[name], value) for name, value in later.inputs.items())
 
 
+def test_engine_and_trainer_see_the_same_videos(engine):
+    assert largest_gap(engine.actor, engine, mixed_prompts(engine.actor)) < 1e-4
+
+
 def other_video_statistics(folder, to):
     """The model in `folder`, but its processor normalises videos otherwise than images."""
     shutil.copytree(folder, to)
@@ -3770,22 +4013,20 @@ def other_video_statistics(folder, to):
 
 
 @needs_vllm
-def test_vllm_sees_the_same_videos_normalised_by_their_own_mean_and_std(
-    tiny, process_group, tmp_path
-):
+@pytest.mark.xdist_group("vllm")
+def test_vllm_sees_the_same_videos_normalised_by_their_own_mean_and_std(tiny, vllm, tmp_path):
     folder = other_video_statistics(tiny[False], tmp_path / "other")
-    actor = model.Actor.from_pretrained(str(folder), pixels=(28 * 28, 28 * 28 * 64))
+    actor = with_bounds(folder)
     assert actor.processor.video_processor.image_mean != actor.processor.image_processor.image_mean
     prompts = mixed_prompts(actor)
-    with contextlib.closing(vllm_engine(actor, folder, max_videos=2)) as engine:
-        assert largest_gap(actor, engine, prompts) < 1e-4
+    assert largest_gap(actor, vllm.engine_for(actor, folder), prompts) < 1e-4
     assert largest_gap(actor, rollout.HFEngine(actor, 12), prompts) < 1e-5
 
 
 def test_a_rank_with_text_alone_trains_beside_one_with_images_and_videos(
     tiny, process_group, tmp_path
 ):
-    torchrun("save_mixed_gradients", str(tiny[False]), str(tmp_path / "two.pt"))
+    run_apart("save_mixed_gradients", str(tiny[False]), str(tmp_path / "two.pt"), ranks=2)
     actor = model.Actor.from_pretrained(str(tiny[False]))
     batches = mixed_batches(actor)
     torch.cat([actor.logprobs(batch)[0] for pair in batches for batch in pair]).sum().backward()
@@ -3807,7 +4048,7 @@ def mixed_batches(actor):
 
 
 def save_mixed_gradients(folder, out):
-    """Run by torchrun, with 2 ranks."""
+    """Run with 2 ranks."""
     device = processes.start_processes()
     actor = model.Actor.from_pretrained(folder)
     batches = mixed_batches(actor)
@@ -3820,8 +4061,7 @@ def save_mixed_gradients(folder, out):
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_train_on_a_row_of_text_and_one_of_pictures_and_videos(start, tmp_path):
-    copy_start(start, tmp_path)
+def test_two_ranks_train_on_a_row_of_text_and_one_of_pictures_and_videos(seedling, tmp_path):
     frames = [{"bytes": raw, "path": None} for raw in stills(3)]
     clip = [{"bytes": film(2), "path": None}]
     image = {"bytes": red(), "path": None}
@@ -3833,13 +4073,12 @@ def test_two_ranks_train_on_a_row_of_text_and_one_of_pictures_and_videos(start, 
     )
     write(tmp_path, "test.parquet", problem=["<video>What?"], images=[[]], videos=[clip])
     train_file, test_file = (str(tmp_path / f"{split}.parquet") for split in ("train", "test"))
-    torchrun(*SHORT, "--out", str(tmp_path), "--data", train_file, "--test_data", test_file, "--prompts_per_step", "2",
-             "--minibatch_prompts", "2", "--steps", "2", "--kl_coefficient", "0.1", "--max_frames", "2",
-             "--max_frame_pixels", "1568", script=HERE / "train.py")  # fmt: skip
-    steps = [row for row in metrics(tmp_path / "tiny") if "train/reward" in row]
-    assert len(steps) == 2 and all(
-        row["train/gap"] < 1e-5 and row["train/learnt_tokens"] > 0 for row in steps
-    )
+    folder = train_whole(seedling, tmp_path, "--data", train_file, "--test_data", test_file, "--prompts_per_step", "2",
+                         "--minibatch_prompts", "2", "--responses_per_prompt", "4", "--steps", "2",
+                         "--kl_coefficient", "0.1", "--max_frames", "2", "--max_frame_pixels", "1568", ranks=2)  # fmt: skip
+    steps = learning_steps(folder)
+    assert len(steps) == 2
+    assert all(row["train/gap"] < 1e-5 and row["train/learnt_tokens"] > 0 for row in steps)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3975,7 +4214,7 @@ def test_eight_ranks_get_even_shares_of_real_geometry3k_groups(tiny):
 def small_run(folder, groups_seed=0, prepare=lambda actor: None, **changes):
     """A Run on the tiny model in `folder` with plain SGD: its steps are the gradient, too long to
     be rounded away."""
-    settings, _ = train.parse_settings(["--preset", "tiny", "--engine", "hf"])
+    settings, _ = train.parse_settings(["--preset", "tiny", "--engine", "hf", *own_flags()])
     settings = dataclasses.replace(settings, model=str(folder), kl_coefficient=0.0, **changes)
     actor = model.Actor.from_pretrained(
         settings.model, temperature=settings.temperature, packing=settings.packing
@@ -4048,6 +4287,78 @@ def test_flat_groups_change_nothing_but_are_not_computed(tiny, process_group):
     assert nothing.packs == [] and train.update(run, nothing, 0, None) == {}
 
 
+def test_the_tokens_inside_the_last_box_are_found_whatever_the_tokens():
+    texts = ["<think>", r"\boxed{1}", "</think>", r"\box", "ed{", "1", "2}", "<|im_end|>"]
+    assert reward.inside_box(texts) == [False] * 5 + [True, True, False]
+    assert reward.inside_box([r"\boxed{", "x"]) == [False, False]
+
+
+def test_a_white_prompt_has_the_same_ids_and_other_pixels(actor):
+    [pictured, plain] = prompts_with(actor, 2, 0)
+    reader = data.Reader(actor.processor, 28 * 28, 28 * 28 * 64, "")
+    white = reader.white(pictured)
+    assert torch.equal(white.ids, pictured.ids)
+    assert [image.size for image in white.images] == [image.size for image in pictured.images]
+    assert {image.getextrema() for image in white.images} == {((255, 255),) * 3}
+    pixels = white.inputs["pixel_values"]
+    assert pixels.shape == pictured.inputs["pixel_values"].shape
+    assert not torch.equal(pixels, pictured.inputs["pixel_values"])
+    assert reader.white(plain) is plain
+
+
+def test_looks_are_what_the_picture_gave_and_zero_on_white_pictures(tiny, process_group):
+    run, groups = small_run(tiny[False], minibatch_prompts=8)
+    rollouts = {i: group.rollouts[0] for i, group in enumerate(groups)}
+    looks = train.measure_looks(run, rollouts)["looks"]
+    pictured = [(i, rollouts[i]) for i in rollouts if run.test_set[i].images]
+    nats = []
+    for i, drawn in pictured:
+        own, white = run.test_set[i], data.with_images(run.test_set, i, "blank")
+        pairs = [[(run.reader(shown), [drawn.turns])] for shown in (own, white)]
+        with_picture, without = (run.actor.logprobs(pair)[0] for pair in pairs)
+        nats.append((with_picture - without).detach())
+    assert looks == pytest.approx(torch.cat(nats).mean().item(), abs=1e-5) and abs(looks) > 1e-3
+    run.test_set = [data.with_images(run.test_set, i, "blank") for i in range(8)]
+    assert train.measure_looks(run, rollouts)["looks"] == 0
+    run.test_set = [dataclasses.replace(row, images=(), question="What?") for row in run.test_set]
+    assert train.measure_looks(run, rollouts) == {}
+
+
+def test_tokens_that_look_weigh_more_and_responses_the_same(tiny, process_group):
+    run, groups = small_run(tiny[False], minibatch_prompts=8, look_weight=1.0)
+    [minibatch] = minibatches_of(run, groups)
+    [pack] = minibatch.packs
+    logprobs, entropy = run.actor.logprobs(pack.groups)
+    pack.remember(logprobs.detach())
+    weighted, _ = train.pack_loss(run.settings, minibatch, pack, logprobs, entropy)
+    s = dataclasses.replace(run.settings, look_weight=0.0)
+    plain = dataclasses.replace(pack, white_logprobs=None)
+    # on-policy the loss is -sum w A: the weights average 1 in every response
+    expected, _ = train.pack_loss(s, minibatch, plain, logprobs, entropy)
+    close(grpo.policy_loss(logprobs, logprobs, pack.advantages, pack.lengths)[0], -pack.advantages)
+    gradients = [
+        torch.autograd.grad(loss, logprobs, retain_graph=True)[0] for loss in (weighted, expected)
+    ]
+    assert not torch.allclose(*gradients)
+    looks = logprobs.detach() - pack.white_logprobs
+    close(gradients[0], gradients[1] * grpo.look_weights(looks, pack.lengths, 1.0))
+
+
+def test_an_alarm_is_given_where_accuracy_rises_and_looks_fall():
+    def rows(accuracies, looks):
+        told = [
+            {"step": i, "eval/accuracy": a, "eval/looks_answer": x}
+            for i, (a, x) in enumerate(zip(accuracies, looks, strict=True))
+        ]
+        return [*told, {"step": 0, "blank/accuracy": 0.25}]
+
+    warning = report.looks_away(rows([0.4, 0.5, 0.6], [2.0, 1.5, 0.9]))
+    assert "without looking" in warning and "0.250 at step 0" in warning
+    assert report.looks_away(rows([0.4, 0.5, 0.6], [2.0, 1.5, 1.1])) == ""
+    assert report.looks_away(rows([0.4, 0.6, 0.5], [2.0, 1.5, 0.9])) == ""
+    assert report.looks_away(rows([0.4, 0.6], [2.0, 0.5])) == ""
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_sharding_keeps_trained_weights_in_float32_and_changes_no_logprob(
     tiny, process_group, frozen
@@ -4070,22 +4381,17 @@ def test_sharding_keeps_trained_weights_in_float32_and_changes_no_logprob(
     assert actor.logprobs(groups)[0].mean() > before.mean()
 
 
-def test_dynamic_sampling_replaces_flat_groups(start, tmp_path):
-    copy_start(start, tmp_path)
-    flags = [str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--steps", "1", "--eval_rows", "2",
-             "--freeze_vision", "true", "--gradient_checkpointing", "true"]  # fmt: skip
+def test_dynamic_sampling_replaces_flat_groups(seedling, tmp_path):
+    flags = (*SHORT, "--steps", "1", "--rewards", "rare=1", "--resume", "no", "--freeze_vision", "true",
+             "--gradient_checkpointing", "true")  # fmt: skip
     tokens = []
     for extra in ("0", "3"):
-        run_python([*flags, "--dynamic_sampling", extra])
-        tokens += [
-            row["train/learnt_tokens"]
-            for row in metrics(tmp_path / "tiny")
-            if "train/reward" in row
-        ]
-    assert tokens[0] < tokens[1]
-    assert (
-        tmp_path / "tiny.1" / "metrics.jsonl"
-    ).exists()  # the first run was set aside, not mixed up
+        folder = train_whole(seedling, tmp_path, *flags, "--dynamic_sampling", extra)
+        [step] = learning_steps(folder)
+        tokens.append(step["train/learnt_tokens"])
+    assert 0 < tokens[0] < tokens[1]
+    # the first run was set aside, not mixed up
+    assert (tmp_path / "tiny.1" / "metrics.jsonl").exists()
 
 
 def test_a_sampler_that_is_not_the_policy_stops_the_run(tiny, process_group):
@@ -4102,7 +4408,12 @@ def test_a_sampler_that_is_not_the_policy_stops_the_run(tiny, process_group):
 def test_two_processes_that_share_prompts_equal_one_that_pads(
     tiny, process_group, tmp_path, prepare
 ):
-    torchrun("save_one_update", str(tiny[False]), str(tmp_path / "two.pt"), prepare)
+    arguments = str(tiny[False]), str(tmp_path / "two.pt"), prepare
+    if prepare == "nothing":
+        code, log = torchrun(__file__, "save_one_update", *map(json.dumps, arguments))
+        assert code == 0, log
+    else:
+        run_apart("save_one_update", *arguments, ranks=2)
     totals, weights, _ = one_update(tiny[False], packing="padded", prepare=globals()[prepare])
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     assert two["loss"] == pytest.approx(totals["loss"], rel=1e-5)
@@ -4115,12 +4426,8 @@ def test_two_processes_that_share_prompts_equal_one_that_pads(
     )
 
 
-def nothing(actor):
-    pass
-
-
 def save_one_update(folder, out, prepare):
-    """Run by torchrun, with 2 ranks."""
+    """Run with 2 ranks."""
     processes.start_processes()
     totals, weights, _ = one_update(folder, max_tokens_per_pack=100, prepare=globals()[prepare])
     if torch.distributed.get_rank() == 0:
@@ -4128,55 +4435,120 @@ def save_one_update(folder, out, prepare):
     torch.distributed.destroy_process_group()
 
 
-def run_python(arguments, **options):
-    """Run a Python of this environment to its end; returns what it printed, errors included."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+def nursery():
+    """Import everything once; then, for every job on stdin, fork its ranks and print how they ended.
+
+    A job names a function of this file, which a rank calls. Any rank that fails ends the others.
+    """
+    for line in sys.stdin:
+        job = json.loads(line)
+        Path(job["log"]).write_text("")
+        with socket.create_server(("localhost", 0)) as free:
+            port = free.getsockname()[1]
+        ranks = set()
+        for rank in range(job["ranks"]):
+            child = os.fork()
+            if child == 0:
+                be_rank(job, rank, port)
+            ranks.add(child)
+        first_failure = 0
+        while ranks:
+            child, status = os.wait()
+            ranks.remove(child)
+            code = os.waitstatus_to_exitcode(status)
+            if code and not first_failure:
+                first_failure = code
+                for other in ranks:
+                    os.kill(other, signal.SIGKILL)
+        print(first_failure, flush=True)
+
+
+def be_rank(job, rank, port):
+    """Run a job in this process as torchrun would, and end it without what Python does at exit."""
+    code = 1
+    signal.alarm(job["seconds"])
+    try:
+        log = os.open(job["log"], os.O_WRONLY | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        if job["ranks"] > 1:
+            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+            os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(job["ranks"]))
+        sys.argv = [job["function"], *map(str, job["arguments"])]
+        globals()[job["function"]](*job["arguments"])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+@functools.cache
+def start_nursery():
+    """The process that runs nursery(); it ends with this one."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    command = [sys.executable, __file__, "nursery"]
+    return subprocess.Popen(command, env=os.environ | ENVIRONMENT, text=True, **pipes)
+
+
+def launch(function, *arguments, ranks=1, seconds=170):
+    """Call a function of this file in `ranks` fresh processes.
+
+    Returns the exit code of the first rank that failed, else 0, and what all ranks printed.
+    """
+    server = start_nursery()
+    with tempfile.NamedTemporaryFile("r") as log:
+        job = dict(
+            function=function, arguments=arguments, ranks=ranks, seconds=seconds, log=log.name
+        )
+        print(json.dumps(job), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        return code, log.read()
+
+
+def run_apart(function, *arguments, **options):
+    """launch for what has to succeed; returns what was printed."""
+    code, log = launch(function, *arguments, **options)
+    assert code == 0, log[-6000:]
+    return log
+
+
+def torchrun(*command, ranks=2, restarts=0, **env):
+    """The real torchrun. Returns the exit code and what was printed."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--max-restarts={restarts}"]
     done = subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
+        [sys.executable, *launcher, f"--nproc_per_node={ranks}", *map(str, command)],
+        env=os.environ | ENVIRONMENT | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        env=env,
-        timeout=180,
-        **options,
+        timeout=170,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def torchrun(*arguments, script=__file__, ranks=2, **options):
-    return run_python(
-        [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-            str(script),
-            *arguments,
-        ],
-        **options,
-    )
+    return done.returncode, done.stdout
 
 
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="session")
-def start(tmp_path_factory):
-    """A short warm-up on few figures, shared by the runs below: they are about the machinery, not
-    the accuracy."""
-    folder = tmp_path_factory.mktemp("start")
-    figures.make_figures(folder / "figures", train=200, test=24)
-    problems = data.load_problems(folder / "figures")
-    tiny_model.build_warm_tiny(
-        folder / "tiny-model", problems, train.PRESETS["tiny"]["instruction"], updates=60
-    )
-    return folder
+SHORT = ("--prompts_per_step", "8", "--minibatch_prompts", "4", "--responses_per_prompt", "4", "--steps", "3",
+         "--eval_every", "3", "--eval_rows", "10", "--save_every", "3", "--max_response_tokens", "24")  # fmt: skip
 
 
-SHORT = ("--preset", "tiny", "--engine", "hf", "--prompts_per_step", "8", "--minibatch_prompts", "4",
-         "--responses_per_prompt", "4", "--steps", "3", "--eval_every", "3", "--eval_rows", "12",
-         "--kl_coefficient", "0")  # fmt: skip
+def learning_steps(folder):
+    return [row for row in metrics(folder) if "train/reward" in row]
 
 
 def copy_start(start, folder):
@@ -4184,13 +4556,18 @@ def copy_start(start, folder):
     return folder
 
 
-@pytest.fixture(scope="session")
-def finished(start, tmp_path_factory):
-    """The folder of a short run that has ended."""
-    folder = copy_start(start, tmp_path_factory.mktemp("finished"))
-    run_python([str(HERE / "train.py"), *SHORT, "--out", str(folder), "--kl_coefficient", "0.1", "--eval_samples", "4",
-                "--minibatch_prompts", "8"])  # fmt: skip
+def train_whole(start, folder, *flags, **options):
+    """A run that has to end well, from a copy of `start`; returns the run's folder."""
+    code, log = train_apart(copy_start(start, folder), *flags, **options)
+    assert code == 0, log[-6000:]
     return folder / "tiny"
+
+
+@pytest.fixture(scope="session")
+def finished(seedling, tmp_path_factory):
+    """The folder of a short run that has ended."""
+    return train_whole(seedling, tmp_path_factory.mktemp("finished"), *SHORT, "--kl_coefficient", "0.1",
+                       "--eval_samples", "4", "--minibatch_prompts", "8")  # fmt: skip
 
 
 def test_a_run_writes_metrics_report_responses_checkpoint_and_export(finished):
@@ -4217,7 +4594,7 @@ def test_a_run_writes_metrics_report_responses_checkpoint_and_export(finished):
         for line in (finished / "responses" / "eval-000003.jsonl").read_text().splitlines()
     ]
     assert (
-        len(records) == 48
+        len(records) == 10 * 4
         and {"question", "answer", "response", "accuracy", "truncated"} <= records[0].keys()
     )
     exported = model.Actor.from_pretrained(str(finished / "model"))
@@ -4229,26 +4606,17 @@ def test_a_run_writes_metrics_report_responses_checkpoint_and_export(finished):
     assert report["curves"]["train/kl"][2] == [3, pytest.approx(steps[2]["train/kl"], rel=1e-4)]
 
 
-PLAIN = """
-import sys, model, torch, transformers
-folder, ids = sys.argv[1], torch.tensor([eval(sys.argv[2])])
-network, processor = (getattr(transformers, f"Auto{x}").from_pretrained(folder)
-                      for x in ("ModelForImageTextToText", "Processor"))
-assert processor.chat_template and network.generation_config.eos_token_id == processor.tokenizer.eos_token_id
-print(network(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist())
-"""
-
-
 @pytest.mark.parametrize(
     "flags, ranks", [((), 2), (("--lora_rank", "4", "--learning_rate", "1e-2"), 1)]
 )
-def test_an_exported_checkpoint_scores_as_the_trainer_in_a_fresh_process_and_in_vllm(
-    start, tmp_path, process_group, flags, ranks
+def test_an_exported_checkpoint_scores_as_the_trainer_in_a_fresh_process(
+    seedling, tmp_path, process_group, flags, ranks
 ):
-    copy_start(start, tmp_path)
-    torchrun(*SHORT, "--out", str(tmp_path), *flags, script=HERE / "train.py", ranks=ranks)
-    out, checkpoint = tmp_path / "exported", tmp_path / "tiny" / "checkpoints" / "step-000003"
-    run_python([str(HERE / "model.py"), "export", str(checkpoint), str(out)])
+    checkpoint = (
+        train_whole(seedling, tmp_path, *SHORT, *flags, ranks=ranks) / "checkpoints" / "step-000003"
+    )
+    out = tmp_path / "exported"
+    run_apart("run_model", "export", str(checkpoint), str(out))
     weights = load_file(out / "model.safetensors")
     assert all(
         torch.equal(w, weights[n])
@@ -4277,51 +4645,61 @@ def test_an_exported_checkpoint_scores_as_the_trainer_in_a_fresh_process_and_in_
     assert weights.keys() == base.keys() and any(
         not torch.equal(w, base[n]) for n, w in weights.items()
     )
-    got = run_python(["-c", PLAIN, str(out), str(ids.tolist())], cwd=HERE).splitlines()[-1]
+    got = run_apart("print_plain_scores", str(out), ids.tolist()).splitlines()[-1]
     close(torch.tensor(json.loads(got)), expected, atol=1e-4)
 
     if not flags:
         return
-    run_python(
-        [
-            str(HERE / "model.py"),
-            "export",
-            str(checkpoint),
-            str(tmp_path / "apart"),
-            "--keep_adapter",
-        ]
-    )
+    run_apart("run_model", "export", str(checkpoint), str(tmp_path / "apart"), "--keep_adapter")
     from peft import PeftModel
 
     apart = PeftModel.from_pretrained(
         AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny-model"), tmp_path / "apart")  # fmt: skip
     logits = apart(input_ids=ids[None]).logits[0, :-1]
     close(logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0], expected, atol=1e-4)
-    if importlib.util.find_spec("vllm"):
-        exported = model.Actor.from_pretrained(str(out), pixels=(28 * 28, 28 * 28 * 64))
-        with contextlib.closing(vllm_engine(exported, out)) as engine:
-            assert largest_gap(exported, engine, prompts_with(exported, 0, 1)) < 1e-4
+
+
+def run_model(*arguments):
+    """python model.py ..."""
+    sys.argv = ["model.py", *arguments]
+    model.main()
+
+
+def print_plain_scores(folder, ids):
+    """Log-probs of a text under an exported model, by transformers alone."""
+    ids = torch.tensor([ids])
+    network = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    end = processor.tokenizer.eos_token_id
+    assert processor.chat_template and network.generation_config.eos_token_id == end
+    logprobs = network(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    print(logprobs.gather(-1, ids[0, 1:, None])[:, 0].tolist())
 
 
 @pytest.mark.skipif(not GEO3K.exists(), reason="the Geometry3K sample is not there")
-def test_two_steps_on_real_geometry3k_rows(start, tmp_path):
-    copy_start(start, tmp_path)
-    run_python(
-        [str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--steps", "2", "--data", str(GEO3K / "train.parquet"),
-         "--test_data", str(GEO3K / "validation.parquet"), "--max_pixels", str(28 * 28 * 48), "--min_pixels", "784",
-         "--max_prompt_tokens", "600", "--prompts_per_step", "4", "--eval_every", "2"]
+def test_two_steps_on_real_geometry3k_rows(seedling, tmp_path):
+    folder = train_whole(
+        seedling, tmp_path, *SHORT, "--steps", "2", "--data", str(GEO3K / "train.parquet"), "--test_data",
+        str(GEO3K / "validation.parquet"), "--max_pixels", str(28 * 28 * 48), "--min_pixels", "784",
+        "--max_prompt_tokens", "600", "--prompts_per_step", "4", "--eval_every", "2",
     )  # fmt: skip
-    steps = [row for row in metrics(tmp_path / "tiny") if "train/reward" in row]
+    steps = learning_steps(folder)
     assert len(steps) == 2 and all(row["train/gap"] < 1e-4 for row in steps)
 
 
-def test_grpo_learns(start, tmp_path):
+def test_grpo_learns(tmp_path):
     """The smallest problem there is: one colour question, learnt from a model that only knows the
     format."""
-    copy_start(start, tmp_path)
-    run_python([str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--steps", "30", "--eval_every", "30",
-                "--prompts_per_step", "16", "--minibatch_prompts", "16", "--responses_per_prompt", "8"])  # fmt: skip
-    rewards = [row["train/reward"] for row in metrics(tmp_path / "tiny") if "train/reward" in row]
+    start = tmp_path / "start"
+    figures.make_figures(start / "figures", train=200, test=24)
+    problems = data.load_problems(start / "figures")
+    instruction = train.PRESETS["tiny"]["instruction"]
+    tiny_model.build_warm_tiny(start / "tiny-model", problems, instruction, updates=60)
+    folder = train_whole(
+        start, tmp_path / "run", *SHORT, "--steps", "30", "--eval_every", "30", "--prompts_per_step", "16",
+        "--minibatch_prompts", "16", "--responses_per_prompt", "8", "--rewards", "accuracy=0.9,format=0.1",
+    )  # fmt: skip
+    rewards = [row["train/reward"] for row in learning_steps(folder)]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
 
 
@@ -4338,6 +4716,7 @@ def test_the_readme_defines_every_metric_that_a_run_logs_and_no_other(finished):
     names = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell[1])]
     patterns = {name: re.sub("[A-Z]+", ".+", re.escape(name)) for name in names}
     logged = {name for row in metrics(finished) for name in row} - {"step"}
+    logged = {name for name in logged if "varied" not in name}  # this run's own reward
     for name in logged:
         assert any(re.fullmatch(pattern, name) for pattern in patterns.values()), (
             f"{name} is not in the README"
@@ -4405,7 +4784,9 @@ def test_the_report_is_one_page_that_loads_nothing_and_holds_text_as_data(tmp_pa
     )
     assert "default-src 'none'" in page
     report = embedded(tmp_path)
-    texts = [token[0] for token in report["steps"][0]["groups"][0]["responses"][0]["turns"][0]["tokens"]]
+    texts = [
+        token[0] for token in report["steps"][0]["groups"][0]["responses"][0]["turns"][0]["tokens"]
+    ]
     assert texts == [text.replace("\ud800", "?") for text in HOSTILE]
     assert "train/loss" not in report["curves"]  # JSON has no nan
     assert len(list(tmp_path.iterdir())) == 4  # what it is made from, and itself
@@ -4462,7 +4843,7 @@ def test_rollouts_show_what_the_update_did_to_each_token_of_groups_that_teach(
         if cut > 0:  # the first two and the last two are left
             assert turn["tokens"].pop(2) == [f" [{cut} tokens left out] ", 0, 0]
             numbers = numbers[:2] + numbers[-2:]
-        assert [tuple(token[1:]) for token in turn["tokens"]] == [
+        assert [tuple(token[1:3]) for token in turn["tokens"]] == [
             pytest.approx(pair, abs=1e-4) for pair in numbers
         ]
 
@@ -4529,20 +4910,11 @@ def test_weights_and_biases_is_refused_where_it_is_missing(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
-def test_weights_and_biases_gets_every_metric_of_every_step(start, tmp_path, monkeypatch):
-    copy_start(start, tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    run_python(
-        [str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--steps", "2", "--wandb", "grpo"]
-    )
-    [log] = (tmp_path / "tiny" / "wandb").glob("offline-run-*/run-*.wandb")
+def test_weights_and_biases_gets_every_metric_of_every_step(seedling, tmp_path):
+    folder = train_whole(seedling, tmp_path, "--steps", "2", "--wandb", "grpo")
+    [log] = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     seen = log.read_bytes()
-    assert all(
-        name.encode() in seen
-        for row in metrics(tmp_path / "tiny")
-        for name in row
-        if name != "step"
-    )
+    assert all(name.encode() in seen for row in metrics(folder) for name in row if name != "step")
 
 
 def test_a_conversation_is_shown_with_what_was_read_and_what_the_picture_gave(actor):
@@ -4596,7 +4968,9 @@ def test_the_page_opens_on_a_coloured_step_and_has_a_second_view_where_there_is_
     assert opened.count('class="read"') == 8 and opened.count("8 responses, scroll sideways") == 2
     picture_view = browse(page, "#2/picture")
     assert 'id="groups" class="picture"' in picture_view
-    assert picture_view.count('class="down clear"') == 8 * 2 + 1  # in the group with a picture alone
+    assert (
+        picture_view.count('class="down clear"') == 8 * 2 + 1
+    )  # in the group with a picture alone
     assert picture_view.count(">row 1 · no picture, so nothing to compare") == 1
     assert "the picture gave 0.25 nats a token" in picture_view  # (1.5 - 1.0) / 2
     without = browse(page, "#1/picture")  # no token of step 1 has a fourth number
@@ -4609,7 +4983,9 @@ def test_every_curve_has_a_title_and_says_what_is_healthy_and_broken():
     template = (HERE / "support" / "report.html").read_text()
     panels = template.split("const PANELS = [")[1].split("\n];")[0].split("\n  {title: ")[1:]
     for panel in panels:
-        assert re.search(r'healthy:\s+"[^"]+"', panel) and re.search(r'broken:\s+"[^"]+"', panel), panel
+        assert re.search(r'healthy:\s+"[^"]+"', panel) and re.search(r'broken:\s+"[^"]+"', panel), (
+            panel
+        )
     named = {name for panel in panels for name in re.findall(r'"(train/\w+)"', panel)}
     table = (HERE / "README.md").read_text().split("| metric |")[1].split("\n## ")[0]
     assert set(re.findall(r"`(train/\w+)`", table)) <= named
@@ -4618,11 +4994,13 @@ def test_every_curve_has_a_title_and_says_what_is_healthy_and_broken():
 def test_without_a_terminal_progress_is_a_plain_line_every_ten_steps(
     tiny, process_group, tmp_path, capsys
 ):
-    run, groups = small_run(tiny[False], out=str(tmp_path), name="run", steps=25, minibatch_prompts=8)
+    run, groups = small_run(
+        tiny[False], out=str(tmp_path), name="run", steps=25, minibatch_prompts=8
+    )
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
-    for g in groups:
-        g.scores = {"reward": [0.5, 0.5, 0.0, 1.0], "accuracy": [0.0, 0.0, 0.0, 1.0]}
+    scores = {"reward": [0.5, 0.5, 0.0, 1.0], "accuracy": [0.0, 0.0, 0.0, 1.0]}
+    groups = [dataclasses.replace(group, scores=scores) for group in groups]
     log = report.Log(run)
     capsys.readouterr()
     for step in log.progress(range(25)):
@@ -4743,27 +5121,35 @@ def struck(function, number, event, count):
     return wrapper
 
 
-def faulty_run(job):
-    """train.py with a reward that is never flat, and with a fault. Run by the nursery and by
-    torchrun."""
-    job = json.loads(job)
-    reward.REWARDS["varied"] = lambda problem, response, gold: (
-        random.random()
-    )  # from a global random state
-    if job["watch"]:
-        watch(Path(job["watch"]))
-    if job["fault"].isdigit():  # no file can become longer, as if the disk were full
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(job["fault"]), resource.RLIM_INFINITY))
-    elif job["fault"] == "memory":
+def faulty_run(argv, faults):
+    """train.py with a reward that is never flat, and with faults.
+
+    Faults: `kill`, see strike, on rank `rank`; `file_bytes`, which no file can exceed, as if the
+    disk were full; `memory`, the GPU's is full; `watch`, a file to note this process's needs in.
+    """
+    reward.REWARDS |= dict(varied=varied, rare=rare)
+    if "watch" in faults:
+        watch(Path(faults["watch"]))
+    if "memory" in faults:
         reward.REWARDS["varied"] = out_of_memory
-    elif job["fault"] and os.environ.get("RANK", "0") == job["rank"]:
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            strike(job["fault"])
-    if job["script"]:
-        sys.argv = [job["script"], *job["argv"]]
-        runpy.run_path(job["script"], run_name="__main__")
+    if "file_bytes" in faults:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (faults["file_bytes"], resource.RLIM_INFINITY))
+    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if "kill" in faults and first_life and int(os.environ.get("RANK", 0)) == faults.get("rank", 0):
+        strike(faults["kill"])
+    sys.argv = [faults.get("script", "train.py"), *argv]
+    if "script" in faults:
+        runpy.run_path(faults["script"], run_name="__main__")
     else:
-        train.main(job["argv"])
+        train.main(argv)
+
+
+def varied(problem, response, gold):
+    return random.random()  # from a global random state
+
+
+def rare(problem, response, gold):
+    return float(random.random() < 0.2)
 
 
 def out_of_memory(problem, response, gold):
@@ -4791,55 +5177,24 @@ def watch(file):
     reward.REWARDS["varied"] = look
 
 
-def nursery():
-    """Import everything once; then, for every job on stdin, fork a child that runs it, and print
-    how it ended."""
-    for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                log = os.open(json.loads(line)["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(log, 1)
-                os.dup2(log, 2)
-                faulty_run(line)
-                code = 0
-            except SystemExit as stop:
-                code = stop.code
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
 STEPS = ("--preset", "tiny", "--engine", "hf", "--prompts_per_step", "2", "--minibatch_prompts", "1", "--steps", "6",
          "--responses_per_prompt", "2", "--max_response_tokens", "4", "--eval_every", "3", "--eval_rows", "2",
          "--kl_coefficient", "0", "--rewards", "accuracy=0.5,varied=1", "--save_every", "2")  # fmt: skip
 
 
-def job(folder, *flags, fault="", rank="0", watch="", script=""):
-    argv = [*STEPS, "--out", str(folder), "--resume", "auto", *flags]
-    files = dict(watch=str(watch), script=str(script), log=str(folder / "log.txt"))
-    return json.dumps(dict(argv=argv, fault=fault, rank=rank) | files)
+def own_flags():
+    """The user's own settings: FLAGS="--optimizer mine" pytest test_all.py -k killed_again."""
+    return shlex.split(os.environ.get("FLAGS", ""))
 
 
-@pytest.fixture(scope="session")
-def launch():
-    """A function that runs train.py in a folder, on one process, and returns its exit code and what
-    it printed."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    server = subprocess.Popen([sys.executable, __file__, "nursery"], env=env, text=True, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE)  # fmt: skip
+def argv_of(folder, *flags):
+    """A run of a few small steps in a folder."""
+    return [*STEPS, "--out", str(folder), "--resume", "auto", *own_flags(), *flags]
 
-    def run(folder, *flags, **options):
-        print(job(folder, *flags, **options), file=server.stdin, flush=True)
-        return int(server.stdout.readline()), (folder / "log.txt").read_text()
 
-    yield run
-    server.stdin.close()
-    server.wait()
+def train_apart(folder, *flags, ranks=1, seconds=170, **faults):
+    """train.py in a folder; returns its exit code and what it printed. Faults: see faulty_run."""
+    return launch("faulty_run", argv_of(folder, *flags), faults, ranks=ranks, seconds=seconds)
 
 
 @pytest.fixture(scope="session")
@@ -4848,7 +5203,7 @@ def seedling(tmp_path_factory):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     folder = tmp_path_factory.mktemp("seedling")
-    figures.make_figures(folder / "figures", train=20, test=5)
+    figures.make_figures(folder / "figures", train=20, test=10)
     tiny_model.build_tiny(
         folder / "tiny-model", ["How many sides? <think>I look.</think>\\boxed{4}<|im_end|>"] * 2
     )
@@ -4886,10 +5241,10 @@ def assert_same(got, expected):
 
 
 @pytest.fixture(scope="session")
-def unbroken(launch, seedling, tmp_path_factory):
+def unbroken(seedling, tmp_path_factory):
     """The outcome of a run that nothing happened to."""
     folder = copy_start(seedling, tmp_path_factory.mktemp("unbroken"))
-    code, log = launch(folder)
+    code, log = train_apart(folder)
     assert code == 0, log
     rows, weights, state = outcome(folder)
     assert weights != (folder / "tiny-model" / "model.safetensors").read_bytes()
@@ -4912,54 +5267,50 @@ KILLS = (  # wherever a run can be; the first ones are met one after another by 
 CHAIN = KILLS[:10]
 
 
-def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(
-    launch, seedling, unbroken, tmp_path
-):
+def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(seedling, unbroken, tmp_path):
     copy_start(seedling, tmp_path)
     for i, kill in enumerate(CHAIN):
-        code, log = launch(tmp_path, "--save_in_background", str(i % 2 == 0), fault=f"9 {kill}")
+        code, log = train_apart(tmp_path, "--save_in_background", str(i % 2 == 0), kill=f"9 {kill}")
         assert code == -9, f"{kill}\n{log}"
         if "Log.write" in kill:  # a kill in the middle of a line
             with (tmp_path / "tiny" / "metrics.jsonl").open("a") as file:
                 file.write('{"step": 5, "train/rew')
-    code, log = launch(tmp_path)
+    code, log = train_apart(tmp_path)
     assert code == 0 and "resumed from" in log, log
     assert_same(outcome(tmp_path), unbroken)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", KILLS)
-def test_a_run_killed_anywhere_ends_as_if_nothing_had_happened(
-    launch, seedling, unbroken, tmp_path, kill
-):
+def test_a_run_killed_anywhere_ends_as_if_nothing_had_happened(seedling, unbroken, tmp_path, kill):
     copy_start(seedling, tmp_path)
-    code, log = launch(
-        tmp_path, "--save_in_background", str(KILLS.index(kill) % 2 == 1), fault=f"9 {kill}"
+    code, log = train_apart(
+        tmp_path, "--save_in_background", str(KILLS.index(kill) % 2 == 1), kill=f"9 {kill}"
     )
     assert code == -9, log
-    code, log = launch(tmp_path)
+    code, log = train_apart(tmp_path)
     assert code == 0, log
     assert_same(outcome(tmp_path), unbroken)
 
 
 @pytest.mark.slow
-def test_a_killed_run_with_vllm_ends_as_if_nothing_had_happened(launch, seedling, tmp_path):
+def test_a_killed_run_with_vllm_ends_as_if_nothing_had_happened(seedling, tmp_path):
     pytest.importorskip("vllm")
     whole, killed = (copy_start(seedling, tmp_path / name) for name in ("whole", "killed"))
-    code, log = launch(whole, "--engine", "vllm")
+    code, log = train_apart(whole, "--engine", "vllm")
     assert code == 0, log
-    code, log = launch(killed, "--engine", "vllm", fault="9 call train.update 7")
+    code, log = train_apart(killed, "--engine", "vllm", kill="9 call train.update 7")
     assert code == -9, log
-    code, log = launch(killed, "--engine", "vllm")
+    code, log = train_apart(killed, "--engine", "vllm")
     assert code == 0 and "resumed from" in log, log
     assert_same(outcome(killed), outcome(whole))
 
 
 def test_a_signal_ends_the_run_after_the_step_and_a_second_one_at_once(
-    launch, seedling, unbroken, tmp_path
+    seedling, unbroken, tmp_path
 ):
     copy_start(seedling, tmp_path)
-    code, log = launch(tmp_path, fault="15 call train.update 5")
+    code, log = train_apart(tmp_path, kill="15 call train.update 5")
     assert (
         code == 143
         and "step 3: SIGTERM; the checkpoint is written, go on with --resume auto" in log
@@ -4967,41 +5318,37 @@ def test_a_signal_ends_the_run_after_the_step_and_a_second_one_at_once(
     assert (
         tmp_path / "tiny" / "checkpoints" / "step-000003"
     ).is_dir() and "model exported" not in log
-    code, log = launch(tmp_path, fault="2 call train.score 1")
+    code, log = train_apart(tmp_path, kill="2 call train.score 1")
     assert code == 130 and "step 4: SIGINT" in log, log
-    code, log = launch(tmp_path, fault="2 call train.update 1; 2 call train.update 2")
+    code, log = train_apart(tmp_path, kill="2 call train.update 1; 2 call train.update 2")
     assert code == -2 and "SIGINT" not in log, log
-    code, log = launch(tmp_path)
+    code, log = train_apart(tmp_path)
     assert code == 0, log
     assert_same(outcome(tmp_path), unbroken)
 
 
-def test_a_full_disk_stops_the_run_and_loses_no_earlier_checkpoint(
-    launch, seedling, unbroken, tmp_path
-):
+def test_a_full_disk_stops_the_run_and_loses_no_earlier_checkpoint(seedling, unbroken, tmp_path):
     copy_start(seedling, tmp_path)
-    code, log = launch(
-        tmp_path, fault="15 call train.update 4"
+    code, log = train_apart(
+        tmp_path, kill="15 call train.update 4"
     )  # leaves with a checkpoint of step 2
     assert code == 143, log
-    code, log = launch(tmp_path, fault="1000000")  # bytes, and a checkpoint has 7 million
+    code, log = train_apart(tmp_path, file_bytes=1_000_000)  # bytes, and a checkpoint has 7 million
     assert code == 1 and re.search(
         r"step 4: a checkpoint could not be written \(rank 0: .*File too large", log
     ), log
     assert "go on with --resume auto" in log
-    code, log = launch(tmp_path)
+    code, log = train_apart(tmp_path)
     assert code == 0 and "step-000002" in log, log
     assert_same(outcome(tmp_path), unbroken)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
-    launch, seedling, unbroken, tmp_path
-):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(seedling, unbroken, tmp_path):
     copy_start(seedling, tmp_path)
-    launch(tmp_path, fault="15 call train.update 7")
+    train_apart(tmp_path, kill="15 call train.update 7")
     [shard] = (tmp_path / "tiny" / "checkpoints" / "step-000004").glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-1000])
-    code, log = launch(tmp_path, "--learning_rate", "6.5e-4", "--steps", "5")
+    code, log = train_apart(tmp_path, "--learning_rate", "6.5e-4", "--steps", "5")
     assert code == 0 and re.search(
         "step-000004 is damaged.*step-000004.1; trying the one before", log
     ), log
@@ -5011,13 +5358,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     )
 
 
-def test_resume_must_have_a_checkpoint(launch, seedling, tmp_path):
-    code, log = launch(copy_start(seedling, tmp_path), "--resume", "must")
+def test_resume_must_have_a_checkpoint(seedling, tmp_path):
+    code, log = train_apart(copy_start(seedling, tmp_path), "--resume", "must")
     assert code == 1 and "--resume must: no whole checkpoint in" in log
 
 
-def test_the_folder_of_a_run_says_what_it_is_made_of(launch, seedling, tmp_path):
-    launch(copy_start(seedling, tmp_path), fault="15 call train.build 1")
+def test_the_folder_of_a_run_says_what_it_is_made_of(seedling, tmp_path):
+    train_apart(copy_start(seedling, tmp_path), kill="15 call train.build 1")
     made = json.loads((tmp_path / "tiny" / "run.json").read_text())
     assert {
         "command",
@@ -5061,7 +5408,7 @@ def whole_state(run):
 
 
 def go_on_with_two_ranks(folder, out):
-    """Run by torchrun: go on from the checkpoint of one rank, and leave one of two."""
+    """Run with 2 ranks: go on from the checkpoint of one rank, and leave one of two."""
     processes.start_processes()
     run, groups = adam_run(folder, out)
     checkpoint.load_checkpoint(
@@ -5081,7 +5428,7 @@ def test_a_checkpoint_of_one_rank_goes_on_with_two_and_the_reverse(tiny, process
     learn(run, groups)
     checkpoint.save_checkpoint(run)
     saved = whole_state(run)
-    torchrun("go_on_with_two_ranks", str(tiny[False]), str(tmp_path))
+    run_apart("go_on_with_two_ranks", str(tiny[False]), str(tmp_path), ranks=2)
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     assert two["states"][0].keys() == saved.keys()
     assert all(torch.equal(two["states"][0][name], value) for name, value in saved.items())
@@ -5228,11 +5575,16 @@ def test_a_run_goes_on_exactly_with_any_optimizer(tiny, process_group, tmp_path,
     assert same(whole_state(again), whole_state(run))
     names = {name.split(" ")[-1] for name in whole_state(run) if " " in name}
     adam = {"step", "exp_avg", "exp_avg_sq"}
-    assert names == {"adamw": adam, "muon": adam | {"momentum_buffer"}}.get(kind, {"momentum_buffer"})
+    assert names == {"adamw": adam, "muon": adam | {"momentum_buffer"}}.get(
+        kind, {"momentum_buffer"}
+    )
 
 
-def test_muon_takes_the_language_models_matrices_and_a_learning_rate_serves_both(tiny, process_group):
-    run, _ = small_run(tiny[False], optimizer="muon", prepare=lambda actor: actor.freeze("tower"))
+def test_muon_takes_the_language_models_matrices_and_a_learning_rate_serves_both(
+    tiny, process_group
+):
+    frozen_tower = dict(prepare=lambda actor: actor.freeze("tower"))
+    run, _ = small_run(tiny[False], optimizer="muon", minibatch_prompts=8, **frozen_tower)
     optimizer, schedule = train.build_optimizer(run.settings, run.actor)
     matrices, rest = (set(group["param_names"]) for group in optimizer.param_groups)
     layer = "model.language_model.layers.0."
@@ -5241,6 +5593,7 @@ def test_muon_takes_the_language_models_matrices_and_a_learning_rate_serves_both
     assert {"lm_head.weight", "model.language_model.embed_tokens.weight"} <= rest
     assert not any("visual" in name for name in matrices)
     assert not any("visual.blocks" in name for name in rest)  # frozen
+    optimizer.step()
     schedule.step()
     assert len({group["lr"] for group in optimizer.param_groups}) == 1
 
@@ -5249,10 +5602,10 @@ def test_cosine_and_linear_fall_to_the_final_share_by_hand():
     # 4 steps of one update each, no warm-up, down to 0.2: after 0, 1, 2 and 3 of 4 updates
     shape = dict(steps=4, prompts_per_step=2, minibatch_prompts=2, final_learning_rate=0.2)
     linear = train.Settings(warmup_updates=0, schedule="linear", **shape)
-    close([linear.rate(done) for done in range(4)], [1, 0.8, 0.6, 0.4])
+    assert [linear.rate(done) for done in range(4)] == pytest.approx([1, 0.8, 0.6, 0.4])
     cosine = train.Settings(warmup_updates=0, schedule="cosine", **shape)
     # 0.2 + 0.8 (1 + cos(pi done / 4)) / 2
-    close([cosine.rate(done) for done in range(4)], [1, 0.882843, 0.6, 0.317157])
+    assert [cosine.rate(done) for done in range(4)] == pytest.approx([1, 0.882843, 0.6, 0.317157])
     rising = train.Settings(warmup_updates=1, schedule="cosine", **shape)
     assert rising.rate(0) == 0.5
 
@@ -5262,15 +5615,15 @@ def test_state_that_a_checkpoint_would_miss_is_an_error_when_it_is_saved(
 ):
     run, groups = run_with("hiding", tiny[False], tmp_path)
     learn(run, groups)
-    with pytest.raises(RuntimeError, match="is updated, and optimizer.state holds nothing for it"):
+    with pytest.raises(RuntimeError, match=r"is updated, and optimizer.state holds nothing for it"):
         checkpoint.save_checkpoint(run)
     run, groups = adam_run(tiny[False], tmp_path)
     run.optimizer.state[run.optimizer.param_groups[0]["params"][1]]["age"] = 3
-    with pytest.raises(RuntimeError, match="holds age = 3 for .* tensors alone"):
+    with pytest.raises(RuntimeError, match=r"holds age = 3 for .* tensors alone"):
         checkpoint.save_checkpoint(run)
     first = [next(run.actor.model.named_parameters())]
     run.optimizer = torch.optim.AdamW(first)
-    with pytest.raises(RuntimeError, match="is trained, and not among optimizer.param_groups"):
+    with pytest.raises(RuntimeError, match=r"is trained, and not among optimizer.param_groups"):
         checkpoint.save_checkpoint(run)
     run.optimizer = torch.optim.AdamW([first[0][1]])
     with pytest.raises(ValueError, match="make it from named_parameters"):
@@ -5301,7 +5654,7 @@ def test_a_forward_without_gradient_changes_nothing_of_a_checkpoint(tiny, proces
     run, groups = adam_run(tiny[False], tmp_path)
     learn(run, groups)
     before = whole_state(run)
-    [minibatch] = train.plan_minibatches(run, groups)
+    [minibatch] = minibatches_of(run, groups)
     with torch.no_grad():
         run.actor.logprobs(minibatch.packs[0].groups)
     assert same(whole_state(run), before)
@@ -5358,8 +5711,8 @@ def test_an_update_that_is_not_finite_is_kept_for_study_and_stops_the_run(
     assert where == "train.parquet row 17" and prompt.dtype == torch.long and len(responses) == 4
 
 
-def test_a_full_gpu_names_the_setting_and_how_far_to_lower_it(launch, seedling, tmp_path):
-    code, log = launch(copy_start(seedling, tmp_path), fault="memory")
+def test_a_full_gpu_names_the_setting_and_how_far_to_lower_it(seedling, tmp_path):
+    code, log = train_apart(copy_start(seedling, tmp_path), memory=True)
     assert (
         code == 1 and "set --max_tokens_per_pack to 4096 or --gradient_checkpointing true" in log
     ), log
@@ -5408,17 +5761,17 @@ BAD_IMAGES = {  # what the cell holds, and what the message says of it
     "floats": (encode(Image.new("F", (4, 4)), "TIFF"), "holds floats"),
     "PostScript": (
         POSTSCRIPT,
-        "not a readable image .*cannot identify",
+        "not a readable image: they begin with b'%!PS.*PNG, JPEG",
     ),  # Pillow would start Ghostscript
-    "SVG": (SVG, "not a readable image .*cannot identify"),
+    "SVG": (SVG, "not a readable image: they begin with b'<svg"),
     "long": (red(5700, 28), "5700 x 28, longer than 200 to 1"),
     "number": (7, "int, not bytes, a path"),
     "nothing": ({"bytes": None, "path": None}, "NoneType"),
     "no base64": ("no base64!", "not a file's path, base64"),
     "raw data URL": ("data:image/png,raw", "not a file's path, base64"),
-    "up": ("../secret.png", "leads out of the parquet file's folder"),
-    "absolute": ("/etc/hosts.png", "leads out of the parquet file's folder"),
-    "link out": ("out.png", "leads out of the parquet file's folder"),
+    "up": ("../secret.png", "leads out of the folder"),
+    "absolute": ("/etc/hosts.png", "leads out of the folder"),
+    "link out": ("out.png", "leads out of the folder"),
     "link to itself": ("loop.png", "image 'loop.png'"),
     "folder": ("folder.png", "no plain file"),
     "pipe": ("pipe.png", "no plain file"),  # to read it would wait for ever
@@ -5451,7 +5804,6 @@ BAD_TEXTS = {
     "forged image": (dict(problem="<image><|image_pad|>"), "<\\|image_pad\\|>"),
     "video": (dict(problem="<image><video>"), "<video>"),
     "placeholders": (dict(problem="<image><image>"), "2 <image> in the question but 1 images"),
-    "no placeholder": (dict(problem="What?"), "0 <image> in the question but 1 images"),
     "empty answer": (dict(answer=" "), "the answer or the question is empty"),
     "empty question": (dict(problem=""), "the answer or the question is empty"),
     "huge question": (
@@ -5505,20 +5857,22 @@ def test_a_parquet_file_that_is_not_whole_is_refused_by_name(tmp_path, how):
     elif how == "binary column":
         write(tmp_path, answer=[b"4"])
     with pytest.raises(
-        ValueError, match=r"train\.parquet( is not a whole parquet file|.*'answer' is binary)"
+        ValueError,
+        match=r"train\.parquet( is not a whole parquet file|.*the answer is bytes)|no parquet",
     ):
-        data.load_problems(file)
+        data.load_problems(file)[0]
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about what it finds in the headers
-def test_broken_bytes_of_every_format_are_readable_or_a_value_error():
+@pytest.mark.parametrize("count", few_or_all(500, 4000))
+def test_broken_bytes_of_every_format_are_readable_or_a_value_error(count):
     rng, noise = random.Random(0), Image.effect_noise((24, 31), 50).convert("RGB")
     exif = Image.Exif()
     exif[0x112] = 6
     options = [dict(form="JPEG", exif=exif), dict(form="WEBP", lossless=True)]
     options += [dict(form=form) for form in data.FORMATS]
     files, refused = [encode(noise, **option) for option in options], 0
-    for i in range(4000):
+    for i in range(count):
         raw = bytearray(files[i % len(files)])
         for _ in range(rng.choice((1, 2, 5, 20))):
             place = rng.randrange(rng.choice((len(raw), min(len(raw), 120))))
@@ -5527,12 +5881,12 @@ def test_broken_bytes_of_every_format_are_readable_or_a_value_error():
             data.decode_image(bytes(raw[: rng.choice((None, len(raw) // 2))]))
         except ValueError:
             refused += 1
-    assert 1000 < refused < 4000
+    assert count / 4 < refused < count
 
 
-def test_the_same_file_is_not_trained_on_and_held_out(launch, seedling, tmp_path):
+def test_the_same_file_is_not_trained_on_and_held_out(seedling, tmp_path):
     copy_start(seedling, tmp_path)
-    code, log = launch(tmp_path, "--data", str(tmp_path / "figures" / "train.parquet"))
+    code, log = train_apart(tmp_path, "--data", str(tmp_path / "figures" / "train.parquet"))
     assert code == 1 and re.search(
         r"train\.parquet would be trained on and held out; set --test_data", log
     ), log
@@ -5560,27 +5914,12 @@ def test_code_and_pickles_that_come_with_a_model_are_not_run(seedling, tmp_path)
 # --- several processes, and many steps
 
 
-def torchrun_faulty(folder, *flags, fault="", restarts=0):
-    """Two ranks, of which rank 1 meets the fault. Returns the exit code and what was printed."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "RUN_MARK": str(folder)}
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        f"--max-restarts={restarts}",
-    ]
-    command = [
-        sys.executable,
-        *launcher,
-        __file__,
-        "faulty_run",
-        job(folder, *flags, fault=fault, rank="1"),
-    ]
-    done = subprocess.run(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=170
-    )
-    return done.returncode, done.stdout
+def torchrun_faulty(folder, *flags, restarts=0, **faults):
+    """Two ranks, of which rank 1 meets the faults."""
+    argv, faults = argv_of(folder, *flags), dict(rank=1, **faults)
+    arguments = json.dumps(argv), json.dumps(faults)
+    mark = dict(RUN_MARK=str(folder))
+    return torchrun(__file__, "faulty_run", *arguments, restarts=restarts, **mark)
 
 
 def marked_processes(folder):
@@ -5600,10 +5939,10 @@ def test_two_ranks_go_on_by_themselves_and_after_a_signal_to_one_of_them(seedlin
     )
     code, log = torchrun_faulty(quiet)
     assert code == 0, log
-    code, log = torchrun_faulty(killed, fault="9 call train.update 7", restarts=1)
+    code, log = torchrun_faulty(killed, kill="9 call train.update 7", restarts=1)
     assert code == 0 and "resumed from" in log, log
     assert_same(outcome(killed), outcome(quiet))
-    code, log = torchrun_faulty(asked, fault="15 call train.score 3")
+    code, log = torchrun_faulty(asked, kill="15 call train.score 3")
     assert code == 1 and log.count("step 3: SIGTERM; the checkpoint is written") == 1, log
     assert re.search(r"exitcode\s*: 143", log), log
     code, log = torchrun_faulty(asked)
@@ -5619,7 +5958,7 @@ def test_nothing_is_left_of_a_run_that_loses_a_rank(seedling, tmp_path, engine):
     copy_start(seedling, tmp_path)
     env = dict(tp="2" if engine == "vllm" else "1")
     code, log = torchrun_faulty(
-        tmp_path, "--engine", engine, "--rollout_tp", env["tp"], fault="9 call train.update 3"
+        tmp_path, "--engine", engine, "--rollout_tp", env["tp"], kill="9 call train.update 3"
     )
     ended = time.monotonic()
     assert code == 1 and "-9" in log, log
@@ -5630,12 +5969,12 @@ def test_nothing_is_left_of_a_run_that_loses_a_rank(seedling, tmp_path, engine):
 
 @pytest.mark.slow
 def test_two_thousand_steps_need_no_more_memory_files_threads_or_processes_than_a_few(
-    launch, seedling, tmp_path
+    seedling, tmp_path
 ):
     copy_start(seedling, tmp_path)
-    code, log = launch(
+    code, log = train_apart(
         tmp_path, "--steps", "2000", "--prompts_per_step", "1", "--eval_every", "250", "--save_every", "50",
-        "--max_response_tokens", "2", watch=tmp_path / "seen",
+        "--max_response_tokens", "2", seconds=900, watch=str(tmp_path / "seen"),
     )  # fmt: skip
     assert code == 0, log[-3000:]
     seen = np.loadtxt(tmp_path / "seen")  # megabytes, files, threads, children
@@ -5715,19 +6054,14 @@ def measured_update(actor, groups, variant):
     actor.use_packing(variant.split(",")[0])
     features = actor.image_features([p for p, _ in groups]) if variant.endswith("kept") else None
     actor.model.zero_grad()
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    status = lambda name: (
-        int(re.search(name + r":\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-    )  # noqa: E731
-    before, start = status("VmRSS"), time.perf_counter()
+    before = reset_peak()
+    start = time.perf_counter()
     if variant == "padded, all":
         logprobs = padded_with_all_logits(actor, groups)
     else:
         logprobs, _ = actor.logprobs(groups, features, entropy="none")
     (-logprobs.mean()).backward()
-    return time.perf_counter() - start, status("VmHWM") - before, logprobs.detach()
+    return time.perf_counter() - start, mebibytes("VmHWM") - before, logprobs.detach()
 
 
 @pytest.mark.bench
@@ -5793,4 +6127,4 @@ def gpu_table():
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])
+    globals()[sys.argv[1]](*map(json.loads, sys.argv[2:]))

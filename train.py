@@ -35,30 +35,46 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import difflib
+import functools
+import gc
 import importlib.util
 import math
 import random
 import re
+import shlex
 import signal
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import data
 import grpo
 import reward
+from data import INSTRUCTION, VideoLimits
 from model import Actor, full, lay_out, prompts_of, turns_of
 from rollout import (
-    ENVIRONMENTS,
     Conversations,
+    Engine,
     HFEngine,
     Rollout,
-    VLLMEngine,
     build_engine,
     describe,
     evaluate,
+    find_environment,
     score,
 )
 from support import report
@@ -71,14 +87,24 @@ from support.checkpoint import (
     save_checkpoint,
 )
 from support.figures import make_codewords, make_figures
-from support.memory import SavedTensors, local_bytes
-from support.processes import all_max, all_sum, gather_objects, say, start_processes
+from support.memory import ModelSize, SavedTensors, fit, local_bytes
+from support.processes import (
+    all_max,
+    all_sum,
+    end_failed,
+    explain_failure,
+    gather_objects,
+    quieten_libraries,
+    say,
+    start_processes,
+)
+from support.tables import parse_columns
 from support.tiny_model import TINY_INSTRUCTION, build_warm_tiny
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import HfArgumentParser, set_seed
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, set_seed
 
 
 def train(run: Run) -> None:
@@ -211,18 +237,36 @@ def with_advantages(groups: list[Group], scale: str) -> list[Group]:
 
 @torch.no_grad()
 def score_tokens(run: Run, pack: TrainPack, is_first: bool) -> TrainPack:
-    """The pack with its old_logprobs, and with ref_logprobs where there is a reference.
+    """The pack with its old_logprobs, with ref_logprobs where there is a reference, and with
+    white_logprobs where tokens that look weigh more.
 
     The first minibatch's packs get no old_logprobs: the policy has not moved when they are learnt
     from, so that update's own forward gives them, and no extra pass is made.
     """
-    old = ref = None
+    old = ref = white = None
     if not is_first:
         old, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
     if run.reference is not None:
         with run.reference.without_adapters():
             ref, _ = run.reference.logprobs(pack.groups, pack.features, entropy="none")
-    return replace(pack, old_logprobs=old, ref_logprobs=ref)
+    if run.settings.look_weight:
+        white = score_white(run, pack)
+    return replace(pack, old_logprobs=old, ref_logprobs=ref, white_logprobs=white)
+
+
+@torch.no_grad()
+def score_white(run: Run, pack: TrainPack) -> Tensor:
+    """(N,) log-probs of the pack's tokens where all its pictures are white: one more forward."""
+    groups = []
+    for prompt, responses in pack.groups:
+        white_responses = []
+        for turns in responses:
+            white_responses.append(
+                [turn if isinstance(turn, Tensor) else run.reader.white(turn) for turn in turns]
+            )
+        groups.append((run.reader.white(prompt), white_responses))
+    logprobs, _ = run.actor.logprobs(groups, entropy="none")
+    return logprobs
 
 
 def update(
@@ -311,6 +355,9 @@ def pack_loss(
         total_responses=minibatch.responses,
         max_response_tokens=s.max_response_tokens,
     )
+    if pack.white_logprobs is not None:
+        looks = old - pack.white_logprobs
+        weights = weights * grpo.look_weights(looks, pack.lengths, s.look_weight)
     per_token = losses + s.kl_coefficient * kl - s.entropy_coefficient * entropy
     loss = pack.weight * (weights * per_token).sum()
     gap = (pack.sampler_logprobs - old).abs()
@@ -455,6 +502,7 @@ class TrainPack:
     sampler_logprobs: Tensor  # (N,) nats, like the next two
     old_logprobs: Tensor | None = None  # None until the policy has been asked, see score_tokens
     ref_logprobs: Tensor | None = None
+    white_logprobs: Tensor | None = None  # old_logprobs with white pictures, for --look_weight
     features: dict | None = None  # of a frozen vision tower, computed once for all passes
     weight: float = 1.0  # 0 for a filler: all ranks make the same number of passes
 
@@ -484,12 +532,13 @@ def load_minibatch(run: Run, plan: Plan, is_first: bool) -> Minibatch:
     return Minibatch(packs, plan.tokens, plan.responses, plan.imbalance)
 
 
-def load_pack(run: Run, shares: list[Share]) -> TrainPack:
-    """One pass; prompts that were sampled elsewhere are made again from their rows. An advantage
-    per token would be spread here."""
+def load_pack(run: Run, shares: list[Share], problems: data.Problems | None = None) -> TrainPack:
+    """One pass; prompts that were sampled elsewhere are made again from their rows, those of the
+    training set unless told. An advantage per token would be spread here."""
+    problems = run.train_set if problems is None else problems
     groups, rollouts, advantages = [], [], []
     for group, chosen in shares:
-        prompt = run.reader(run.train_set[group.index])
+        prompt = run.reader(problems[group.index])
         picked = [group.rollouts[i] for i in chosen]
         groups.append((prompt, [rollout.read(run.reader) for rollout in picked]))
         rollouts += picked
@@ -571,7 +620,7 @@ def leave(run: Run, number: int) -> None:
     sys.exit(128 + number)
 
 
-def check_against_sampler(engine: HFEngine | VLLMEngine, actor: Actor, prompts: list) -> None:
+def check_against_sampler(engine: Engine, actor: Actor, prompts: list) -> None:
     """Before training, sample a few tokens and compare the sampler's log-probs with the trainer's.
 
     check_packing compares with the padded forward, which may be wrong itself; the sampler is
@@ -641,7 +690,7 @@ def evaluation(run: Run, log: report.Log) -> float:
         views = ("own",)
     accuracy = {}
     for view in views:
-        metrics, records = evaluate(
+        metrics, records, rollouts = evaluate(
             run.engine,
             run.test_set,
             run.reader,
@@ -653,12 +702,66 @@ def evaluation(run: Run, log: report.Log) -> float:
             view=view,
         )
         accuracy[view] = metrics["accuracy"]
+        if view == "own":
+            metrics |= measure_looks(run, rollouts)
         name = "eval" if view == "own" else view
         log.write(run.step, {f"{name}/{metric}": value for metric, value in metrics.items()})
         say(f"step {run.step}: {name}, {len(records)} responses: {describe(metrics)}")
         log.responses(name, records)
+    log.check_looks(run.step)
     log.page()
     return accuracy["own"]
+
+
+LOOKED_AT = 64  # held-out problems
+
+
+@torch.no_grad()
+def measure_looks(run: Run, rollouts: dict[int, Rollout]) -> dict[str, float]:
+    """How much answers owe to the pictures of the first held-out problems that have some.
+
+    Returns:
+        `looks`, mean nats over the tokens that the policy wrote, of log p(token | picture) -
+        log p(token | white picture), and `looks_answer`, over those inside the last box; nothing
+        where there is no picture or no box.
+    """
+    seen = [i for i in sorted(rollouts) if run.test_set[i].images or run.test_set[i].videos]
+    seen = seen[:LOOKED_AT]
+    if not seen:
+        return {}
+    own = seen[dist.get_rank() :: dist.get_world_size()]
+    groups = [looked_at(run, i, rollouts[i]) for i in own]
+    # vLLM may be awake beside this, so the passes are small
+    passes = cut_into_packs(groups, run.settings.max_tokens_per_pack // 4)
+    filler = [(looked_at(run, seen[0], rollouts[seen[0]]), [0])]
+    sums = dict(looks=0.0, tokens=0.0, looks_answer=0.0, answer_tokens=0.0)
+    for i in range(int(all_max(len(passes)))):  # equally many on every rank
+        shares = passes[i] if i < len(passes) else filler
+        pack = load_pack(run, shares, run.test_set)
+        logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
+        looks = (logprobs - score_white(run, pack)).cpu()
+        if i >= len(passes):
+            continue
+        inside = []
+        for group, _ in shares:
+            texts = report.token_texts(run.actor.processor.tokenizer, group.rollouts[0].response)
+            inside += reward.inside_box(texts)
+        inside = torch.tensor(inside)
+        sums["looks"] += looks.sum().item()
+        sums["tokens"] += len(looks)
+        sums["looks_answer"] += looks[inside].sum().item()
+        sums["answer_tokens"] += inside.sum().item()
+    totals = all_sum(sums, run.device)
+    metrics = {"looks": totals["looks"] / totals["tokens"]}
+    if totals["answer_tokens"]:
+        metrics["looks_answer"] = totals["looks_answer"] / totals["answer_tokens"]
+    return metrics
+
+
+def looked_at(run: Run, index: int, rollout: Rollout) -> Group:
+    """A held-out problem and a response to it, to be laid into a pack."""
+    prompt = run.reader(run.test_set[index])
+    return Group(index, len(prompt.ids), 0, [rollout], scores={}, advantages=torch.zeros(1))
 
 
 @torch.no_grad()
@@ -678,8 +781,11 @@ def show_rollouts(run: Run, log: report.Log, groups: list[Group]) -> None:
         logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
         moved = (logprobs - pack.sampler_logprobs).split(pack.lengths.tolist())
         [(prompt, responses)] = pack.groups
+        looks = None
+        if any(turn.images or turn.videos for turn in prompts_of(turns_of(pack.groups))):
+            looks = (logprobs - score_white(run, pack)).split(pack.lengths.tolist())
         tokenizer = run.actor.processor.tokenizer
-        shown.append(report.shown_group(prompt, responses, group, moved, tokenizer))
+        shown.append(report.shown_group(prompt, responses, group, moved, tokenizer, looks))
     log.rollouts(run.step + 1, len(groups), shown)
 
 
@@ -695,50 +801,21 @@ class Run:
     device: torch.device
     actor: Actor
     reference: Actor | None
-    engine: HFEngine | VLLMEngine
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    engine: Engine
+    optimizer: torch.optim.Optimizer | None  # None, as the schedule: --steps 0 evaluates alone
+    schedule: torch.optim.lr_scheduler.LRScheduler | None
     train_set: data.Problems
     test_set: data.Problems
     grader: reward.Grader
     reader: data.Reader
+    state: dict[str, Tensor] = field(default_factory=dict)  # of your own, saved in checkpoints:
+    # tensors on the CPU, equal on all ranks
     step: int = 0  # steps done
     not_finite: int = 0  # updates left out
     best: tuple[float, int] = (-1.0, 0)  # accuracy and step of the best checkpoint
-    state: dict[str, Tensor] = field(default_factory=dict)  # of your own, saved in checkpoints:
-    # tensors on the CPU, equal on all ranks
     signals: list[int] = field(default_factory=list)  # that asked this process to stop
     saving: Future | None = None  # the checkpoint that is being written
     saving_group: dist.ProcessGroup | None = None  # for the thread that writes it
-
-
-GENERATED = {  # task -> what draws its problems, their folder, the tiny model's, updates of its warm-up
-    "": (make_figures, "figures", "tiny-model", 150),
-    "codeword": (make_codewords, "codewords", "codeword-model", 30),
-}
-
-
-def prepare_tiny(s: Settings) -> Settings:
-    """Fill in what the settings leave empty: generated problems, and the tiny model warmed up on
-    them.
-
-    Both are made once, under --out, by rank 0; delete the folders to make them again.
-    """
-    make, *names, updates = GENERATED[s.task]
-    problems, model = (Path(s.out) / name for name in names)
-    if dist.get_rank() == 0 and not (s.model and s.data):
-        if not problems.exists():
-            make(problems.with_suffix(".partial"))
-            problems.with_suffix(".partial").rename(problems)
-        if not s.model and not model.exists():
-            rows = data.load_problems(str(problems))
-            say(f"no --model given: building the tiny Qwen2.5-VL in {model} and warming it up")
-            build_warm_tiny(
-                model.with_suffix(".partial"), rows, s.instruction, s.seed, updates=updates
-            )
-            model.with_suffix(".partial").rename(model)
-    dist.barrier()
-    return dataclasses.replace(s, model=s.model or str(model), data=s.data or str(problems))
 
 
 class Together(torch.optim.Optimizer):
@@ -785,83 +862,172 @@ def build_optimizer(
 
 
 def build(s: Settings, device: torch.device) -> Run:
-    """Load, check and shard everything that the loop needs."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    options = dict(
-        pixels=(s.min_pixels, s.max_pixels), temperature=s.temperature, packing=s.packing
+    """Load, check and shard everything that the loop needs, in five steps; where --steps is 0, only
+    what an evaluation needs."""
+    actor = load_actor(s, device)
+    reader, train_set, test_set, rows = load_data(s, actor)
+    # vLLM measures the free memory of the GPU when it starts, so it comes before the trainer's
+    # weights
+    engine = load_engine(s, actor, reader, rows)
+    reference = optimizer = schedule = None
+    if s.steps:
+        engine.sleep()
+        videos = any(row.videos for row in rows)
+        shard_actor(s, actor, device, videos)
+        check_packing(actor, check_prompts(train_set, reader))
+        reference = load_reference(s, actor, device, videos)
+        optimizer, schedule = build_optimizer(s, actor)
+    elif isinstance(without_conversations(engine), HFEngine):
+        actor.model.to(device)
+    judge = reward.Judge(s.judge_url, s.judge_model, s.judge_strict) if s.judge_model else None
+    run = Run(
+        settings=s,
+        device=device,
+        actor=actor,
+        reference=reference,
+        engine=engine,
+        optimizer=optimizer,
+        schedule=schedule,
+        train_set=train_set,
+        test_set=test_set,
+        grader=reward.Grader(rounding=s.rounding, judge=judge),
+        reader=reader,
     )
-    places = ((s.data, s.split), (s.test_data or s.data, s.test_split))
-    sets = [data.load_problems(path, split, s.columns, s.image_folder) for path, split in places]
-    for (path, split), problems in zip(places, sets, strict=True):
-        for sentence in data.describe(problems):
-            say(f"{path}, {split}: {sentence}")
-    if both := sets[0].files & sets[1].files:
-        raise ValueError(
-            f"{min(both)} would be trained on and held out; set --test_data or --test_split"
+    # what is here stays, and need not be looked at again by the collections of every sleep
+    gc.collect()
+    gc.freeze()
+    return run
+
+
+def load_actor(s: Settings, device: torch.device) -> Actor:
+    """The policy, on the CPU and whole, in the dtype that it computes in. ValueError if there is no
+    such model."""
+    with explained_loading(s.model):
+        return Actor.from_pretrained(
+            s.model,
+            s.compute_dtype(device),
+            pixels=(s.min_pixels, s.max_pixels),
+            temperature=s.temperature,
+            packing=s.packing,
         )
-    actor = Actor.from_pretrained(s.model, dtype, **options)
+
+
+@contextlib.contextmanager
+def explained_loading(model: str) -> Iterator[None]:
+    """ValueError where transformers finds no such model, or no file of it."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"--model {model} cannot be loaded: {error}") from error
+
+
+def load_data(
+    s: Settings, actor: Actor
+) -> tuple[data.Reader, data.Problems, data.Problems, list[data.CheckedRow]]:
+    """What makes all prompts, the problems to train on (none for --steps 0), the held-out ones, and
+    what their check has seen in every row of both.
+
+    Raises:
+        ValueError: a file or row is unusable, a file is in both sets, or no row has a source that
+            --rewards names.
+    """
+    environment = find_environment(s.task)
     reader = data.Reader(
         actor.processor,
         s.min_pixels,
         s.max_pixels,
         s.instruction,
         s.video_limits,
-        first=(lambda problem: ENVIRONMENTS[s.task](problem).first) if s.task else None,
-        kept=2 * s.prompts_per_step,
+        first=(lambda problem: environment(problem).first) if environment else None,
+        # a rank's share of a step, and of the next one, whose prompts are made meanwhile
+        kept=2 * math.ceil(s.prompts_per_step / dist.get_world_size()),
     )
-    checks = []
-    for i, (path, split) in enumerate(places):
-        sets[i], checked = data.usable_problems(
-            sets[i], reader, s.max_prompt_tokens, s.skip_bad_rows
+    test_set = open_data(s, s.test_data or s.data, s.test_split)
+    train_set = open_data(s, s.data, s.split) if s.steps else data.Problems([])
+    both = train_set.files & test_set.files
+    if both:
+        raise ValueError(
+            f"{min(both)} would be trained on and held out; set --test_data or --test_split"
         )
-        say(f"{path}, {split}: {checked}")
-        checks.append(checked)
-    say(
-        f"a question's commonest answer in training would score {chance(*sets):.3f} on the held-out problems"
-    )
-    if sources := set(s.reward_weights) - {""}:
-        if unknown := sources - checks[0].sources - checks[1].sources:
-            raise ValueError(
-                f"--rewards names sources that no problem has: {sorted(unknown)}; name their "
-                "column with --columns source=NAME"
-            )
-    max_videos = max(checked.most_videos for checked in checks)
-    # vLLM measures the free memory of the GPU when it starts, so it comes before the trainer's
-    # weights
+    limits = (s.max_prompt_tokens, s.skip_bad_rows)
+    test_set, checked = data.usable_problems(test_set, reader, *limits)
+    say(f"held out: {checked}")
+    rows = checked.rows
+    if s.steps:
+        train_set, checked = data.usable_problems(train_set, reader, *limits)
+        say(f"to train on: {checked}")
+        guessed = chance(train_set, test_set)
+        say(f"a question's commonest answer in training would score {guessed:.3f} on held-out ones")
+        rows = checked.rows + rows
+    unknown = set(s.reward_weights) - {""} - {row.source for row in rows}
+    if unknown:
+        raise ValueError(
+            f"--rewards names sources that no problem has: {sorted(unknown)}; name their column "
+            "with --columns source=NAME"
+        )
+    return reader, train_set, test_set, rows
+
+
+def open_data(s: Settings, path: str, split: str) -> data.Problems:
+    """The rows of a data set, and a sentence on what was taken for what."""
+    problems = data.load_problems(path, split, s.columns, s.image_folder)
+    for sentence in data.describe(problems):
+        say(f"{path}, {split}: {sentence}")
+    return problems
+
+
+def chance(train_set, test_set) -> float:
+    """Accuracy of the best answer that never looks: a question's commonest gold in training."""
+    golds = collections.defaultdict(collections.Counter)
+    for problem in train_set:
+        golds[problem.question][problem.answer] += 1
+    commonest = {question: counts.most_common(1)[0][0] for question, counts in golds.items()}
+    return sum(p.answer == commonest.get(p.question) for p in test_set) / len(test_set)
+
+
+def load_engine(
+    s: Settings, actor: Actor, reader: data.Reader, rows: list[data.CheckedRow]
+) -> Engine:
+    """What samples, awake, with the conversations of --task around it; `rows`: of all problems,
+    whose images, beside those that an environment adds, are the most in a conversation."""
+    environment = find_environment(s.task)
     engine, why = build_engine(
         s.engine,
         actor,
         s.model,
         tp=s.rollout_tp,
-        memory_fraction=s.memory_fraction,
+        memory_fraction=s.memory_fraction or 0.6,
         eager=s.eager,
         max_prompt_tokens=s.max_prompt_tokens,
         max_response_tokens=s.max_response_tokens,
-        max_images=max(checked.most_images for checked in checks),
-        max_videos=max_videos,
+        max_images=max(row.images for row in rows) + getattr(environment, "images", 0),
+        max_videos=max(row.videos for row in rows),
     )
     say(why)
-    if s.task:
-        engine = Conversations(engine, ENVIRONMENTS[s.task], reader, s.max_prompt_tokens)
-    engine.sleep()
-    adapt(actor, s)
-    actor.shard(device, max_videos > 0)
+    if environment:
+        return Conversations(engine, environment, reader, s.max_prompt_tokens)
+    return engine
+
+
+def without_conversations(engine: Engine) -> Engine:
+    """The engine itself, where --task has put conversations around it."""
+    return engine.engine if isinstance(engine, Conversations) else engine
+
+
+def shard_actor(s: Settings, actor: Actor, device: torch.device, videos: bool) -> None:
+    """Freeze, add adapters and checkpoint as the settings say, then share the weights out over the
+    ranks; `videos`: any rank may bring some."""
+    frozen = ["tower"] if s.freeze_vision else []
+    if s.freeze_projector:
+        frozen.append("projector")
+    if s.lora_rank:
+        actor.add_lora(s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets)
+    elif frozen:
+        actor.freeze(*frozen)
+    if s.gradient_checkpointing:
+        actor.checkpoint_activations()
+    actor.shard(device, s.compute_dtype(device), videos=videos, shard_ranks=s.shard_ranks)
     say(actor.summarize_trained())
-    if actor.packing != "padded":
-        gap = actor.check_packing(check_prompts(sets[0], reader))
-        say(f"packing {actor.packing}: log-probs within {gap:.1g} nats of the padded forward")
-    reference = (
-        actor if s.kl_coefficient and s.lora_rank else None
-    )  # without its adapters it is the base model
-    if s.kl_coefficient and not s.lora_rank:
-        reference = Actor.from_pretrained(s.model, dtype, **options)
-        reference.model.requires_grad_(False)
-        reference.shard(device, max_videos > 0, s.reference_on_cpu)
-    optimizer, schedule = build_optimizer(s, actor)
-    judge = reward.Judge(s.judge_url, s.judge_model, s.judge_strict) if s.judge_model else None
-    grader = reward.Grader(rounding=s.rounding, judge=judge)
-    run = Run(s, device, actor, reference, engine, optimizer, schedule, *sets, grader, reader)
-    return run
 
 
 def check_prompts(problems: data.Problems, reader: data.Reader) -> list[data.Prompt]:
@@ -874,85 +1040,167 @@ def check_prompts(problems: data.Problems, reader: data.Reader) -> list[data.Pro
     return [reader(first), reader(second)]
 
 
-def adapt(actor: Actor, s: Settings) -> None:
-    """Freeze, add adapters and checkpoint as the settings say; before sharding."""
+def check_packing(actor: Actor, prompts: list[data.Prompt]) -> None:
+    """RuntimeError if this model's packed forward does not score as its padded one does."""
+    if actor.packing != "padded":
+        gap = actor.check_packing(prompts)
+        say(f"packing {actor.packing}: log-probs within {gap:.1g} nats of the padded forward")
+
+
+def load_reference(s: Settings, actor: Actor, device: torch.device, videos: bool) -> Actor | None:
+    """The policy as it was, for the KL; with LoRA it is the policy itself without its adapters."""
+    if not s.kl_coefficient:
+        return None
     if s.lora_rank:
-        actor.add_lora(s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets)
-    elif s.freeze_vision or s.freeze_projector:
-        actor.freeze(*["tower"] * s.freeze_vision, *["projector"] * s.freeze_projector)
-    if s.gradient_checkpointing:
-        actor.checkpoint_activations()
+        return actor
+    say(f"loading {s.model} once more, as the KL's reference")
+    reference = load_actor(s, device)
+    reference.model.requires_grad_(False)
+    reference.shard(
+        device,
+        s.compute_dtype(device),
+        videos=videos,
+        offload=s.reference_on_cpu,
+        shard_ranks=s.shard_ranks,
+    )
+    return reference
 
 
-def chance(train_set, test_set) -> float:
-    """Accuracy of the best answer that never looks: a question's commonest gold in training."""
-    golds = collections.defaultdict(collections.Counter)
-    for problem in train_set:
-        golds[problem.question][problem.answer] += 1
-    commonest = {question: counts.most_common(1)[0][0] for question, counts in golds.items()}
-    return sum(p.answer == commonest.get(p.question) for p in test_set) / len(test_set)
+# --------------------------------------------------------------------------------------------------
+# What the settings leave empty: the demonstration's problems and model, the sampler's memory
+
+
+# task -> what draws its problems, their folder, the tiny model's, updates of its warm-up
+GENERATED = {
+    "": (make_figures, "figures", "tiny-model", 150),
+    "codeword": (make_codewords, "codewords", "codeword-model", 30),
+}
+
+
+def prepare_tiny(s: Settings) -> Settings:
+    """Fill in --data and --model where they are empty: generated problems, and the tiny model
+    warmed up on them.
+
+    Both are made once, under --out, by rank 0; delete the folders to make them again. ValueError
+    for a --task whose problems are not generated.
+    """
+    if s.model and s.data:
+        return s
+    if s.task not in GENERATED:
+        raise ValueError(
+            f"no problems are generated for --task {s.task}, so no tiny model can be warmed up on "
+            "them; give --model and --data"
+        )
+    make, problems_name, model_name, updates = GENERATED[s.task]
+    problems, model = Path(s.out) / problems_name, Path(s.out) / model_name
+    if dist.get_rank() == 0:
+        if not problems.exists():
+            say(f"no --data given: drawing problems into {problems}")
+            partial = problems.with_suffix(".partial")
+            make(partial)
+            partial.rename(problems)
+        if not s.model and not model.exists():
+            say(
+                f"no --model given: building a tiny Qwen2.5-VL in {model}, and warming it up with "
+                f"{updates} updates on {problems}"
+            )
+            partial = model.with_suffix(".partial")
+            rows = data.load_problems(problems)
+            warm_up = getattr(find_environment(s.task), "warm_up", ("ok",))
+            build_warm_tiny(partial, rows, s.instruction, s.seed, updates=updates, warm_up=warm_up)
+            partial.rename(model)
+    dist.barrier()
+    return dataclasses.replace(s, model=s.model or str(model), data=s.data or str(problems))
+
+
+def fit_memory(s: Settings, device: torch.device) -> Settings:
+    """Fill in --memory_fraction where it is 0. ValueError, before any weight is loaded, for a run
+    that no GPU of this kind can hold; on a CPU all is left as it is."""
+    if device.type != "cuda" or not s.steps:
+        return s
+    gpu = torch.cuda.get_device_properties(device).total_memory
+    with explained_loading(s.model):
+        size = measure_model(s.model)
+    fraction = fit(size, s, dist.get_world_size(), gpu)
+    return dataclasses.replace(s, memory_fraction=round(fraction, 2))
+
+
+def measure_model(name: str) -> ModelSize:
+    """The counts of a model that decide what it takes, from its configuration alone."""
+    config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    actor = Actor(model, AutoProcessor.from_pretrained(name))
+    sizes = {"tower": 0, "projector": 0, "language": 0}
+    for parameter, weight in model.named_parameters():  # tied ones once
+        sizes[actor.part(parameter)] += weight.numel()
+    ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    text = config.get_text_config()
+    return ModelSize(
+        parameters=sum(sizes.values()),
+        vision=sizes["tower"] + sizes["projector"],
+        embeddings=sum(weight.numel() for weight in ends),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+    )
 
 
 # --------------------------------------------------------------------------------------------------
 # Settings
 
 
-def setting(default, help: str):
-    """A field of Settings with its line of --help."""
-    return field(default=default, metadata={"help": help})
+class Range(NamedTuple):
+    """Bounds of a number, both included."""
+
+    least: float
+    most: float = 1e9
+
+    def __str__(self) -> str:
+        end = "" if self.most == 1e9 else f" to {self.most:g}"
+        return f"{'from' if end else 'at least'} {self.least:g}{end}"
+
+
+Count = Annotated[int, Range(1)]
+CountOr0 = Annotated[int, Range(0)]
+Weight = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+Decay = Annotated[float, Range(0, 0.999999)]
+Positive = Annotated[float, Range(1e-6)]
+
+
+def setting(default, help: str, group: str = ""):
+    """A field of Settings with its line of --help; `group` begins a group of settings there."""
+    return field(default=default, metadata={"help": help, "group": group})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The whole command line. --preset changes the defaults; a flag that is given wins over the
-    preset."""
+    """The whole command line, each setting in one place: its type with bounds or choices, its
+    default, its meaning. --preset changes defaults; a flag that is given wins over it."""
 
-    preset: str = setting(
-        "auto", "tiny (CPU, minutes), geo3k (GPUs), or auto: geo3k where there is a GPU, else tiny"
+    preset: Literal["auto", *PRESETS] = setting(
+        "auto", "defaults, see above; auto: geo3k where there is a GPU, else tiny", group="the run"
     )
     name: str = setting("", "folder of this run under --out; empty: the preset's name")
     out: str = setting("runs", "where runs are written")
     seed: int = setting(
         0, "fixes the order of the problems and, on one machine, the responses drawn"
     )
-    # model
-    model: str = setting(
-        "",
-        "directory or hub name of a vision-language model; empty: build and warm up the tiny one",
+    steps: CountOr0 = setting(60, "batches of rollouts; 0: evaluate --model and end")
+    resume: Literal["no", "auto", "must"] = setting(
+        "no", "no: start anew; must: go on from the newest checkpoint; auto: go on if there is one"
     )
-    freeze_vision: bool = setting(False, "do not train the vision tower")
-    freeze_projector: bool = setting(
-        False, "do not train what brings the tower's features to the language model"
+    timeout: Annotated[float, Range(0.01, 1e5)] = setting(
+        30.0, "minutes that a process waits for the others before the run ends"
     )
-    lora_rank: int = setting(
-        0, "train adapters of this rank on the language model's linear layers alone; 0: no LoRA"
-    )
-    lora_alpha: float = setting(
-        32.0, "LoRA's scale; the adapter's product is multiplied by alpha / rank"
-    )
-    lora_dropout: float = setting(0.0, "of the adapters' inputs while learning")
-    lora_targets: str = setting(
-        "all", "layers with an adapter, such as q_proj,v_proj; all: every linear one"
-    )
-    reference_on_cpu: bool = setting(
-        False, "keep the KL's reference in the host's memory: less on the GPU, and slower"
-    )
-    gradient_checkpointing: bool = setting(
-        False, "recompute activations in the backward: less memory, 1/3 more time"
-    )
-    packing: str = setting(
-        "shared", "shared: each prompt once per group; packed: once per response; padded: plain"
-    )
-    max_tokens_per_pack: int = setting(
-        16384, "tokens in one forward pass of one rank; lower it when memory runs out"
-    )
-    # data
-    instruction: str = setting(data.INSTRUCTION, "appended to every question")
+
     data: str = setting(
-        "", "parquet file, folder, glob or hub data set to train on; empty: generated figures"
+        "",
+        "parquet file, folder, glob or hub data set to train on; empty: generated figures",
+        group="data (rows -> problems -> prompts)",
     )
-    test_data: str = setting("", "held-out rows; empty: the same place as --data")
     split: str = setting("train", "split of --data, where it has splits")
+    test_data: str = setting("", "held-out rows; empty: the same place as --data")
     test_split: str = setting("test", "split of --test_data, where it has splits")
     columns: str = setting(
         "",
@@ -960,45 +1208,95 @@ class Settings:
         "joins; usual names are found (image, video, problem, answer, choices, type, source)",
     )
     image_folder: str = setting("", "where paths of images begin; empty: at the file of their row")
-    min_pixels: int = setting(56 * 56, "images with fewer pixels are enlarged")
-    max_pixels: int = setting(1280 * 28 * 28, "images with more pixels are reduced")
-    video_fps: float = setting(
-        2.0, "frames per second that are taken from a video, and at which a list of frames runs"
+    instruction: str = setting(INSTRUCTION, "appended to every question")
+    task: str = setting(
+        "",
+        "environment that prompts begin and go on with, whose reward replaces --rewards: codeword, "
+        "or FILE.py:CLASS",
     )
-    max_frames: int = setting(32, "most frames of a video; longer ones are sampled more thinly")
-    max_frame_pixels: int = setting(128 * 28 * 28, "frames with more pixels are reduced")
-    max_prompt_tokens: int = setting(
+    max_prompt_tokens: Count = setting(
         1024, "problems with longer prompts are left out, never truncated; longer conversations end"
     )
     skip_bad_rows: bool = setting(
         False, "count broken rows and go on, instead of stopping at the first"
     )
-    # sampling
-    task: str = setting(
+    min_pixels: Count = setting(56 * 56, "images with fewer pixels are enlarged")
+    max_pixels: Count = setting(1280 * 28 * 28, "images with more pixels are reduced")
+    video_fps: Annotated[float, Range(0.01, 1e5)] = setting(
+        2.0, "frames per second that are taken from a video, and at which a list of frames runs"
+    )
+    max_frames: Count = setting(32, "most frames of a video; longer ones are sampled more thinly")
+    max_frame_pixels: Count = setting(128 * 28 * 28, "frames with more pixels are reduced")
+
+    model: str = setting(
         "",
-        "environment that prompts begin and go on with, whose reward replaces --rewards: codeword",
+        "directory or hub name of a vision-language model; empty: build and warm up the tiny one",
+        group="model (what is trained, and how it lies in memory)",
     )
-    engine: str = setting(
-        "auto", "vllm, hf (transformers), or auto: vllm where it is installed and usable"
+    dtype: Literal["auto", "bfloat16", "float32"] = setting(
+        "auto",
+        "that training and vLLM compute in, trained weights being kept in float32; auto: bfloat16 "
+        "on a GPU, else float32",
     )
-    rollout_tp: int = setting(1, "ranks that share one vLLM engine (tensor parallelism)")
-    memory_fraction: float = setting(
-        0.6, "of each GPU, for vLLM's weights and cache while it samples"
+    freeze_vision: bool = setting(False, "do not train the vision tower")
+    freeze_projector: bool = setting(
+        False, "do not train what brings the tower's features to the language model"
+    )
+    lora_rank: CountOr0 = setting(
+        0, "train adapters of this rank on the language model's linear layers alone; 0: no LoRA"
+    )
+    lora_alpha: Weight = setting(
+        32.0, "LoRA's scale; the adapter's product is multiplied by alpha / rank"
+    )
+    lora_dropout: Decay = setting(0.0, "of the adapters' inputs while learning")
+    lora_targets: str = setting(
+        "all", "layers with an adapter, such as q_proj,v_proj; all: every linear one"
+    )
+    packing: Literal["shared", "packed", "padded"] = setting(
+        "shared", "shared: each prompt once per group; packed: once per response; padded: plain"
+    )
+    max_tokens_per_pack: Count = setting(
+        16384, "tokens in one forward pass of one rank; lower it when memory runs out"
+    )
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward: less memory, 1/3 more time"
+    )
+    shard_ranks: CountOr0 = setting(
+        0,
+        "consecutive ranks, one machine's, that share one copy of weights and optimizer state; 0: "
+        "all",
+    )
+
+    engine: Literal["auto", "vllm", "hf"] = setting(
+        "auto",
+        "vllm, hf (transformers), or auto: vllm where it is installed and usable",
+        group="SAMPLE (prompts -> responses)",
+    )
+    rollout_tp: Count = setting(1, "ranks that share one vLLM engine (tensor parallelism)")
+    memory_fraction: Fraction = setting(
+        0.0,
+        "of each GPU, for vLLM's weights and cache while it samples; 0: what fits beside training, "
+        "0.6 at most",
     )
     eager: bool = setting(False, "no CUDA graphs in vLLM: slower tokens, a faster start")
-    steps: int = setting(60, "batches of rollouts")
-    prompts_per_step: int = setting(512, "prompts per step, over all ranks")
-    responses_per_prompt: int = setting(5, "the group size n")
-    dynamic_sampling: int = setting(
+    prompts_per_step: Count = setting(512, "prompts per step, over all ranks")
+    responses_per_prompt: Annotated[int, Range(2)] = setting(
+        5, "the group size n: a response is compared with the others to its prompt"
+    )
+    dynamic_sampling: CountOr0 = setting(
         0, "most further batches in a step, drawn to replace flat groups (DAPO)"
     )
-    max_response_tokens: int = setting(
+    max_response_tokens: Count = setting(
         2048, "a response that reaches this is cut and marked truncated"
     )
-    temperature: float = setting(1.0, "of the distribution that is sampled, scored and trained")
-    # reward and loss
+    temperature: Annotated[float, Range(0.01, 100)] = setting(
+        1.0, "of the distribution that is sampled, scored and trained"
+    )
+
     rewards: str = setting(
-        "accuracy=0.9,format=0.1", "named rewards with their weights, by source (see the README)"
+        "accuracy=0.9,format=0.1",
+        "named rewards with their weights, by source (see the README)",
+        group="SCORE (responses -> rewards -> advantages)",
     )
     rounding: bool = setting(True, "accuracy: a decimal gold accepts what rounds to it")
     judge_url: str = setting(
@@ -1008,127 +1306,95 @@ class Settings:
     judge_strict: bool = setting(
         True, "stop when the judge fails, retries included; false: a failure earns 0"
     )
-    advantage: str = setting("std", "std: GRPO; none: Dr. GRPO; loo: RLOO")
-    ratio: str = setting("token", "token: GRPO; sequence: GSPO")
-    clip_low: float = setting(0.2, "how far the probability ratio may fall below 1")
-    clip_high: float = setting(
-        0.3, "how far the probability ratio may rise above 1 (DAPO: higher than --clip_low)"
+    advantage: Literal["std", "none", "loo"] = setting(
+        "std", "std: GRPO; none: Dr. GRPO; loo: RLOO"
     )
-    clip_dual: float = setting(3.0, "most that a token's loss is of |A| where A < 0; 0: no limit")
-    entropy_coefficient: float = setting(0.0, "weight of an entropy bonus")
-    aggregation: str = setting(
-        "token", "mean over tokens (token), over responses (sequence), Dr. GRPO's (constant)"
+
+    kl_coefficient: Weight = setting(
+        0.01,
+        "weight of the KL to the starting policy; 0: no reference is loaded",
+        group="FREEZE (the policy before it moves, and the reference)",
     )
-    kl_coefficient: float = setting(
-        0.01, "weight of the KL to the starting policy; 0: no reference is loaded"
+    kl_estimator: Literal["k1", "k2", "k3"] = setting("k3", "how a token's KL is estimated")
+    reference_on_cpu: bool = setting(
+        False, "keep the KL's reference in the host's memory: less on the GPU, and slower"
     )
-    kl_estimator: str = setting("k3", "k1, k2 or k3")
-    importance: str = setting(
+    importance: Literal["none", "token", "sequence"] = setting(
         "token", "truncated importance sampling against the sampler's gap: none, token, sequence"
     )
-    importance_cap: float = setting(2.0, "largest importance weight")
-    max_sampler_gap: float = setting(
+    importance_cap: Annotated[float, Range(1)] = setting(2.0, "largest importance weight")
+    max_sampler_gap: Positive = setting(
         0.2, "stop if sampler and trainer disagree by more nats per token, on average"
     )
-    # optimizer
-    minibatch_prompts: int = setting(128, "prompts per update, over all ranks")
-    epochs: int = setting(1, "passes over the rollouts of a step")
-    optimizer: str = setting(
-        "adamw", "adamw; muon: for the matrices of the language model, AdamW for all else"
+
+    ratio: Literal["token", "sequence"] = setting(
+        "token", "token: GRPO; sequence: GSPO", group="LEARN (loss -> update)"
     )
-    learning_rate: float = setting(1e-6, "after warm-up")
-    schedule: str = setting(
-        "linear", "how the learning rate falls to --final_learning_rate: linear, cosine"
+    clip_low: Fraction = setting(0.2, "how far the probability ratio may fall below 1")
+    clip_high: Weight = setting(
+        0.3, "how far the probability ratio may rise above 1 (DAPO: higher than --clip_low)"
     )
-    warmup_updates: int = setting(0, "updates over which the learning rate rises from 0")
-    final_learning_rate: float = setting(1.0, "share of the learning rate that is left at the end")
-    weight_decay: float = setting(
-        0.01, "share of a weight, times the learning rate, that each update takes away"
+    clip_dual: Weight = setting(
+        3.0,
+        "most loss of a token with a negative advantage, in advantages (arXiv:1912.09729); 0: off",
     )
-    beta2: float = setting(0.999, "of AdamW: how slowly it forgets the size of gradients")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
-    # evaluation and files
-    eval_every: int = setting(
-        5, "steps between evaluations; there is one before and one after training in any case"
+    aggregation: Literal["token", "sequence", "constant"] = setting(
+        "token", "mean over tokens (token), over responses (sequence), Dr. GRPO's (constant)"
     )
-    eval_rows: int = setting(0, "held-out rows used; 0: all")
-    eval_samples: int = setting(
+    entropy_coefficient: Weight = setting(
+        0.0, "weight of the policy's entropy, which is then raised; 0: it has no gradient"
+    )
+    look_weight: Fraction = setting(
+        0.0, "how far tokens that look at the picture weigh more (VPPO); costs one more forward"
+    )
+    minibatch_prompts: Count = setting(128, "prompts per update, over all ranks")
+    epochs: Count = setting(1, "passes over the rollouts of a step")
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw", "adamw, or muon for the language model's matrices and adamw for the rest"
+    )
+    learning_rate: Weight = setting(1e-6, "after warm-up")
+    warmup_updates: CountOr0 = setting(0, "updates over which the learning rate rises from 0")
+    schedule: Literal["linear", "cosine"] = setting("linear", "how the learning rate then falls")
+    final_learning_rate: Fraction = setting(
+        1.0, "share of the learning rate that is left at the end"
+    )
+    weight_decay: Weight = setting(0.01, "of the optimizer")
+    beta2: Decay = setting(0.999, "of AdamW: how slowly it forgets the size of gradients")
+    max_grad_norm: Positive = setting(1.0, "gradients are scaled down to this norm")
+    max_not_finite: CountOr0 = setting(
+        0, "updates left out because a loss or gradient is not finite, before the run stops"
+    )
+
+    eval_every: Count = setting(
+        5,
+        "steps between evaluations; there is one before and one after training in any case",
+        group="REPORT (evaluation and checkpoints)",
+    )
+    eval_rows: CountOr0 = setting(0, "held-out rows used; 0: all")
+    eval_samples: Count = setting(
         1, "responses drawn per held-out row; 1 takes the likeliest tokens instead (greedy)"
     )
-    save_every: int = setting(5, "steps between checkpoints; 0: only the last")
-    keep: int = setting(
+    save_every: CountOr0 = setting(5, "steps between checkpoints; 0: only the last")
+    keep: Count = setting(
         2, "newest checkpoints that are kept, beside the one with the best evaluation"
     )
     save_in_background: bool = setting(
         False, "write checkpoints while training goes on, from a copy in main memory"
     )
-    resume: str = setting(
-        "no", "no: start anew; must: go on from the newest checkpoint; auto: go on if there is one"
-    )
-    max_not_finite: int = setting(
-        0, "updates left out because a loss or gradient is not finite, before the run stops"
-    )
-    timeout: float = setting(
-        30.0, "minutes that a process waits for the others before the run ends"
-    )
     wandb: str = setting("", "project of Weights & Biases to log to; empty: none")
 
     def __post_init__(self):
-        if self.responses_per_prompt < 2:
-            raise ValueError(
-                f"--responses_per_prompt is {self.responses_per_prompt}; a response is compared with the others to its "
-                "prompt, so there must be at least 2"
-            )
+        types = setting_types()
         for f in dataclasses.fields(self):
-            least, most = next(
-                (bounds for bounds, names in LIMITS.items() if f.name in names.split()),
-                (-1e18, 1e18),
-            )
-            if (
-                f.type in (int, float, "int", "float")
-                and not least <= getattr(self, f.name) <= most
-            ):  # nan is in no range
-                meaning = f.metadata["help"]
-                raise ValueError(
-                    f"--{f.name} is {getattr(self, f.name)}, not from {least:g} to {most:g} ({meaning})"
-                )
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"--{name} {getattr(self, name)} is none of {', '.join(choices)}")
-        if not any(weight for named in self.reward_weights.values() for weight in named.values()):
-            raise ValueError(
-                f"--rewards {self.rewards} weighs everything 0, so nothing can be learnt; raise a weight"
-            )
-        judged = any("judge" in named for named in self.reward_weights.values())
-        if judged and not (self.judge_url and self.judge_model):
-            raise ValueError(
-                "--rewards names judge; say whom to ask with --judge_url and --judge_model"
-            )
-        if self.prompts_per_step % self.minibatch_prompts:
-            raise ValueError(
-                f"--prompts_per_step {self.prompts_per_step} is not a multiple of --minibatch_prompts "
-                f"{self.minibatch_prompts}, so the last update of a step would weigh less than the others"
-            )
-        if self.min_pixels > self.max_pixels:
-            raise ValueError(
-                f"--min_pixels {self.min_pixels} is above --max_pixels {self.max_pixels}"
-            )
+            check_setting(f, types[f.name], getattr(self, f.name))
+        check_rewards(self)
+        check_pairs(self)
+        find_environment(self.task)
+        parse_columns(self.columns)
         if self.wandb and importlib.util.find_spec("wandb") is None:
             raise ValueError(
-                f"--wandb {self.wandb} needs the package wandb; pip install wandb, or leave the flag out"
-            )
-        if self.reference_on_cpu and (self.lora_rank or not self.kl_coefficient):
-            why = (
-                "LoRA's is the policy without its adapters"
-                if self.lora_rank
-                else "--kl_coefficient 0 needs none"
-            )
-            raise ValueError(
-                f"--reference_on_cpu moves the reference's weights, and there are none: {why}"
-            )
-        if self.rollout_tp > 1 and self.engine == "hf":
-            raise ValueError(
-                f"--rollout_tp {self.rollout_tp} is vLLM's; leave it out or take --engine vllm"
+                f"--wandb {self.wandb} needs the package wandb; pip install wandb, or leave the flag "
+                "out"
             )
         if self.name and not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(
@@ -1136,18 +1402,24 @@ class Settings:
             )
 
     def rate(self, done: int) -> float:
-        """Share of the learning rate after `done` updates: up over the warm-up, then down to the
-        final share."""
+        """Share of the learning rate after `done` updates: up over the warm-up, and from the first
+        update to the last down to --final_learning_rate."""
         total = self.steps * self.epochs * (self.prompts_per_step // self.minibatch_prompts)
-        risen = min(1.0, (done + 1) / (self.warmup_updates + 1))
+        warm = min(1.0, (done + 1) / (self.warmup_updates + 1))
         fallen = done / total
         if self.schedule == "cosine":
             fallen = (1 - math.cos(math.pi * fallen)) / 2
-        return risen * (1 - (1 - self.final_learning_rate) * fallen)
+        return warm * (1 - (1 - self.final_learning_rate) * fallen)
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """What training and vLLM compute in."""
+        if self.dtype == "auto":
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return getattr(torch, self.dtype)
 
     @property
-    def video_limits(self) -> "data.VideoLimits":
-        return data.VideoLimits(self.video_fps, self.max_frames, self.max_frame_pixels)
+    def video_limits(self) -> VideoLimits:
+        return VideoLimits(self.video_fps, self.max_frames, self.max_frame_pixels)
 
     @property
     def reward_weights(self) -> dict[str, dict[str, float]]:
@@ -1155,39 +1427,81 @@ class Settings:
 
     @property
     def folder(self) -> Path:
-        return Path(self.out) / (self.name or self.preset)
+        """Where this run is written; an evaluation does not take a training's place."""
+        name = self.preset if self.steps else f"{self.preset}-evaluation"
+        return Path(self.out) / (self.name or name)
 
 
-CHOICES = dict(
-    task=("", *ENVIRONMENTS),
-    packing=("shared", "packed", "padded"), engine=("auto", "vllm", "hf"), advantage=("std", "none", "loo"),
-    ratio=("token", "sequence"), aggregation=("token", "sequence", "constant"), kl_estimator=("k1", "k2", "k3"),
-    importance=("none", "token", "sequence"), resume=("no", "auto", "must"),
-    optimizer=("adamw", "muon"), schedule=("linear", "cosine"),
-)  # fmt: skip
+def check_setting(f: dataclasses.Field, allowed, value) -> None:
+    """ValueError for a value that the annotation of its field does not allow."""
+    meaning = f.metadata["help"]
+    if get_origin(allowed) is Literal and value not in get_args(allowed):
+        choices = ", ".join(get_args(allowed))
+        raise ValueError(f"--{f.name} {value} is none of {choices} ({meaning})")
+    if get_origin(allowed) is Annotated:
+        bounds = get_args(allowed)[1]
+        if not bounds.least <= value <= bounds.most:  # nan is in no range
+            raise ValueError(f"--{f.name} is {value}, not {bounds} ({meaning})")
 
 
-LIMITS = {  # least and most of the numbers that have bounds
-    (1, 1e9): "max_tokens_per_pack min_pixels max_pixels max_prompt_tokens rollout_tp steps prompts_per_step "
-    "max_response_tokens minibatch_prompts epochs eval_every eval_samples keep importance_cap max_frames "
-    "max_frame_pixels",
-    (0, 1e9): "dynamic_sampling warmup_updates eval_rows save_every max_not_finite learning_rate weight_decay "
-    "kl_coefficient clip_high clip_dual entropy_coefficient lora_rank lora_alpha",
-    (0, 1): "clip_low final_learning_rate", (0, 0.999999): "beta2 lora_dropout", (0.01, 1): "memory_fraction",
-    (0.01, 100): "temperature", (1e-6, 1e9): "max_sampler_gap max_grad_norm", (0.01, 1e5): "timeout video_fps",
-}  # fmt: skip
+def check_rewards(s: Settings) -> None:
+    """ValueError for rewards that nothing can be learnt from, or that nobody would give."""
+    named = [weights for weights in s.reward_weights.values()]
+    if not any(any(weights.values()) for weights in named):
+        raise ValueError(
+            f"--rewards {s.rewards} weighs everything 0, so nothing can be learnt; raise a weight"
+        )
+    judged = any("judge" in weights for weights in named)
+    if judged and not (s.judge_url and s.judge_model):
+        raise ValueError(
+            "--rewards names judge; say whom to ask with --judge_url and --judge_model"
+        )
+
+
+def check_pairs(s: Settings) -> None:
+    """ValueError for settings that exclude each other."""
+    if s.prompts_per_step % s.minibatch_prompts:
+        raise ValueError(
+            f"--prompts_per_step {s.prompts_per_step} is not a multiple of --minibatch_prompts "
+            f"{s.minibatch_prompts}, so the last update of a step would weigh less than the others"
+        )
+    if s.min_pixels > s.max_pixels:
+        raise ValueError(f"--min_pixels {s.min_pixels} is above --max_pixels {s.max_pixels}")
+    if 0 < s.clip_dual < 1:
+        raise ValueError(
+            f"--clip_dual {s.clip_dual} is below 1, where it would cut the loss of a ratio of 1; "
+            "3 is usual, 0 turns it off"
+        )
+    if s.temperature > 2 and s.engine == "vllm":
+        raise ValueError(
+            f"--temperature {s.temperature} is above 2, the most that vLLM takes; lower it, or "
+            "take --engine hf"
+        )
+    if s.reference_on_cpu and (s.lora_rank or not s.kl_coefficient):
+        why = (
+            "LoRA's is the policy without its adapters"
+            if s.lora_rank
+            else "--kl_coefficient 0 needs none"
+        )
+        raise ValueError(
+            f"--reference_on_cpu moves the reference's weights, and there are none: {why}"
+        )
+    if s.rollout_tp > 1 and s.engine == "hf":
+        raise ValueError(
+            f"--rollout_tp {s.rollout_tp} is vLLM's; leave it out or take --engine vllm"
+        )
 
 
 PRESETS = {
     "tiny": dict(
         instruction=TINY_INSTRUCTION, min_pixels=56 * 56, max_pixels=56 * 56, max_prompt_tokens=256,
-        steps=200, prompts_per_step=64, responses_per_prompt=8, minibatch_prompts=32, max_response_tokens=24,
-        max_tokens_per_pack=8192, kl_coefficient=0.02, learning_rate=6e-4, beta2=0.98, warmup_updates=5,
-        final_learning_rate=0.1, eval_every=50, save_every=50,
+        steps=200, prompts_per_step=64, responses_per_prompt=8, minibatch_prompts=32,
+        max_response_tokens=24, max_tokens_per_pack=8192, kl_coefficient=0.02, learning_rate=6e-4,
+        beta2=0.98, warmup_updates=5, final_learning_rate=0.1, eval_every=50, save_every=50,
     ),
     "geo3k": dict(
-        model="Qwen/Qwen2.5-VL-7B-Instruct", data="hiyouga/geometry3k", min_pixels=262144, max_prompt_tokens=2048,
-        gradient_checkpointing=True, save_in_background=True,
+        model="Qwen/Qwen2.5-VL-7B-Instruct", data="hiyouga/geometry3k", min_pixels=262144,
+        max_prompt_tokens=2048, gradient_checkpointing=True, save_in_background=True,
     ),
 }  # fmt: skip
 
@@ -1197,76 +1511,179 @@ PRESETS["codeword"] = PRESETS["tiny"] | dict(
 )
 
 
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+
+def setting_types() -> dict[str, Any]:
+    """Name of a setting -> its annotation."""
+    return get_type_hints(Settings, include_extras=True)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; python train.py --help lists all flags")
+
+
+def make_parser() -> Parser:
+    """The command line's parser: the values of flags that are given, as texts."""
+    about = ["presets, by what they change (a flag that is given wins):"]
+    for name, changes in PRESETS.items():
+        flags = " ".join(f"--{key} {as_flag(value)}" for key, value in changes.items())
+        about += ["", *textwrap.wrap(f"{name}: {flags}", 100, subsequent_indent="    ")]
+    parser = Parser(
+        prog="python train.py",
+        usage="%(prog)s [--FLAG VALUE] ...",
+        description="\n".join([__doc__.split("\n\n")[0], "", *about]),
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, width=100, max_help_position=36
+        ),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    types = setting_types()
+    for f in dataclasses.fields(Settings):
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        values, bounds = describe_values(types[f.name])
+        notes = [bounds] if bounds else []
+        if f.default != "":
+            notes.append(f"default {as_flag(f.default)}")
+        help = f"{f.metadata['help']} [{'; '.join(notes)}]" if notes else f.metadata["help"]
+        options = {"nargs": "?", "const": "true"} if f.type == "bool" else {}
+        group.add_argument(f"--{f.name}", metavar=values, help=help.replace("%", "%%"), **options)
+    return parser
+
+
+def as_flag(value) -> str:
+    """A value as the user types it."""
+    return str(value).lower() if isinstance(value, bool) else shlex.quote(str(value))
+
+
+def describe_values(allowed) -> tuple[str, str]:
+    """What --help writes behind a flag, and its bounds."""
+    if get_origin(allowed) is Literal:
+        return "|".join(get_args(allowed)), ""
+    if get_origin(allowed) is Annotated:
+        kind, bounds = get_args(allowed)
+        return "N" if kind is int else "X", str(bounds)
+    return {bool: "true|false", int: "N", str: "TEXT"}[allowed], ""
+
+
+def read_value(f: dataclasses.Field, allowed, text: str):
+    """A flag's text as a value of its field's type; ValueError if it is none."""
+    if get_origin(allowed) is Annotated:
+        allowed = get_args(allowed)[0]
+    if allowed is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if allowed not in (bool, int, float):
+        return text
+    try:
+        return {int: int, float: float}[allowed](text)
+    except (KeyError, ValueError):
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}[allowed]
+        meaning = f.metadata["help"]
+        raise ValueError(f"--{f.name} is {text!r}, not {kind} ({meaning})") from None
+
+
 def parse_settings(argv: list[str] | None = None) -> tuple[Settings, str]:
     """Read the command line.
 
     Returns:
         The Settings, and a sentence that says which preset they come from and why.
+
+    Raises:
+        ValueError: a flag is unknown, or its value is none that it may have.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(Settings, allow_abbrev=False)
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--preset", default="auto", choices=["auto", *PRESETS])
-    chooser.add_argument("--task", default="")
-    chosen, _ = chooser.parse_known_args(argv)
-    preset, why = chosen.preset, "asked for"
-    if preset == "auto" and chosen.task in PRESETS:
-        preset = chosen.task
+    given, unknown = make_parser().parse_known_args(argv)
+    if unknown:
+        names = [f"--{f.name}" for f in dataclasses.fields(Settings)]
+        wrong = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(wrong, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else "python train.py --help lists all flags"
+        raise ValueError(f"there is no flag {wrong}; {hint}")
+    types, values = setting_types(), {}
+    for f in dataclasses.fields(Settings):
+        if f.name in given:
+            values[f.name] = read_value(f, types[f.name], getattr(given, f.name))
+    preset, why = values.get("preset", "auto"), "asked for"
+    if preset == "auto" and values.get("task") in PRESETS:
+        preset = values["task"]
     if preset == "auto":
         gpu = torch.cuda.is_available()
         preset, why = ("geo3k", "there is a GPU") if gpu else ("tiny", "there is no GPU")
-    parser.set_defaults(**PRESETS[preset])
-    settings = dataclasses.replace(parser.parse_args_into_dataclasses(argv)[0], preset=preset)
-    return settings, f"preset {preset} ({why})"
+    defaults = PRESETS.get(preset, {})
+    return Settings(**defaults | values | {"preset": preset}), f"preset {preset} ({why})"
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings, why = parse_settings(argv)
-    device = start_processes(settings.timeout)
-    say(
-        f"{why}: {dist.get_world_size()} process(es) on {device.type}, results in {settings.folder}"
-    )
+    """Do what the command line says. An error that a user can cause ends in its sentence, once for
+    all ranks, and exit code 1."""
+    quieten_libraries()
     try:
-        if dist.get_world_size() % settings.rollout_tp:
-            raise ValueError(
-                f"--rollout_tp {settings.rollout_tp} must divide the {dist.get_world_size()} processes"
-            )
-        set_seed(settings.seed)
-        checkpoint = gather_objects(open_folder(settings) if dist.get_rank() == 0 else None)[0]
-        settings = prepare_tiny(settings)
-        if dist.get_rank() == 0:
-            record_launch(settings)
-        run = build(settings, device)
-        if checkpoint:
-            load_checkpoint(run, checkpoint)
-        with run.grader, contextlib.closing(run.engine):
+        settings, why = parse_settings(argv)
+        device = start_processes(settings.timeout)
+        say(f"{why}: {dist.get_world_size()} process(es) on {device.type}, in {settings.folder}")
+        start_run(settings, device)
+    except Exception as error:
+        explain_failure(error)
+        end_failed()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start_run(s: Settings, device: torch.device) -> None:
+    """Open the run's folder, build the run, train or evaluate, and export the model."""
+    for flag, ranks in (("rollout_tp", s.rollout_tp), ("shard_ranks", s.shard_ranks or 1)):
+        if dist.get_world_size() % ranks:
+            raise ValueError(f"--{flag} {ranks} must divide the {dist.get_world_size()} processes")
+    set_seed(s.seed)
+    checkpoint = gather_objects(open_folder(s) if dist.get_rank() == 0 else None)[0]
+    s = fit_memory(prepare_tiny(s), device)
+    if dist.get_rank() == 0:
+        record_launch(s)
+    say(f"loading {s.model}")
+    with advice_on_memory(s):
+        run = build(s, device)
+    if checkpoint:
+        load_checkpoint(run, checkpoint)
+    with run.grader, run.engine:
+        if s.steps:
             run.engine.sync(run.actor)
-            sampler = getattr(run.engine, "engine", run.engine)  # without --task's conversations
+            sampler = without_conversations(run.engine)
             check_against_sampler(sampler, run.actor, check_prompts(run.train_set, run.reader))
-            run.signals = catch_signals()
-            try:
+        run.signals = catch_signals()
+        try:
+            with advice_on_memory(s):
                 train(run)
-            finally:
-                finish_checkpoint(run)
-            judge = (
-                f", {run.grader.judge.failures} that the judge failed on"
-                if run.grader.judge
-                else ""
-            )
-            say(
-                f"answers on rank 0 over the time limit: {run.grader.timeouts}, that broke a grading worker: "
-                f"{run.grader.crashes}{judge}"
-            )
-            run.actor.save(settings.folder / "model")
-        say(f"model exported to {settings.folder / 'model'}")
+        except Exception as error:
+            explain_failure(error)  # first: what is being written may take a while
+            raise
+        finally:
+            finish_checkpoint(run)
+        judge = run.grader.judge
+        failed = f", {judge.failures} that the judge failed on" if judge else ""
+        say(
+            f"answers on rank 0 over the time limit: {run.grader.timeouts}, that broke a grading "
+            f"worker: {run.grader.crashes}{failed}"
+        )
+        if s.steps:
+            run.actor.save(s.folder / "model")
+            say(f"model exported to {s.folder / 'model'}")
+
+
+@contextlib.contextmanager
+def advice_on_memory(s: Settings) -> Iterator[None]:
+    """Say which flags help where a GPU's memory is full."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
-            f"a GPU's memory is full; set --max_tokens_per_pack to {settings.max_tokens_per_pack // 2} or "
-            f"--gradient_checkpointing true, and if it happened while sampling, --memory_fraction to "
-            f"{0.8 * settings.memory_fraction:.2f}. {error}"
+            f"a GPU's memory is full; set --max_tokens_per_pack to {s.max_tokens_per_pack // 2} or "
+            "--gradient_checkpointing true, and if it happened while sampling, --memory_fraction "
+            f"to {0.8 * (s.memory_fraction or 0.6):.2f}. {error}"
         ) from error
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -284,7 +284,23 @@ def write_aside(path: Path, content: str | bytes) -> None:
 
 def open_folder(s) -> Path | None:
     """Make the folder of a run, rank 0's job. Returns the checkpoint to go on from, or None to
-    start anew."""
+    start anew, with an earlier run moved aside.
+
+    Raises:
+        ValueError: there is nothing to go on from; what is in the way is no run; the run would
+            read its data or model from the folder that it moves.
+    """
+    for flag in ("data", "test_data", "model"):
+        source = Path(getattr(s, flag)).expanduser().resolve()
+        if getattr(s, flag) and source.is_relative_to(s.folder.resolve()):
+            raise ValueError(
+                f"--{flag} {getattr(s, flag)} lies in {s.folder}, this run's own folder; choose "
+                "another --name"
+            )
+    if s.folder.exists() and any(s.folder.iterdir()) and not (s.folder / "run.json").exists():
+        raise ValueError(
+            f"{s.folder} holds something that is no run (no run.json); choose another --name"
+        )
     checkpoint = None if s.resume == "no" else newest_checkpoint(s.folder / "checkpoints")
     if s.resume == "must" and checkpoint is None:
         raise ValueError(

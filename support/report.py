@@ -153,6 +153,13 @@ class Log:
             write_report(self.folder)
             self.due = time.monotonic() + 30  # seconds
 
+    def check_looks(self, step: int) -> None:
+        """Say so where the model may have stopped looking."""
+        if self.main:
+            warning = looks_away(read_jsonl(self.folder / "metrics.jsonl"))
+            if warning:
+                say(f"step {step}: {warning}")
+
     def write(self, step: int, row: dict[str, float]) -> None:
         """Keep metrics, in the file and with the loggers; the page follows twice a minute."""
         if not self.main:
@@ -162,6 +169,32 @@ class Log:
             log(row, step=step)
         if time.monotonic() > self.due:
             self.page()
+
+
+def looks_away(rows: list[dict]) -> str:
+    """A warning where accuracy rose over the last two evaluations while the answers came to owe the
+    pictures less than half of what they did at the start; "" where not.
+
+    Args:
+        rows: of metrics.jsonl.
+    """
+    told = [row for row in rows if "eval/looks_answer" in row]
+    if len(told) < 3:
+        return ""
+    oldest, older, newest = [row["eval/accuracy"] for row in told[-3:]]
+    first = told[0]["eval/looks_answer"]
+    last = told[-1]["eval/looks_answer"]
+    if not (oldest < older < newest and last < first / 2):
+        return ""
+    warning = (
+        f"it may be answering without looking: accuracy rose from {oldest:.3f} to {newest:.3f} "
+        f"while eval/looks_answer fell from {first:.2f} at the start to {last:.2f} nats"
+    )
+    blank = [row for row in rows if "blank/accuracy" in row]
+    if blank:
+        accuracy, step = blank[-1]["blank/accuracy"], blank[-1]["step"]
+        warning += f"; with white pictures it scored {accuracy:.3f} at step {step}"
+    return warning
 
 
 def open_loggers(s) -> list[Callable]:
@@ -313,6 +346,7 @@ def write_report(folder: str | Path) -> None:
         settings=json.loads((folder / "run.json").read_text()),
         written=time.strftime("%H:%M:%S"),
         curves=read_curves(folder / "metrics.jsonl"),
+        warning=looks_away(read_jsonl(folder / "metrics.jsonl")),
         steps=read_jsonl(folder / "rollouts.jsonl"),
     )
     text = encode(report)
