@@ -909,7 +909,6 @@ class Codeword:
 ENVIRONMENTS = {"codeword": Codeword}
 
 
-@functools.cache
 @functools.cache  # a file runs once
 def find_environment(task: str) -> type | None:
     """The environment that --task names: one of ENVIRONMENTS, or `path.py:Class`; "" is none.
