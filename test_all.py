@@ -4233,7 +4233,8 @@ def test_vllm_sleeps_and_wakes_on_a_gpu(tiny, process_group, gpu_table):
             gpu_table.append(("vLLM asleep, level 2", used() - before, "GiB"))
             with pytest.raises(RuntimeError, match="while vLLM sleeps"):
                 draw(engine, prompts, 1)
-            perturb(actor.model.cpu() and actor)
+            actor.model.to("cpu")
+            perturb(actor, scale=0.01)
             actor.model.to("cuda")
             synced = engine.sync(actor)
             drawn = draw(engine, prompts, 4)
