@@ -2714,17 +2714,23 @@ LAYOUT_CASES = {  # the model, what is done to it, what it scores, and images an
 }  # fmt: skip
 
 
+def assert_same_in_every_layout(actor, groups):
+    """Log-probs and all gradients; returns the padded forward's log-probs."""
+    expected, expected_gradients = gradients(actor, groups, "padded")
+    for packing in ("packed", "shared"):
+        got, got_gradients = gradients(actor, groups, packing)
+        close(got, expected, atol=1e-5)
+        assert_same_gradients(got_gradients, expected_gradients)
+    return expected
+
+
 @pytest.mark.parametrize("case", LAYOUT_CASES)
 def test_every_layout_gives_the_same_logprobs_and_gradients(tiny, family_folder, case):
     name, prepare, groups_of, kept = LAYOUT_CASES[case]
     folder = {"untied": tiny[False], "tied": tiny[True]}.get(name) or family_folder(name)
     actor = prepare(model.Actor.from_pretrained(str(folder)))
     groups = groups_of(actor)
-    expected, expected_gradients = gradients(actor, groups, "padded")
-    for packing in ("packed", "shared"):
-        got, got_gradients = gradients(actor, groups, packing)
-        close(got, expected, atol=1e-5)
-        assert_same_gradients(got_gradients, expected_gradients)
+    expected = assert_same_in_every_layout(actor, groups)
     features = actor.image_features(model.prompts_of(model.turns_of(groups)))
     if kept:
         counts = Counter({kind: len(held.pooler_output) for kind, held in features.items()})
@@ -3072,7 +3078,7 @@ def test_the_softcap_bends_logits_by_hand():
     close(logprobs, torch.tensor([-math.log(1 + math.exp(-2))]))
 
 
-def tiny_gemma4(processor):
+def gemma4_with_everything(processor):
     """A random model with everything that Gemma 4 brings: images that see forwards in sliding
     layers alone, softcapped logits, inputs for every layer, larger heads in full layers."""
     text = dict(
@@ -3115,7 +3121,7 @@ def gemma4_prompt(images):
 def test_softcaps_and_images_that_see_forwards_in_windows_alone_follow_the_config(
     actor, monkeypatch
 ):
-    gemma = tiny_gemma4(actor.processor)
+    gemma = gemma4_with_everything(actor.processor)
     assert gemma.softcap == 3 and gemma.whole_images == "windows"
     generator = torch.Generator().manual_seed(0)
     groups = []
@@ -3277,8 +3283,7 @@ def watched_varlen(calls):
 
 
 def test_the_kernel_path_runs_forward_and_backward_at_full_width_under_fsdp(tiny):
-    printed = run_python([__file__, "check_kernels_under_fsdp", str(tiny[False])], cwd=HERE)
-    assert printed.splitlines()[-1] == "all checked"
+    assert "all checked" in run_apart("check_kernels_under_fsdp", str(tiny[False]))
 
 
 def check_kernels_under_fsdp(folder):
