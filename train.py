@@ -1310,8 +1310,8 @@ class Settings:
         parse_columns(self.columns)
         if self.wandb and importlib.util.find_spec("wandb") is None:
             raise ValueError(
-                f"--wandb {self.wandb} needs the package wandb; pip install wandb, or leave the flag "
-                "out"
+                f"--wandb {self.wandb} needs the package wandb; pip install wandb, or leave the "
+                "flag out"
             )
         if self.name and not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(
@@ -1546,6 +1546,7 @@ def main(argv: list[str] | None = None) -> None:
         explain_failure(error)
         end_failed()
     finally:
+        gc.unfreeze()  # else libraries report at exit what was never freed
         if dist.is_initialized():
             dist.destroy_process_group()
 
