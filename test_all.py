@@ -2289,9 +2289,7 @@ def test_weights_for_a_source_that_no_problem_has_stop_the_start(tmp_path, tiny,
     ):
         places = dict(data=file, test_data=held_out)
         settings = train.Settings(model=str(tiny[False]), instruction="", rewards=rewards, **places)
-        with pytest.raises(
-            ValueError, match=rf"no problem has: \['{unknown}'\]; name their column"
-        ):
+        with pytest.raises(ValueError, match=rf"no problem has: \['{unknown}'\].*--columns source"):
             train.build(settings, torch.device("cpu"))
 
 
@@ -3350,7 +3348,9 @@ def test_a_sampler_that_computes_another_model_is_refused_before_training(actor,
     assert engine.max_response_tokens == 24
     other = copy.copy(actor)
     other.temperature = 1.05
-    with pytest.raises(RuntimeError, match=r"(?s)before training.*packing 'padded'.*softcap.*per-t"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)before training.*packing 'padded'.*softcap.*per-t"
+    ):
         train.check_against_sampler(rollout.HFEngine(other, 24), actor, prompts)
     actor.compute = torch.bfloat16  # there that little is rounding
     train.check_against_sampler(rollout.HFEngine(other, 24), actor, prompts)
@@ -4932,31 +4932,41 @@ def test_every_setting_is_read_somewhere_and_has_help():
         assert read or f.name == "preset", f"--{f.name} is dead"
 
 
-def test_unknown_flags_are_refused():
-    for unknown in ("--learning_rat", "--nothing"):
-        with pytest.raises(ValueError, match=unknown):
+def test_unknown_flags_are_named_with_the_nearest_known_one():
+    for unknown, message in (
+        ("--learning_rat", "no flag --learning_rat; did you mean --learning_rate"),
+        ("--learning-rate", "no flag --learning-rate; did you mean --learning_rate"),
+        ("--qqq", "no flag --qqq; python train.py --help lists all"),
+    ):
+        with pytest.raises(ValueError, match=message):
             train.parse_settings(["--preset", "tiny", unknown, "1"])
 
 
 def test_every_number_among_the_settings_has_bounds_but_the_seed():
-    bounded = [*" ".join(train.LIMITS.values()).split(), "responses_per_prompt"]
-    assert sorted(bounded) == sorted(
-        f.name
-        for f in dataclasses.fields(train.Settings)
-        if f.type in (int, float, "int", "float") and f.name != "seed"
-    )
+    bare = [name for name, allowed in train.setting_types().items() if allowed in (int, float)]
+    assert bare == ["seed"]
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--responses_per_prompt 1", "--responses_per_prompt is 1; .*compared with the others"),
+    ("--responses_per_prompt 1", "--responses_per_prompt is 1, not at least 2 .*compared with the others"),
     ("--minibatch_prompts 48", "64 is not a multiple of --minibatch_prompts 48"),
     ("--temperature 0", "--temperature is 0.0, not from 0.01 to 100"),
     ("--temperature nan", "--temperature is nan"),
     ("--learning_rate inf", "--learning_rate is inf"),
-    ("--learning_rate=-0.1", "--learning_rate is -0.1, not from 0"),
-    ("--steps 0", "--steps is 0, not from 1 to .*batches of rollouts"),
-    ("--keep 0", "--keep is 0, not from 1 .*newest checkpoints"),
-    ("--memory_fraction 60", "--memory_fraction is 60.0, not from 0.01 to 1 "),
+    ("--learning_rate=-0.1", "--learning_rate is -0.1, not at least 0"),
+    ("--steps=-1", "--steps is -1, not at least 0 .*batches of rollouts"),
+    ("--steps 1e3", "--steps is '1e3', not a whole number .*batches of rollouts"),
+    ("--clip_low little", "--clip_low is 'little', not a number .*may fall below 1"),
+    ("--eager maybe", "--eager is 'maybe', not true or false .*CUDA graphs"),
+    ("--steps", "--steps: expected one argument"),
+    ("--keep 0", "--keep is 0, not at least 1 .*newest checkpoints"),
+    ("--memory_fraction 60", "--memory_fraction is 60.0, not from 0 to 1 "),
+    ("--clip_dual 0.5", "--clip_dual 0.5 is below 1"),
+    ("--temperature 2.5 --engine vllm", "--temperature 2.5 is above 2, the most that vLLM takes"),
+    ("--preset large", "--preset large is none of auto, tiny, geo3k, codeword"),
+    ("--dtype float16", "--dtype float16 is none of auto, bfloat16, float32"),
+    ("--task nothing", "unknown --task 'nothing'"),
+    ("--columns picture=images", "--columns 'picture=images'"),
     ("--clip_low 1.5", "--clip_low is 1.5"),
     ("--beta2 1", "--beta2 is 1.0"),
     ("--importance_cap 0.5", "--importance_cap is 0.5"),
@@ -5546,6 +5556,284 @@ def test_grpo_learns(tmp_path):
     )  # fmt: skip
     rewards = [row["train/reward"] for row in learning_steps(folder)]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
+
+
+def test_help_shows_every_flag_once_in_its_group_with_choices_bounds_and_default():
+    text = train.make_parser().format_help()
+    for f in dataclasses.fields(train.Settings):
+        assert len(re.findall(rf"^  (--{f.name})\b", text, re.M)) == 1, f.name
+    titles = re.findall(r"^(?:the run|data|model|[A-Z]+)\b.*:$", text, re.M)
+    words = [title.split()[0].strip(":") for title in titles]
+    assert words == ["the", "data", "model", "SAMPLE", "SCORE", "FREEZE", "LEARN", "REPORT"]
+    flat = " ".join(text.split())
+    assert (
+        "--steps N batches of rollouts; 0: evaluate --model and end [at least 0; default 60]"
+        in flat
+    )
+    assert "--kl_estimator k1|k2|k3" in flat and "--eager [true|false]" in flat
+    assert flat.index("presets, by what they change") < flat.index("tiny: --instruction")
+    assert flat.index("tiny: --instruction") < flat.index("the run: --preset auto|tiny|")
+    assert "--gradient_checkpointing true --save_in_background true" in flat  # as one types them
+
+
+def test_a_switch_is_on_where_it_is_named():
+    settings, _ = train.parse_settings(["--preset", "tiny", "--eager", "--rounding", "false"])
+    assert settings.eager and not settings.rounding
+
+
+def test_the_compute_dtype_follows_the_device_unless_it_is_given():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    auto, half = train.Settings(), train.Settings(dtype="bfloat16")
+    assert (auto.compute_dtype(cpu), auto.compute_dtype(gpu)) == (torch.float32, torch.bfloat16)
+    assert (half.compute_dtype(cpu), half.compute_dtype(gpu)) == (torch.bfloat16, torch.bfloat16)
+    assert train.Settings(dtype="float32").compute_dtype(gpu) == torch.float32
+
+
+def test_an_error_of_the_user_is_one_sentence_before_anything_is_loaded(tmp_path):
+    code, log = train_apart(tmp_path, "--clip_low", "2")
+    expected = (
+        "error: --clip_low is 2.0, not from 0 to 1 (how far the probability ratio may fall below 1)"
+    )
+    assert (code, log.strip().splitlines()) == (1, [expected])
+    code, log = train_apart(tmp_path, "--model", str(tmp_path / "none"), "--data", str(tmp_path))
+    assert code == 1 and "Traceback" not in log
+    assert f"error: --model {tmp_path / 'none'} cannot be loaded: " in log
+
+
+def test_an_error_of_the_user_is_said_once_by_two_ranks(seedling, tmp_path):
+    copy_start(seedling, tmp_path)
+    code, log = train_apart(tmp_path, "--test_split", "train", ranks=2)
+    assert code == 1 and "Traceback" not in log, log
+    assert log.count("would be trained on and held out") == 1
+
+
+def test_only_what_a_raise_of_ours_explains_loses_its_traceback():
+    def caught(call):
+        with pytest.raises((ValueError, RuntimeError)) as raised:
+            call()
+        return raised.value
+
+    assert processes.is_explained(caught(lambda: reward.parse_weights("nothing=1")))
+    for bug in (lambda: int("x"), lambda: torch.ones(2) @ torch.ones(3), lambda: json.loads("{")):
+        assert not processes.is_explained(caught(bug))
+
+
+PLANTED = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from support import processes
+processes.start_processes()
+try:
+    if processes.this_rank() == 1:
+        raise KeyError("planted")
+    time.sleep(100)  # as a collective on a GPU, which waits and cannot be interrupted
+except Exception as error:
+    processes.explain_failure(error)
+    processes.end_failed()
+"""
+
+
+def test_a_rank_that_fails_leaves_its_traceback_and_takes_the_others_down_within_seconds():
+    with socket.create_server(("localhost", 0)) as free:
+        place = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
+    ranks = []
+    for rank in range(2):
+        env = os.environ | ENVIRONMENT | place | dict(RANK=str(rank), WORLD_SIZE="2")
+        command = [sys.executable, "-c", PLANTED, str(HERE)]
+        ranks.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    _, first = ranks[1].communicate(timeout=90)
+    start = time.monotonic()
+    _, other = ranks[0].communicate(timeout=90)
+    assert time.monotonic() - start < 10
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert first.count("KeyError: 'planted'") == 1 and "Traceback" in first
+    assert other == ""
+
+
+def test_a_name_never_moves_what_is_no_run(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.parquet").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    for name, places, message in (
+        ("data", {}, "data holds something that is no run"),
+        ("run", dict(data=str(tmp_path / "run" / "rows.parquet")), "--data .* lies in .*run's own"),
+        ("run", dict(model=str(tmp_path / "run" / "model")), "--model .* choose another --name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.open_folder(train.Settings(out=str(tmp_path), name=name, **places))
+    assert sorted(tmp_path.rglob("*")) == before
+    checkpoint.open_folder(train.Settings(out=str(tmp_path), name="run"))
+    assert (tmp_path / "run.1" / "run.json").exists()
+
+
+def responses_in(folder, name="eval-000000"):
+    return [json.loads(line) for line in (folder / "responses" / f"{name}.jsonl").open()]
+
+
+def test_no_steps_evaluate_a_model_and_write_its_responses(finished, tmp_path):
+    flags = [*SHORT, "--eval_samples", "4", "--minibatch_prompts", "8", "--steps", "0"]
+    figures_of = str(finished.parent / "figures")
+    places = ["--model", str(finished / "model"), "--data", figures_of, "--test_data", figures_of]
+    folders = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        code, log = train_apart(out, *flags, *places, ranks=ranks)
+        assert code == 0, log
+        assert "Loading weights" not in log and "Warning" not in log and "not valid" not in log
+        folder = out / "tiny-evaluation"
+        assert not (folder / "checkpoints").exists() and not (folder / "model").exists()
+        assert [row["step"] for row in metrics(folder)] == [0, 0, 0]
+        assert {"eval/accuracy", "blank/accuracy", "shuffled/accuracy"} <= {
+            name for row in metrics(folder) for name in row
+        }
+        folders.append(folder)
+    texts = [[row["response"] for row in responses_in(folder)] for folder in folders]
+    rows = responses_in(finished, "eval-000003")  # by the run that has exported this model
+    assert texts[0] == [row["response"] for row in rows] and len(rows) == 40
+    assert len(texts[1]) == 40
+
+
+BOUNCE = """
+import dataclasses, data
+class Bounce:
+    images = 1
+    def __init__(self, problem):
+        self.first = self.problem = problem
+    def step(self, text):
+        shown, self.problem = self.problem, None
+        return (dataclasses.replace(shown, question="<image>" * len(shown.images) + "And again?"), 0.0) if shown else (None, 1.0)
+"""
+
+
+def test_an_evaluation_takes_an_environment_from_a_file(seedling, tmp_path):
+    copy_start(seedling, tmp_path)
+    (tmp_path / "bounce.py").write_text(BOUNCE)
+    flags = ["--steps", "0", "--task", f"{tmp_path / 'bounce.py'}:Bounce"]
+    code, log = train_apart(tmp_path, *flags)
+    assert code == 1 and "give --model and --data" in log and "Traceback" not in log, log
+    places = ["--model", str(tmp_path / "tiny-model"), "--data", str(tmp_path / "figures")]
+    code, log = train_apart(tmp_path, *flags, *places)
+    assert code == 0, log
+    [row, *_] = metrics(tmp_path / "tiny-evaluation")
+    assert row["eval/reward"] == 1
+
+
+BF16 = ("--dtype", "bfloat16", "--steps", "3", "--kl_coefficient", "0.1", "--save_in_background", "true",
+        "--save_every", "1", "--learning_rate", "1e-3")  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks, flags", [
+    (1, "--freeze_vision true"),
+    (2, "--lora_rank 4"),
+    pytest.param(2, "--engine vllm", marks=needs_vllm),
+])  # fmt: skip
+def test_bfloat16_trains_as_on_a_gpu(seedling, tmp_path, ranks, flags):
+    folder = train_whole(seedling, tmp_path, *BF16, *flags.split(), ranks=ranks)
+    steps = learning_steps(folder)
+    assert len(steps) == 3 and all(row["train/learnt_tokens"] > 0 for row in steps)
+    assert all(0 < row["train/gap"] < 0.02 for row in steps)  # rounding, which float32 has not
+    assert all(row["train/kl"] < 0.5 for row in steps)
+    stored = load_file(folder / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    [shard, *_] = sorted((folder / "checkpoints" / "step-000003").glob("*.safetensors"))
+    kept = [tensor for name, tensor in load_file(shard).items() if not name.startswith("run.")]
+    assert {tensor.dtype for tensor in kept} == {torch.float32}  # masters and moments
+
+
+def unsynced_run(argv):
+    """train.py with vLLM, which after the first sync goes on with its old weights."""
+    sync = rollout.VLLMEngine.sync
+    synced = []
+
+    def sync_once(engine, actor):
+        if not synced:
+            sync(engine, actor)
+        synced.append(engine)
+        return {}
+
+    rollout.VLLMEngine.sync = sync_once
+    reward.REWARDS["varied"] = varied
+    train.main(argv)
+
+
+@needs_vllm
+def test_in_bfloat16_the_gate_still_catches_a_missed_sync(seedling, tmp_path):
+    argv = argv_of(
+        copy_start(seedling, tmp_path), *BF16, "--engine", "vllm", "--learning_rate", "0.02"
+    )
+    code, log = launch("unsynced_run", argv)
+    assert code == 1 and re.search(r"error: step [12]: sampler and trainer disagree by", log), log
+
+
+QWEN25 = {  # counts of Qwen2.5-VL's configurations
+    "3B": memory.ModelSize(3_754_622_976, 668_712_960, 151936 * 2048, 36, 2048),
+    "7B": memory.ModelSize(8_292_166_656, 676_550_144, 2 * 152064 * 3584, 28, 3584),
+    "32B": memory.ModelSize(33_452_718_336, 690_000_000, 2 * 152064 * 5120, 64, 5120),
+    "72B": memory.ModelSize(73_410_777_344, 700_000_000, 2 * 152064 * 8192, 80, 8192),
+}
+
+
+def test_the_memory_of_a_run_is_near_what_was_measured():
+    # GiB by torch's MemTracker under FSDP2: forward and backward, masters and gradients included,
+    # without AdamW, reference and runtime
+    for name, shards, tokens, checkpointing, measured in (
+        ("7B", 8, 16001, True, 17.4),
+        ("7B", 8, 31889, True, 24.8),
+        ("7B", 8, 16001, False, 122.0),
+        ("7B", 4, 16001, True, 24.1),
+        ("3B", 1, 16001, True, 29.3),
+        ("3B", 4, 16001, True, 11.4),
+    ):
+        size = QWEN25[name]
+        settings = train.Settings(
+            kl_coefficient=0.0, max_tokens_per_pack=tokens, gradient_checkpointing=checkpointing
+        )
+        learning, _ = memory.gpu_bytes(size, settings, shards)
+        moments = 2 * 4 * size.parameters / shards
+        got = (learning - moments - memory.RUNTIME) / memory.GIB
+        assert 0.97 * measured < got < 1.15 * measured, (name, shards, got)
+
+
+def test_what_fits_gets_its_memory_fraction_and_the_rest_is_refused_with_the_flags_that_help():
+    gpu = 79.1 * memory.GIB
+    for name, gpus, expected in (
+        ("3B", 1, 0.28),  # 49 + 4 resting beside it
+        ("3B", 2, 0.58),
+        ("3B", 4, 0.6),
+        ("7B", 4, 0.55),
+        ("7B", 8, 0.6),
+        ("7B", 1, "it fits with --lora_rank 16"),
+        ("7B", 2, "it fits with --lora_rank 16"),
+        ("32B", 8, "it fits with --rollout_tp 4 --lora_rank 16"),
+        ("32B", 16, "it fits with --rollout_tp 4"),
+        ("72B", 16, "it fits with --rollout_tp 4 --lora_rank 16"),
+        ("72B", 32, "it fits with --max_tokens_per_pack 8192 --rollout_tp 4"),
+    ):
+        settings = train.Settings(model=name, gradient_checkpointing=True)
+        if isinstance(expected, float):
+            got = memory.fit(QWEN25[name], settings, gpus, gpu)
+            assert abs(got - expected) < 0.01, (name, gpus, got)
+        else:
+            with pytest.raises(ValueError, match=rf"{name} does not fit on {gpus} GPU.*{expected}"):
+                memory.fit(QWEN25[name], settings, gpus, gpu)
+    given = train.Settings(model="7B", gradient_checkpointing=True, memory_fraction=0.6)
+    with pytest.raises(ValueError, match="it fits with --memory_fraction 0"):
+        memory.fit(QWEN25["7B"], given, 4, gpu)
+    with pytest.raises(ValueError, match="it fits with --gradient_checkpointing true"):
+        memory.fit(QWEN25["7B"], train.Settings(model="7B"), 8, gpu)
+
+
+def test_a_model_is_measured_by_its_configuration_alone(tiny):
+    size = train.measure_model(str(tiny[False]))
+    whole = model.Actor.from_pretrained(str(tiny[False])).model
+    assert size.parameters == sum(p.numel() for p in whole.parameters())
+    assert size.vision == sum(p.numel() for p in whole.model.visual.parameters())
+    assert size.embeddings == 2 * whole.lm_head.weight.numel()
+    assert (size.layers, size.hidden) == (4, 128)
+    tied = train.measure_model(str(tiny[True]))
+    assert size.parameters - tied.parameters == tied.embeddings == size.embeddings / 2
 
 
 # --------------------------------------------------------------------------------------------------
