@@ -18,6 +18,7 @@ import functools
 import gc
 import http.server
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -3511,7 +3512,7 @@ def tiny_qwen3_vl_moe(kit):
     experts = dict(
         num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
     )
-    text = kit.text | rotary(8, 4, 4, mrope_interleaved=False) | experts
+    text = kit.text | rotary(8, 4, 4, mrope_interleaved=True) | experts
     return qwen3_processor(kit), dict(text_config=text, vision_config=vision, **kit.qwen_ids())
 
 
@@ -3611,7 +3612,7 @@ def tiny_gemma4(kit):
     images = hf.Gemma4ImageProcessor(**merging, max_soft_tokens=70)
     parts = hf.Gemma4AudioFeatureExtractor(), images, kit.tokenizer, hf.Gemma4VideoProcessor()
     layers = ["sliding_attention", "full_attention", "full_attention"]
-    text = kit.text | dict(head_dim=16, global_head_dim=32, sliding_window=8, layer_types=layers)
+    text = kit.text | dict(head_dim=32, global_head_dim=64, sliding_window=8, layer_types=layers)
     text |= dict(hidden_size_per_layer_input=16, vocab_size_per_layer_input=len(kit.tokenizer))
     text["num_kv_shared_layers"] = 1
     vision = TOWER | dict(num_key_value_heads=2, head_dim=16, **merging)
@@ -3644,7 +3645,7 @@ def tiny_family(name: str, folder: Path) -> Path:
     processor.save_pretrained(folder)
     file = folder / "model.safetensors"
     weights = load_file(file)
-    if name == "llava":  # on the hub the tower still has a module around it
+    if name in ("llava", "llava_onevision", "gemma3"):  # on the hub a module is around the tower
         weights = {k.replace("tower.", "tower.vision_model."): v for k, v in weights.items()}
     if name == "qwen3_vl_moe":  # and the experts are transposed
         for key in [key for key in weights if ".experts." in key]:
@@ -3655,11 +3656,14 @@ def tiny_family(name: str, folder: Path) -> Path:
 
 PIXELS = {  # what the forward takes beside text, for a prompt with images of 84 x 56 and 56 x 112 pixels
     **{name: dict(pixel_values=(56, 1176), image_grid_thw=(2, 3), mm_token_type_ids=None)
-       for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")},
+       for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v")},
     "internvl": dict(pixel_values=(6, 3, 56, 56)),
     "llava_onevision": dict(pixel_values=(2, 5, 3, 28, 28), image_sizes=(2, 2), batch_num_images=(2,)),
     "idefics3": dict(pixel_values=(1, 8, 3, 56, 56), pixel_attention_mask=(1, 8, 56, 56)),
     "gemma3": dict(pixel_values=(2, 3, 56, 56), token_type_ids=None),
+    "llava": dict(pixel_values=(2, 3, 56, 56)),
+    "mistral3": dict(pixel_values=(2, 3, 112, 84), image_sizes=(2, 2)),
+    "gemma4": dict(pixel_values=(2, 280, 48), image_position_ids=(2, 280, 2), mm_token_type_ids=None),
 }  # fmt: skip
 
 
@@ -3678,8 +3682,9 @@ def plain_logprobs(actor, groups):
             types = {k: torch.nn.functional.pad(v, (0, len(response))) for k, v in prompt.inputs.items()
                      if model.is_per_token(k)}  # fmt: skip
             ids = torch.cat([prompt.ids, response])[None]
+            inputs = model.extract_multi_modal_inputs(actor.model, prompt.inputs | types)
             logits = actor.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False,
-                                 **prompt.inputs | types).logits[0, len(prompt.ids) - 1 : -1]  # fmt: skip
+                                 **inputs).logits[0, len(prompt.ids) - 1 : -1]  # fmt: skip
             logits = logits.index_fill(-1, torch.tensor(actor.banned_ids), -torch.inf)
             rows.append(logits.log_softmax(-1).gather(-1, response[:, None])[:, 0])
     return torch.cat(rows)
@@ -3711,10 +3716,10 @@ def test_a_family_is_scored_as_its_plain_forward_does_and_its_frozen_tower_stays
         got.mean().backward()
         assert_same_gradients({n: p.grad for n, p in actor.model.named_parameters() if p.grad is not None}, slopes,
                               tolerance=1e-4)  # fmt: skip
-    assert actor.packing == ("padded" if name == "qwen3_5" else "shared")
+    assert actor.packing == "shared"
     assert actor.freeze("tower", "projector") > 0
     features = actor.image_features([p for p, _ in groups])
-    assert (features is None) == (name == "qwen3_5")  # its images are needed once per response
+    assert features is not None
     assert torch.equal(actor.logprobs(groups, features)[0], actor.logprobs(groups)[0])
 
     prompts = [p for p, _ in groups]
@@ -3765,6 +3770,7 @@ def test_an_unknown_family_works_by_the_usual_names_or_says_what_to_add(actor, m
 @pytest.mark.parametrize("name, most, tokens", [
     ("internvl", 56 * 56, 4), ("internvl", 4 * 56 * 56, 20), ("llava_onevision", 28 * 56, 10),
     ("idefics3", 56 * 56, 4), ("idefics3", 4 * 56 * 56, 20), ("gemma3", 56 * 56, 16), ("qwen3_vl", 4 * 28 * 28, 4),
+    ("glm4v", 4 * 28 * 28, 4), ("llava", 56 * 56, 16), ("mistral3", 56 * 60, 4), ("gemma4", 70 * 64, 64),
 ])  # fmt: skip
 def test_an_image_has_no_more_tokens_than_its_bound_allows(name, most, tokens, family_folder):
     actor = model.Actor.from_pretrained(str(family_folder(name)), pixels=(28 * 28, most))
@@ -3775,6 +3781,136 @@ def test_an_image_has_no_more_tokens_than_its_bound_allows(name, most, tokens, f
     )
     assert (prompt.ids == image_id).sum() == tokens
     actor.logprobs([(prompt, [[torch.tensor([5, 6])]])])
+
+
+@pytest.mark.parametrize("name, message", [
+    ("gemma3", r"--max_pixels 3135 cannot be obeyed by gemma3: its image processor makes 3136 pixels"),
+    ("llava", "--max_pixels 3135 cannot be obeyed by llava"),
+    ("gemma4", "--max_pixels 3135 cannot be obeyed by gemma4: its images have at least 4480 pixels"),
+])  # fmt: skip
+def test_a_bound_on_pixels_that_a_family_cannot_obey_is_refused(name, message, family_folder):
+    with pytest.raises(ValueError, match=message):
+        model.Actor.from_pretrained(str(family_folder(name)), pixels=(28 * 28, 56 * 56 - 1))
+
+
+MEDIA_INPUTS = {  # of the forwards of all image-text-to-text classes, those that a processor makes
+    "actions", "aspect_ratio_ids", "aspect_ratio_mask", "audio_feature_lengths", "audio_input_ids",
+    "audio_input_ids_mask", "batch_num_images", "bbox", "feature_attention_mask", "flattened_patches", "height",
+    "high_res_pixel_values", "image_embeds", "image_grid_hw", "image_grid_thw", "image_merge_sizes", "image_patches",
+    "image_position_ids", "image_sizes", "image_sizes_videos", "input_features", "input_features_mask", "noise",
+    "num_frames_per_video", "num_local_patches", "pixel_attention_mask", "pixel_mask", "pixel_values",
+    "pixel_values_images", "pixel_values_local", "pixel_values_videos", "protein_attention_mask", "protein_input_ids",
+    "qformer_attention_mask", "qformer_input_ids", "second_per_grid_ts", "spatial_shapes", "state", "target_sizes",
+    "target_sizes_videos", "timestep", "video_compression_mask", "video_grid_thw", "video_merge_sizes",
+    "video_position_ids", "video_second_per_grid", "visual_bbox", "width",
+}  # fmt: skip
+
+
+def test_every_input_of_every_class_of_transformers_is_known():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    known = MEDIA_INPUTS | model.PER_TOKEN | model.TEXT_INPUTS | model.SETTINGS | {"self"}
+    classes = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+    new = {}
+    for name in sorted(classes):
+        forward = inspect.signature(getattr(hf, name).forward)
+        unknown = forward.parameters.keys() - known
+        if unknown:
+            new[name] = sorted(unknown)
+    assert len(classes) > 80 and new == {}, "media, per token, text or a setting?"
+    for name in ("cross_attention_mask", "image_attention_mask", "image_embeds_position_mask"):
+        assert model.is_per_token(name) and not model.is_per_token("image_position_ids")
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_weights_have_the_hubs_names_and_layouts_from_a_loaded_model_and_its_export(
+    name, family_folder, tmp_path
+):
+    hub = load_file(family_folder(name) / "model.safetensors")
+    actor = model.Actor.from_pretrained(str(family_folder(name)))
+    weights = dict(actor.weights(torch.float32))
+    assert hub.keys() <= weights.keys()
+    assert weights.keys() - hub.keys() <= {"lm_head.weight"}  # tied: once in a file
+    assert all(torch.equal(weights[key], value) for key, value in hub.items())
+    actor.save(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == hub.keys()
+    assert all(torch.equal(saved[key], value) for key, value in hub.items())
+
+
+def test_a_weight_of_the_hubs_that_transformers_has_cut_up_comes_when_its_last_part_is_there(actor):
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    parts = [f"self_attn.{x}_proj.weight" for x in "qkv"]
+    cut = WeightConverter("self_attn.qkv_proj.weight", parts, [Chunk(dim=0)])
+    actor.model._weight_conversions = [cut]
+    weights = dict(actor.weights(torch.float32))
+    for i, layer in enumerate(actor.model.model.language_model.layers):
+        whole = weights[f"model.language_model.layers.{i}.self_attn.qkv_proj.weight"]
+        attention = layer.self_attn
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        assert torch.equal(whole, torch.cat([x.weight for x in projections]))
+    assert not any("q_proj.weight" in name for name in weights)
+
+
+def test_recurrent_layers_keep_the_sequences_of_a_pack_apart():
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
+
+    # two prompts, one shorter than the convolution looks back, with three responses and one
+    segments = [(0, 70, 0, 0), (70, 75, 0, 70), (75, 76, 0, 70), (76, 150, 0, 70), (150, 152, 150, 150),
+                (152, 156, 150, 152)]  # fmt: skip
+    layout, generator = model.Layout(segments), torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).requires_grad_()
+
+    x, weight = random(1, 6, 156), random(6, 4)
+    q, k, v = random(1, 156, 2, 4), random(1, 156, 2, 4), random(1, 156, 2, 5)
+    decay, writes = random(1, 156, 2), random(1, 156, 2)
+    plain_conv = getattr(qwen, "conv_without_packs", qwen.causal_conv1d_fn)
+    plain_rule = getattr(qwen, "rule_without_packs", qwen.torch_chunk_gated_delta_rule)
+
+    def rule(function, rows, **more):
+        g, beta = -decay[:, rows].exp(), writes[:, rows].sigmoid()
+        out, _ = function(q[:, rows], k[:, rows], v[:, rows], g=g, beta=beta, **more)
+        return out
+
+    def conv(function, rows, **more):
+        return function(x[:, :, rows], weight, None, activation="silu", **more).transpose(1, 2)
+
+    everything = torch.arange(156)
+    for run, plain, ours in ((conv, plain_conv, model.packed_conv), (rule, plain_rule, model.packed_delta_rule)):
+        got = run(functools.partial(ours, plain), everything, layout=layout)
+        expected = []
+        for start, end, prompt_start, prompt_end in segments:
+            rows = torch.cat([torch.arange(prompt_start, prompt_end), torch.arange(start, end)])
+            expected.append(run(plain, rows)[:, prompt_end - prompt_start :])
+        expected = torch.cat(expected, 1)
+        close(got, expected, atol=1e-5)
+        inputs = (x, weight) if run is conv else (q, k, v, decay, writes)
+        scores = torch.linspace(-1, 1, got.numel()).view_as(got)
+        slopes = [torch.autograd.grad((scores * out).sum(), inputs) for out in (got, expected)]
+        for slope, wanted in zip(*slopes, strict=True):
+            close(slope, wanted, atol=1e-4)
+
+
+def test_a_forward_without_gradient_leaves_the_weights_sharded(actor, process_group):
+    groups = random_groups(actor)
+    actor.shard(torch.device("cpu"))
+    before = [id(p) for p in actor.model.parameters()]
+    with torch.no_grad():
+        actor.logprobs(groups)
+    assert [id(p) for p in actor.model.parameters()] == before  # those that the optimizer holds
+    assert all(isinstance(p, model.DTensor) for p in actor.model.parameters())
+    draw(rollout.HFEngine(actor, 3), [groups[1][0]], 2)
+    assert [id(p) for p in actor.model.parameters()] == before
+    actor.logprobs(groups)[0].sum().backward()
+    assert [id(p) for p in actor.model.parameters()] == before
+
+
+def test_ranks_that_do_not_divide_the_processes_are_refused(process_group):
+    with pytest.raises(ValueError, match="--shard_ranks 2 does not divide the 1 processes"):
+        model.shard_mesh(torch.device("cpu"), 2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5067,7 +5203,7 @@ def small_run(folder, groups_seed=0, prepare=lambda actor: None, **changes):
         settings.model, temperature=settings.temperature, packing=settings.packing
     )
     prepare(actor)
-    actor.shard(torch.device("cpu"))
+    actor.shard(torch.device("cpu"), shard_ranks=settings.shard_ranks)
     optimizer = torch.optim.SGD([p for p in actor.model.parameters() if p.requires_grad], lr=1e6)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1.0)
     rows = [problem("<image>" * (i % 3) + "What?" * (1 + i % 4), tuple(picture(j + i) for j in range(i % 3)))
@@ -5217,7 +5353,7 @@ def test_sharding_keeps_trained_weights_in_float32_and_changes_no_logprob(
     actor = model.Actor.from_pretrained(str(tiny[True]), torch.bfloat16)
     if frozen:
         actor.freeze("tower", "projector")
-    actor.shard(torch.device("cpu"))
+    actor.shard(torch.device("cpu"), torch.float32)
     for name, p in actor.model.named_parameters():
         assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
     close(actor.logprobs(groups)[0], plain.logprobs(groups)[0], atol=1e-5)
@@ -6540,10 +6676,10 @@ def whole_state(run):
     }
 
 
-def go_on_with_two_ranks(folder, out):
-    """Run with 2 ranks: go on from the checkpoint of one rank, and leave one of two."""
+def go_on_with_more_ranks(folder, out, shard_ranks):
+    """Run with several ranks: go on from the checkpoint of one rank, and leave one of theirs."""
     processes.start_processes()
-    run, groups = adam_run(folder, out)
+    run, groups = adam_run(folder, out, shard_ranks=shard_ranks)
     checkpoint.load_checkpoint(
         run, checkpoint.newest_checkpoint(Path(out) / "tiny" / "checkpoints")
     )
@@ -6551,17 +6687,24 @@ def go_on_with_two_ranks(folder, out):
     loss = learn(run, groups)["loss"]
     checkpoint.save_checkpoint(run)
     states.append(whole_state(run))
+    for name, tensor in run.actor.weights(torch.float32):  # what the engine and an export get
+        assert torch.equal(tensor, states[-1].get(name, tensor)), name
     if torch.distributed.get_rank() == 0:
         torch.save({"loss": loss, "states": states}, Path(out) / "two.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_a_checkpoint_of_one_rank_goes_on_with_two_and_the_reverse(tiny, process_group, tmp_path):
+@pytest.mark.parametrize("ranks, shard_ranks", [(2, 0), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_a_checkpoint_of_one_rank_goes_on_with_more_and_the_reverse(
+    tiny, process_group, tmp_path, ranks, shard_ranks
+):
     run, groups = adam_run(tiny[False], tmp_path)
     learn(run, groups)
     checkpoint.save_checkpoint(run)
     saved = whole_state(run)
-    run_apart("go_on_with_two_ranks", str(tiny[False]), str(tmp_path), ranks=2)
+    run_apart(
+        "go_on_with_more_ranks", str(tiny[False]), str(tmp_path), shard_ranks, ranks=ranks
+    )
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     assert same(two["states"][0], saved)
     # one rank goes on as two did
