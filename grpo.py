@@ -1,23 +1,27 @@
 """GRPO on plain tensors: rewards -> advantages -> loss.
 
     rewards (P, G) --group_advantages--> (P, G) --spread over tokens--> (N,)
-    logprobs, old_logprobs, advantages (N,) --policy_loss--> (N,) --times token_weights, summed-->
-    scalar
+    logprobs, old_logprobs, advantages (N,) --policy_loss--> (N,)
+    losses (N,) --times token_weights, summed--> scalar
 
 No model, no GPU, no torch.distributed: all of it is checked against numbers worked out by hand.
 Per-token quantities are flat vectors over the tokens that the policy wrote, response after
-response; `lengths` says where each ends.
+response; `lengths` says where each ends. All of this file is on the path; a new loss goes into
+`policy_loss`.
 
 Legend  P prompts, G responses per prompt, R responses, N tokens written by the policy (all
-responses, end to end) Papers  GRPO arXiv:2402.03300; PPO's clip arXiv:1707.06347; DAPO
-arXiv:2503.14476; Dr. GRPO arXiv:2503.20783;
-        GSPO arXiv:2507.18071; RLOO arXiv:2402.14740; KL estimators
-        http://joschu.net/blog/kl-approx.html; truncated importance sampling
-        https://fengyao.notion.site/off-policy-rl
+        responses, end to end)
+Papers  GRPO arXiv:2402.03300; PPO's clip arXiv:1707.06347; dual clip arXiv:1912.09729;
+        DAPO arXiv:2503.14476; Dr. GRPO arXiv:2503.20783; GSPO arXiv:2507.18071;
+        RLOO arXiv:2402.14740; KL estimators http://joschu.net/blog/kl-approx.html;
+        truncated importance sampling https://fengyao.notion.site/off-policy-rl
 """
 
 import torch
 from torch import Tensor
+
+MAX_LOG_RATIO = 20.0  # nats; e^20 is beyond every clip, and e^89 is no float32
+MAX_K3 = 10.0  # nats per token
 
 
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
@@ -25,13 +29,13 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
 
     Args:
         rewards: (P, G) float; row p holds the rewards of prompt p's responses.
-        scale: "std" divides by the group's population standard deviation (GRPO, section 4.1.2);
-            "none" only centres (Dr. GRPO); "loo" compares each response with the mean of the other
-            G - 1 (RLOO).
+        scale: "std" divides by the group's sample standard deviation, over G - 1 (GRPO, section
+            4.1.2, as verl, EasyR1, TRL and slime read it); "none" only centres (Dr. GRPO); "loo"
+            compares each response with the mean of the other G - 1 (RLOO).
 
     Returns:
-        (P, G) float32; every row sums to 0, and a row of equal rewards is exactly 0: that group has
-        nothing to teach and must not become 0/0 = nan.
+        (P, G) float32; every row sums to 0, and a row of equal rewards is exactly 0: that group
+        has nothing to teach and must not become 0/0 = nan.
 
     Raises:
         ValueError: G < 2 (the mean of a group of one is its own reward), or an unknown scale.
@@ -39,20 +43,22 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     size = rewards.shape[-1]
     if size < 2:
         raise ValueError(
-            f"a group of {size} has no other response to be compared with; draw at least 2 per prompt"
+            f"a group of {size} has no other response to be compared with; draw at least 2 per "
+            "prompt"
         )
     rewards = rewards.float()
     centred = rewards - rewards.mean(-1, keepdim=True)
     if scale == "std":
-        centred = centred / (rewards.std(-1, correction=0, keepdim=True) + 1e-6)
+        advantages = centred / (rewards.std(-1, correction=1, keepdim=True) + 1e-6)
     elif scale == "loo":  # r_i - mean of the others = (r_i - mean) G / (G - 1)
-        centred = centred * size / (size - 1)
-    elif scale != "none":
+        advantages = centred * size / (size - 1)
+    elif scale == "none":
+        advantages = centred
+    else:
         raise ValueError(f"advantage scale {scale!r} is none of std, none, loo")
     # a float mean of equal numbers can be off by one rounding, which std would blow up
-    return centred.masked_fill(
-        rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True), 0.0
-    )
+    is_flat = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
+    return advantages.masked_fill(is_flat, 0.0)
 
 
 def spread(values: Tensor, lengths: Tensor) -> Tensor:
@@ -73,22 +79,28 @@ def policy_loss(
     lengths: Tensor,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    clip_dual: float = 0.0,
     ratio: str = "token",
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate, per token: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
 
+    The log ratio is held within +-20 nats before exp, as verl and EasyR1 do: beyond, the clip cuts
+    the gradient in any case, and above 88 nats r would be inf and 0 * inf = nan.
+
     Args:
         logprobs: (N,) nats, with gradient, under the policy as it is.
         old_logprobs: (N,) nats, under the policy at the start of the step.
-        advantages: (N,), the same for every token of a response.
+        advantages: (N,); GRPO's is the same for every token of a response.
         lengths: (R,) tokens of each response; they add up to N.
-        clip_low, clip_high: how far the ratio may fall below and rise above 1; DAPO takes clip_high
-            > clip_low.
+        clip_low, clip_high: how far the ratio may fall below and rise above 1; DAPO takes
+            clip_high > clip_low.
+        clip_dual: c; where A < 0 the loss is at most c |A|, which would else grow with r without
+            bound. 0: no such limit. Above 1 + clip_high, or it would cut what the clip leaves.
         ratio: "token" is pi / pi_old of the token (GRPO); "sequence" is the response's geometric
             mean of it (GSPO, equation 7), one ratio for all tokens of a response.
 
     Returns:
-        (N,) loss per token, to be weighted by `token_weights` and summed; (N,) bool, where the clip
+        (N,) loss per token, to be weighted by `token_weights` and summed; (N,) bool, where a clip
         cut the gradient.
     """
     log_ratio = logprobs - old_logprobs
@@ -96,9 +108,17 @@ def policy_loss(
         log_ratio = spread(response_sums(log_ratio, lengths) / lengths, lengths)
     elif ratio != "token":
         raise ValueError(f"ratio {ratio!r} is neither token nor sequence")
-    r = log_ratio.exp()
-    free, cut = r * advantages, r.clamp(1 - clip_low, 1 + clip_high) * advantages
-    return -torch.minimum(free, cut), (cut < free).detach()
+    r = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    surrogate = r * advantages
+    clipped = r.clamp(1 - clip_low, 1 + clip_high) * advantages
+    loss = -torch.minimum(surrogate, clipped)
+    is_cut = clipped < surrogate
+    if clip_dual:
+        limit = -clip_dual * advantages
+        beyond = (advantages < 0) & (loss > limit)
+        loss = torch.where(beyond, limit, loss)
+        is_cut = is_cut | beyond
+    return loss, is_cut.detach()
 
 
 def token_weights(
@@ -112,7 +132,8 @@ def token_weights(
     its tokens.
 
     The totals are global counts (all ranks, all packs of the minibatch), so the sum does not depend
-    on how the minibatch is cut into packs or dealt to ranks.
+    on how the minibatch is cut into packs or dealt to ranks. They are the minibatch's, as in verl;
+    TRL divides by those of the whole generation batch, which one minibatch per step makes equal.
 
     Args:
         lengths: (R,) tokens of the responses at hand.
@@ -130,9 +151,8 @@ def token_weights(
     elif aggregation == "sequence":
         weights = 1.0 / (lengths * total_responses).float()
     elif aggregation == "constant":
-        weights = torch.full_like(
-            lengths, 1.0 / (max_response_tokens * total_responses), dtype=torch.float32
-        )
+        weight = 1.0 / (max_response_tokens * total_responses)
+        weights = torch.full_like(lengths, weight, dtype=torch.float32)
     else:
         raise ValueError(f"aggregation {aggregation!r} is none of token, sequence, constant")
     return spread(weights, lengths)
@@ -142,11 +162,14 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
     """Per-token estimate of KL(policy || reference) from tokens drawn by the policy.
 
     With d = logprobs - ref_logprobs: k1 = d (unbiased, can be negative), k2 = d^2 / 2 (biased, low
-    variance), k3 = exp(-d) - 1 + d (unbiased, never negative; verl calls it low_var_kl).
+    variance), k3 = exp(-d) - 1 + d (unbiased, never negative; verl calls it low_var_kl). For k3, d
+    is held within +-20 nats and the result at 10, as verl and EasyR1 do, so that one token which
+    the policy gave up cannot become the whole loss.
 
     As a loss, the gradient of k1 is that of the log-prob alone and says nothing about the
-    reference; k2's is the gradient of the true KL in expectation; k3's is the one used by GRPO
-    (equation 4).
+    reference; k2's is the gradient of the true KL in expectation; k3's is the one of GRPO's
+    equation 4, of the estimator alone. TRL 1.16 multiplies k3 by the ratio pi / pi_old, whose
+    gradient is, on-policy, that of k2.
 
     Args:
         logprobs, ref_logprobs: (N,) nats.
@@ -160,7 +183,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
     if estimator == "k2":
         return d.square() / 2
     if estimator == "k3":
-        return torch.expm1(-d) + d
+        d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        return (torch.expm1(-d) + d).clamp(max=MAX_K3)
     raise ValueError(f"KL estimator {estimator!r} is none of k1, k2, k3")
 
 
@@ -177,6 +201,10 @@ def importance_weights(
     The rollout engine computes in another precision and with other kernels than the trainer, so its
     tokens are drawn from a slightly different policy. Truncated importance sampling (TIS) reweights
     them and bounds the variance.
+
+    With GSPO (`ratio="sequence"`) level "token" has two readings: every token's loss times its own
+    weight, as here and in TRL and slime, or verl's, which keeps each token's own weight inside the
+    sequence's ratio. Level "sequence" makes all equal.
 
     Args:
         old_logprobs, sampler_logprobs: (N,) nats, of the trainer and of the engine that drew the
@@ -197,3 +225,24 @@ def importance_weights(
     elif level != "token":
         raise ValueError(f"importance level {level!r} is none of none, token, sequence")
     return gap.exp().clamp(max=cap)
+
+
+def look_weights(looks: Tensor, lengths: Tensor, strength: float) -> Tensor:
+    """Weigh a response's tokens by how much each owes to the picture: a soft form of VPPO's filter
+    (arXiv:2510.09285), which keeps the tokens that look most and drops the others.
+
+    With s = |looks|: 1 + strength (s / mean(s) - 1), the mean over the response, so that a
+    response's weights average 1 and its pull stays what it was.
+
+    Args:
+        looks: (N,) nats, log p(token | picture) - log p(token | white picture).
+        lengths: (R,) tokens of each response.
+        strength: from 0, every token alike, to 1, in proportion to s.
+
+    Returns:
+        (N,) weights, at least 0; 1 in a response that owes nothing to a picture.
+    """
+    size = looks.abs()
+    mean = spread(response_sums(size, lengths) / lengths, lengths)
+    share = torch.where(mean > 0, size / mean.clamp(min=1e-30), 1.0)
+    return 1 + strength * (share - 1)

@@ -55,6 +55,7 @@ import functools
 import inspect
 import json
 import math
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -74,7 +75,7 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -85,6 +86,14 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -484,8 +493,8 @@ class LogprobHead(nn.Linear):
         set."""
         if self.request is None:
             return super().forward(h)
-        scored = ChunkedLogprobs.apply(h[0], self.weight, self.request)
-        return torch.stack(scored, -1)[None]
+        logprobs, entropy = ChunkedLogprobs.apply(h[0], self.weight, self.request)
+        return torch.stack([logprobs[None], entropy[None]], -1)  # no view, which FSDP2 warns of
 
 
 # --------------------------------------------------------------------------------------------------
@@ -526,8 +535,14 @@ class Actor:
         self.anchors: dict[str, data.Prompt] = {}
         self.image_bounds = {}
         self.checking = False  # in check_packing nothing drops out
-        self._device: torch.device | None = None  # that given to shard
+        vision = processor.image_processor
+        self.pixels = 1, 10**9  # least and most of an image
+        if counts_pixels(vision):
+            self.pixels = vision.size["shortest_edge"], vision.size["longest_edge"]
+        self.sharded_on: torch.device | None = None
+        self.generates = False  # weights are whole for a while, see `generating`
         self._positions = weakref.WeakKeyDictionary()  # of Prompts
+        model._weight_conversions = conversions_of(model)
         model.get_output_embeddings().__class__ = LogprobHead
         self.use_packing(packing)
 
@@ -697,24 +712,39 @@ class Actor:
         dtype: torch.dtype = torch.float32,
         pixels: tuple[int, int] | None = None,
         **options,
-    ) -> "Actor":
-        """Load model and processor from a directory or the hub, on the CPU. Remote code is never
-        run.
+    ) -> Actor:
+        """Load model and processor from a directory or the hub, on the CPU. Remote code is never run.
 
-        `pixels` are the least and most of an image: the processor is told, so that it leaves images
-        alone that data.resize_image has brought within these bounds. `options` are Actor's.
+        Args:
+            pixels: least and most of an image, see bound_images; None: the processor's own.
+            options: Actor's.
         """
         model = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, attn_implementation="sdpa"
         )
         actor = cls(model.eval(), AutoProcessor.from_pretrained(name), **options)
-        vision = actor.processor.image_processor
-        actor.image_bounds = actor.family.bound(vision, *pixels) if pixels else {}
-        for setting, value in actor.image_bounds.items():
-            setattr(vision, setting, value)
-            if hasattr(model.config, setting):  # LLaVA's forward reads the grids there
-                setattr(model.config, setting, value)
+        if pixels:
+            actor.bound_images(*pixels)
         return actor
+
+    def bound_images(self, least: int, most: int) -> None:
+        """Tell the processor, and a model that reads it too, how many pixels an image may have.
+
+        It then leaves images alone that data.resize_image has brought within these bounds.
+        ValueError if the family's images cannot be bounded so.
+        """
+        vision = self.processor.image_processor
+        try:
+            self.image_bounds = self.family.bound(vision, least, most)
+        except ValueError as error:
+            raise ValueError(
+                f"--max_pixels {most} cannot be obeyed by {self.model.config.model_type}: {error}"
+            ) from error
+        self.pixels = least, most
+        for setting, value in self.image_bounds.items():
+            setattr(vision, setting, value)
+            if hasattr(self.model.config, setting):  # LLaVA's forward reads the grids there
+                setattr(self.model.config, setting, value)
 
     def check_packing(self, prompts: list[data.Prompt]) -> float:
         """Compare the chosen packing with the padded forward: log-probs, and the gradient of one
@@ -864,22 +894,16 @@ class Actor:
         return features or None
 
     def prompt(self, question: str, images=(), instruction: str = "", videos=()) -> data.Prompt:
-        """A Prompt of a question with `<image>` and `<video>` in it; data.make_prompt does it for a
-        row.
+        """A Prompt of a question with `<image>` and `<video>` in it; a data.Reader makes those of rows.
 
         Args:
             images: a picture for each `<image>`.
             videos: the frames, pictures too, for each `<video>`.
         """
-        vision, stored = self.processor.image_processor, tuple(map(data.png, images))
-        bounds = (
-            (vision.size["shortest_edge"], vision.size["longest_edge"])
-            if counts_pixels(vision)
-            else (1, 10**9)
-        )
+        stored = tuple(map(data.png, images))
         frames = tuple(tuple(map(data.png, video)) for video in videos)
         problem = data.Problem("prompt", question, stored, "", "", "", videos=frames)
-        return data.Reader(self.processor, *bounds, instruction)(problem)
+        return data.Reader(self.processor, *self.pixels, instruction)(problem)
 
     def trains_vision(self) -> bool:
         """Whether any weight of the tower or the projector is trained."""
@@ -890,47 +914,38 @@ class Actor:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device given to `shard`, else that of the weights."""
-        return self._device or next(self.model.parameters()).device
+        """Where inputs go: sharded weights may lie elsewhere, see `shard`'s offload."""
+        return self.sharded_on or next(self.model.parameters()).device
 
     def part(self, name: str) -> str:
         """Which part of the model a parameter or module belongs to, by its full name: tower,
         projector or language."""
         path = set(name.split("."))
-        return (
-            "projector"
-            if path & self.family.projector
-            else "tower"
-            if path & self.family.tower
-            else "language"
-        )
+        if path & self.family.projector:
+            return "projector"
+        return "tower" if path & self.family.tower else "language"
 
     def freeze(self, *parts: str) -> int:
-        """Stop training the given parts ("tower", "projector"). Returns the number of parameters
-        frozen.
+        """Stop training the given parts ("tower", "projector"). Returns how many numbers they hold.
 
         RuntimeError if a part holds nothing that was trained, so that the freeze would do nothing.
         """
+        frozen = 0
         for part in parts:
-            frozen = [
-                p
-                for name, p in self.model.named_parameters()
-                if self.part(name) == part and p.requires_grad
-            ]
-            if not frozen:
+            weights = [p for name, p in self.model.named_parameters() if self.part(name) == part]
+            if not any(p.requires_grad for p in weights):
                 raise RuntimeError(
                     f"freezing the {part} froze nothing: no trained parameter of {type(self.model).__name__} "
                     f"has one of {sorted(getattr(self.family, part))} on its path; correct its entry in FAMILIES"
                 )
-            for p in frozen:
+            for p in weights:
                 p.requires_grad_(False)
-        return sum(
-            p.numel() for name, p in self.model.named_parameters() if self.part(name) in parts
-        )
+            frozen += sum(p.numel() for p in weights)
+        return frozen
 
     def add_lora(
         self, rank: int, alpha: float, dropout: float = 0.0, targets: str = "all", seed: int = 0
-    ):
+    ) -> None:
         """Freeze every weight, and train low-rank adapters beside linear layers of the language
         model instead.
 
@@ -943,20 +958,26 @@ class Actor:
                 there are none); "all" of the language model, but the head.
             seed: of the adapters' start, the same on all ranks.
         """
-        head, wanted = self.model.get_output_embeddings(), targets.split(",")
+        head = self.model.get_output_embeddings()
         linear = [
             name
-            for name, m in self.model.named_modules()
-            if isinstance(m, nn.Linear) and m is not head and self.part(name) == "language"
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear)
+            and module is not head
+            and self.part(name) == "language"
         ]
-        names = [name for name in linear if targets == "all" or name.split(".")[-1] in wanted]
-        if not names:
-            known = ", ".join(sorted({name.split(".")[-1] for name in linear}))
+        last_names = {name: name.split(".")[-1] for name in linear}
+        wanted = set(last_names.values()) if targets == "all" else set(targets.split(","))
+        chosen = [name for name in linear if last_names[name] in wanted]
+        if not chosen:
+            known = ", ".join(sorted(set(last_names.values())))
             raise ValueError(
                 f"--lora_targets {targets} names no linear layer of the language model; it has {known}"
             )
         self.model.requires_grad_(False)
-        self.lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names)
+        self.lora = LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(self.lora, self.model)
@@ -982,58 +1003,95 @@ class Actor:
         else:
             self.model.gradient_checkpointing_disable()
 
-    def shard(self, device: torch.device, videos: bool = False, offload: bool = False) -> None:
-        """Shard weights, gradients and optimizer state over all ranks with FSDP2, block by block.
+    def shard(
+        self,
+        device: torch.device,
+        compute: torch.dtype | None = None,
+        videos: bool = False,
+        offload: bool = False,
+        shard_ranks: int = 0,
+    ) -> None:
+        """Shard weights, gradients and optimizer state over ranks with FSDP2, block by block.
 
-        Trained weights are kept in float32, so that small updates are not rounded away; on a GPU
-        the blocks compute in bfloat16. Frozen vision weights stay whole on every rank: they need no
-        gradient and no optimizer state, and a tower without collectives cannot hang when one rank's
-        pack has no image. With `offload` the shards stay in the host's memory and each block comes
-        to the GPU when it is used; slower. `videos`: any rank may bring some.
+        Trained weights are kept in float32, so that small updates are not rounded away. Frozen
+        vision weights stay whole on every rank: they need no gradient and no optimizer state, and a
+        tower without collectives cannot hang when one rank's pack has no image.
+
+        Args:
+            compute: dtype that the blocks compute in; None: the one that the model was loaded in.
+            videos: any rank may bring some.
+            offload: the shards stay in the host's memory, and each block comes to the GPU when it is
+                used; slower.
+            shard_ranks: so many consecutive ranks, one node's, hold a copy together, and every other
+                so many another one; 0: all ranks hold one. ValueError if it does not divide them.
         """
-        compute = torch.bfloat16 if device.type == "cuda" else torch.float32
-        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        place = CPUOffloadPolicy() if offload and device.type == "cuda" else OffloadPolicy()
-        unsharded = {
+        mesh = shard_mesh(device, shard_ranks)
+        offload = offload and device.type == "cuda"
+        self.sharded_on = device
+        self.compute = compute or self.dtype
+        whole = {
             p
             for name, p in self.model.named_parameters()
             if self.part(name) != "language" and not p.requires_grad
         }
-        for p in unsharded:
+        for p in whole:
             p.data = p.data.to(device)
-        blocks = [
-            m
-            for m in self.model.modules()
-            if type(m).__name__ in self.model._no_split_modules
-            and not unsharded.intersection(m.parameters())
-        ]
-        for module in (*blocks, self.model):
-            for (
-                p
-            ) in module.parameters():  # block by block, so that no rank holds a whole float32 model
+        for module in (*self._blocks(whole), self.model):
+            for p in module.parameters():
+                # block by block, so that no rank ever holds the whole model in float32
                 if p.requires_grad and not isinstance(p, DTensor):
-                    p.data = p.data.float()
+                    p.data = p.data.to("cpu" if offload else device).float()
+            precision = MixedPrecisionPolicy(
+                param_dtype=self.compute,
+                reduce_dtype=torch.float32,
+                # pixels become `compute` where they enter; what a tower's blocks are handed in
+                # float32, the angles of their positions, stays so, as in a tower that is not sharded
+                cast_forward_inputs=module is self.model,
+            )
             fully_shard(
-                module, mesh=mesh, mp_policy=policy, offload_policy=place, ignored_params=unsharded
+                module,
+                mesh=mesh,
+                mp_policy=precision,
+                offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
+                ignored_params=whole,
             )
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
+        self.model.register_forward_hook(self._reshard_without_gradient)
         if self.trains_vision():
-            # A sharded tower is gathered by all ranks together, once for the images and once for
-            # the videos of a pack, so a rank whose pack has none would leave the others waiting for
-            # ever. Such packs get these prompts; nothing attends to them and their gradient is 0.
-            white = Image.new("RGB", (1, 1), "white")
-            self.anchors["images"] = self.prompt("<image>", [white])
-            if videos:
-                self.anchors["videos"] = self.prompt("<video>", videos=[[white]])
+            self._add_anchors(videos)
 
-    def report(self) -> str:
-        """One line on what is trained."""
-        total, trained = collections.Counter(), collections.Counter()
+    def _blocks(self, whole: set[nn.Parameter]) -> list[nn.Module]:
+        """The layers that are sharded and gathered one at a time."""
+        kinds = self.model._no_split_modules
+        layers = [m for m in self.model.modules() if type(m).__name__ in kinds]
+        return [layer for layer in layers if not whole.intersection(layer.parameters())]
+
+    def _reshard_without_gradient(self, *_) -> None:
+        """Give back what a forward has gathered. FSDP2 keeps its root whole for a backward, and
+        where none comes, `parameters()` would be other tensors than the optimizer's."""
+        if not torch.is_grad_enabled() and not self.generates:
+            self.model.reshard()
+
+    def _add_anchors(self, videos: bool) -> None:
+        """Prompts for packs without image or video. A sharded tower is gathered by all ranks
+        together, once for the images and once for the videos of a pack, so a rank whose pack has
+        none would leave the others waiting for ever. Nothing attends to them and their gradient is
+        0."""
+        white = Image.new("RGB", (1, 1), "white")
+        self.anchors["images"] = self.prompt("<image>", [white])
+        if videos:
+            self.anchors["videos"] = self.prompt("<video>", videos=[[white]])
+
+    def summarize_trained(self) -> str:
+        """One line on which parameters are trained."""
+        total = collections.Counter()
+        trained = collections.Counter()
         for name, p in self.model.named_parameters():
-            total[self.part(name)] += p.numel()
-            trained[self.part(name)] += p.numel() * p.requires_grad
+            part = self.part(name)
+            total[part] += p.numel()
+            if p.requires_grad:
+                trained[part] += p.numel()
         counts = [
             f"{part} {trained[part] / 1e6:.2f}M of {total[part] / 1e6:.2f}M"
             for part in ("language", "projector", "tower")
@@ -1044,50 +1102,78 @@ class Actor:
     def generating(self):
         """Make `model.generate` possible for a while: plain attention, and whole weights instead of
         shards, so that decoding token by token does not gather every block every time."""
-        training = self.model.training
+        was_training = self.model.training
         self.model.eval()  # a layer that checkpoints keeps no key-value cache
         self.model.set_attn_implementation({"text_config": "sdpa"})
         shards = [m for m in self.model.modules() if isinstance(m, FSDPModule)]
+        self.generates = True
         for m in shards:
             m.set_reshard_after_forward(False)
             m.unshard()
         try:
             yield
         finally:
+            self.generates = False
             for m in shards:
                 m.reshard()
                 m.set_reshard_after_forward(m is not self.model)
             self.use_packing(self.packing)
-            self.model.train(training)
+            self.model.train(was_training)
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under its Hugging Face name, one at a time, whole even if FSDP2 has it
-        sharded, LoRA merged in.
+        """Every weight with the hub's name and layout, as vLLM loads it, one at a time: whole even
+        if FSDP2 has it sharded, LoRA merged in.
 
-        Each step is a collective under FSDP2: all ranks must run the iteration to its end. A tensor
-        with two names (tied embeddings) is gathered once and comes under both, because vLLM may
-        keep a copy for lm_head in another layout. state_dict puts FSDP2 back into its sharded
-        state; weights gathered by a forward pass could be old.
+        Each step is a collective under FSDP2: all ranks must run the iteration to its end.
+        transformers renames, transposes or stacks weights of the hub when it loads them; it undoes
+        that here as soon as all parts of a weight of the hub's are there.
         """
-        names, weights = collections.defaultdict(list), self.model.state_dict(keep_vars=True)
+        hub_names = self._hub_names()
+        missing = collections.Counter(hub_names.values())  # parts of a weight of the hub's
+        parts = collections.defaultdict(dict)
+        for name, tensor in self._whole_weights(dtype):
+            hub_name = hub_names[name]
+            parts[hub_name][name] = tensor
+            missing[hub_name] -= 1
+            if not missing[hub_name]:
+                yield from revert_weight_conversion(self.model, parts.pop(hub_name)).items()
+
+    def _hub_names(self) -> dict[str, str]:
+        """The hub's name for every weight; several weights may be parts of one."""
+        undo = [c.reverse_transform() for c in reversed(self.model._weight_conversions)]
+        renamings = [c for c in undo if isinstance(c, WeightRenaming)]
+        converters = [c for c in undo if isinstance(c, WeightConverter)]
+        hub_names = {}
+        for name in map(merged_name, self.model.state_dict(keep_vars=True)):
+            hub_names[name], _ = rename_source_key(name, renamings, converters, reverse=True)
+        return hub_names
+
+    def _whole_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Every weight under the model's own name, as in `weights`.
+
+        A tensor with two names (tied embeddings) is gathered once and comes under both, because
+        vLLM may keep a copy for lm_head in another layout. state_dict puts FSDP2 back into its
+        sharded state; weights gathered by a forward pass could be old.
+        """
+        weights = self.model.state_dict(keep_vars=True)
+        names = collections.defaultdict(list)
         for name, tensor in weights.items():
             if ".lora_" not in name:
                 names[id(tensor)].append(name)
-        for same in names.values():
-            tensor = weights[same[0]].detach()
+        for first, *others in names.values():
+            tensor = weights[first].detach()
             if tensor.is_floating_point():
                 tensor = tensor.to(dtype)  # before the gather: half the bytes between ranks
             tensor = full(tensor)
-            if same[0].endswith(
-                ".base_layer.weight"
-            ):  # merged into a new tensor; the base stays as it is
-                adapter = same[0].removesuffix("base_layer.weight") + "lora_{}.default.weight"
-                a, b = (full(weights[adapter.format(x)].detach()) for x in "AB")
-                tensor = (
-                    tensor.float() + self.lora.lora_alpha / self.lora.r * (b.float() @ a.float())
-                ).to(dtype)
-            for name in same:
-                yield name.replace(".base_layer.", "."), tensor
+            if first.endswith(".base_layer.weight"):
+                adapter = first.removesuffix("base_layer.weight")
+                a = full(weights[adapter + "lora_A.default.weight"].detach()).float()
+                b = full(weights[adapter + "lora_B.default.weight"].detach()).float()
+                scale = self.lora.lora_alpha / self.lora.r
+                # a new tensor: the base stays as it is
+                tensor = (tensor.float() + scale * (b @ a)).to(dtype)
+            for name in (first, *others):
+                yield merged_name(name), tensor
 
     def save(self, folder: str | Path, merge: bool = True) -> None:
         """Write a Hugging Face directory, on rank 0; every rank must call this.
@@ -1095,37 +1181,73 @@ class Actor:
         Without `merge`, the LoRA adapter alone, as `PeftModel.from_pretrained` reads it; ValueError
         if there is none.
         """
-        folder, first = Path(folder), this_rank() == 0
         if not merge and self.lora is None:
             raise ValueError(
                 "the adapter alone was asked for, but nothing was trained by LoRA; write the whole model"
             )
         if merge:
-            cpu = functools.lru_cache(1)(
-                Tensor.cpu
-            )  # a tied weight stays one tensor under its two names
-            state = {name: cpu(tensor) for name, tensor in self.weights(self.dtype) if first}
+            self._save_model(Path(folder))
         else:
-            weights = self.model.state_dict(keep_vars=True).items()
-            state = {
-                f"base_model.model.{name.replace('.default', '')}": full(tensor.detach()).cpu()
-                for name, tensor in weights
-                if ".lora_" in name
-            }
-        if first and merge:
-            self.model.save_pretrained(folder, state_dict=state)
+            self._save_adapter(Path(folder))
+        if dist.is_initialized():
+            dist.barrier()
+
+    def _save_model(self, folder: Path) -> None:
+        # a tied weight stays one tensor under its two names
+        to_cpu = functools.lru_cache(1)(Tensor.cpu)
+        state = {}
+        for name, tensor in self._whole_weights(self.dtype):
+            if this_rank() == 0:
+                state[name] = to_cpu(tensor)
+        if this_rank() == 0:
+            self.model.save_pretrained(folder, state_dict=state)  # under the hub's names
             self.processor.save_pretrained(folder)  # with the chat template
-            config = json.loads((folder / "config.json").read_text())
-            config["dtype"] = str(self.dtype).removeprefix(
-                "torch."
-            )  # not that of the float32 weights that are trained
-            (folder / "config.json").write_text(json.dumps(config, indent=2))
-        elif first:
+            path = folder / "config.json"
+            config = json.loads(path.read_text())
+            # not that of the float32 weights that are trained
+            config["dtype"] = str(self.dtype).removeprefix("torch.")
+            path.write_text(json.dumps(config, indent=2))
+
+    def _save_adapter(self, folder: Path) -> None:
+        state = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if ".lora_" in name:
+                peft_name = f"base_model.model.{name.replace('.default', '')}"
+                state[peft_name] = full(tensor.detach()).cpu()
+        if this_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(state, folder / "adapter_model.safetensors")
             self.lora.save_pretrained(folder)
-        if dist.is_initialized():
-            dist.barrier()
+
+
+def merged_name(name: str) -> str:
+    """The name of a weight without the layer that LoRA has put around it."""
+    return name.replace(".base_layer.", ".")
+
+
+def conversions_of(model: nn.Module) -> list:
+    """How transformers makes this model's weights of the hub's. A loaded model carries it; one that
+    was built here gets the usual one, before FSDP2 gives its class another name."""
+    loaded = getattr(model, "_weight_conversions", None)
+    if loaded is not None:
+        return loaded
+    usual = get_model_conversion_mapping(model, add_legacy=False)
+    # a prefix that some checkpoints lack; transformers writes none either
+    return [conversion for conversion in usual if not isinstance(conversion, PrefixChange)]
+
+
+def shard_mesh(device: torch.device, shard_ranks: int) -> DeviceMesh:
+    """All ranks, or (copies, ranks of a copy); a copy's ranks are consecutive."""
+    world = dist.get_world_size()
+    if not shard_ranks:
+        return init_device_mesh(device.type, (world,))
+    if world % shard_ranks:
+        raise ValueError(
+            f"--shard_ranks {shard_ranks} does not divide the {world} processes of this run; "
+            "give the GPUs of one node, or 0 for one copy over all"
+        )
+    sizes = (world // shard_ranks, shard_ranks)
+    return init_device_mesh(device.type, sizes, mesh_dim_names=("copy", "shard"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1202,10 +1324,16 @@ def fill_up(tensors: list[Tensor], axis: int) -> list[Tensor]:
     return filled
 
 
+PER_TOKEN = {  # (1, P) and, of a model with cross attention, more axes
+    "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "cross_attention_mask",
+    "image_attention_mask", "image_embeds_position_mask",
+}  # fmt: skip
+
+
 def is_per_token(name: str) -> bool:
     """Whether a processor output has one number per prompt token (1, P); all others are per image
     or per patch."""
-    return name.endswith("token_type_ids")
+    return name in PER_TOKEN
 
 
 def left_pad(rows: list[Tensor], value) -> Tensor:
@@ -1238,23 +1366,14 @@ def after_videos(positions: Tensor, types: Tensor) -> Tensor:
     return moved
 
 
+MEDIA_TOKEN = re.compile(r"(image|video|vision|audio|[be]oi|[be]oa)(_start|_end)?_token_(id|index)")
+
+
 def banned_token_ids(config) -> list[int]:
-    """Every token id that a model's config names as a vision token, sorted."""
-    names = (
-        "image_token_id",
-        "video_token_id",
-        "vision_start_token_id",
-        "vision_end_token_id",
-        "image_token_index",
-        "video_token_index",
-        "boi_token_index",
-        "eoi_token_index",
-        "boi_token_id",
-        "eoi_token_id",
-    )
-    return sorted(
-        {getattr(config, name) for name in names if getattr(config, name, None) is not None}
-    )
+    """Every token id that a model's config names as one of an image, a video or a sound, sorted."""
+    named = {value for name, value in config.to_dict().items() if MEDIA_TOKEN.fullmatch(name)}
+    # a model without sound or video keeps its config's default, a number that it has no token for
+    return sorted(set(range(config.get_text_config().vocab_size)) & named)
 
 
 def end_token_ids(model, tokenizer) -> list[int]:
@@ -1269,9 +1388,18 @@ def end_token_ids(model, tokenizer) -> list[int]:
 
 
 TEXT_INPUTS = {
-    "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "use_cache",
-    "cache_position", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict", "rope_deltas",
-    "mm_encoder_outputs", "kwargs",
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels",
+    "use_cache", "cache_position", "logits_to_keep", "rope_deltas", "kwargs", "encoder_outputs",
+    "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "decoder_position_ids",
+}  # fmt: skip
+
+
+SETTINGS = {  # how a forward works, and what a model makes of its own inputs; no processor returns them
+    "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
+    "vision_feature_layer", "vision_feature_layers", "vision_feature_select_strategy",
+    "vision_aspect_ratio", "downsample_mode", "interpolate_pos_encoding", "use_audio_in_video",
+    "mm_encoder_outputs", "per_layer_inputs", "cross_attention_states", "image_encoder_embeddings",
+    "perceiver_embeddings", "self_conditioning_logits", "self_conditioning_mask",
 }  # fmt: skip
 
 
@@ -1297,18 +1425,26 @@ def extract_multi_modal_inputs(model: nn.Module, batch: dict) -> dict:
     `image_grid_thw` for Qwen, `image_sizes` for LLaVA, `pixel_attention_mask` for SmolVLM. The
     model may be wrapped, see unwrap.
     """
-    names = inspect.signature(unwrap(model).forward).parameters.keys() - TEXT_INPUTS
+    accepted = inspect.signature(unwrap(model).forward).parameters.keys()
+    names = accepted - TEXT_INPUTS - SETTINGS
     return {name: value for name, value in batch.items() if name in names and value is not None}
 
 
 def counts_pixels(vision) -> bool:
     """Whether an image processor's `size` bounds an image's pixels, as Qwen's do, and not its
     sides."""
-    return {"shortest_edge", "longest_edge"} <= set(dict(vision.size))
+    return {"shortest_edge", "longest_edge"} <= set(dict(vision.size or {}))
 
 
 def bound_pixels(vision, least: int, most: int) -> dict:
-    return {"size": {"shortest_edge": least, "longest_edge": most}} if counts_pixels(vision) else {}
+    return {"size": {"shortest_edge": least, "longest_edge": most}}
+
+
+def bound_frames(vision, least: int, most: int) -> dict:
+    """GLM counts an image's pixels once for each of the frames that it is taken for."""
+    return bound_pixels(
+        vision, least * vision.temporal_patch_size, most * vision.temporal_patch_size
+    )
 
 
 def bound_tiles(vision, least: int, most: int) -> dict:
@@ -1316,16 +1452,44 @@ def bound_tiles(vision, least: int, most: int) -> dict:
 
 
 def bound_grids(vision, least: int, most: int) -> dict:
-    grids = sorted(vision.image_grid_pinpoints, key=lambda sides: sides[0] * sides[1])
-    return {
-        "image_grid_pinpoints": [sides for sides in grids if sides[0] * sides[1] <= most]
-        or grids[:1]
-    }
+    grids = sorted(vision.image_grid_pinpoints, key=math.prod)
+    allowed = [sides for sides in grids if math.prod(sides) <= most]
+    return {"image_grid_pinpoints": allowed or grids[:1]}
 
 
 def bound_edge(vision, least: int, most: int) -> dict:
     tile = vision.max_image_size["longest_edge"]
     return {"size": {"longest_edge": tile * max(1, math.isqrt(most // tile**2))}}
+
+
+def bound_square(vision, least: int, most: int) -> dict:
+    """Pixtral bounds the longer side alone, and rounds sides up to patches, two of which are merged."""
+    patch = 2 * vision.patch_size["height"]
+    return {"size": {"longest_edge": max(patch, math.isqrt(most) // patch * patch)}}
+
+
+def bound_tokens(vision, least: int, most: int) -> dict:
+    """Gemma 4 takes one of five numbers of tokens, and enlarges every image to it."""
+    pixels = (vision.patch_size * vision.pooling_kernel_size) ** 2  # of a token
+    allowed = [tokens for tokens in (70, 140, 280, 560, 1120) if tokens * pixels <= most]
+    if not allowed:
+        raise ValueError(f"its images have at least {70 * pixels} pixels")
+    return {"max_soft_tokens": allowed[-1]}
+
+
+def bound_nothing(vision, least: int, most: int) -> dict:
+    """For processors that make every image the same size: looks at what they make of a large one."""
+    if counts_pixels(vision):
+        return bound_pixels(vision, least, most)
+    side = min(4096, 2 * math.isqrt(most) + 1)
+    pixels = vision(images=[Image.new("RGB", (side, side))], return_tensors="pt")["pixel_values"]
+    seen = pixels.numel() // 3
+    if seen > most:
+        raise ValueError(
+            f"its image processor makes {seen} pixels of a large image, and which of its settings "
+            "bounds them is not known; raise the flag, or add `bound` to its entry in FAMILIES"
+        )
+    return {}
 
 
 @dataclass(frozen=True)
@@ -1352,30 +1516,34 @@ def family(tower: str, projector: str, *rest, **special) -> Family:
     return Family(frozenset(tower.split()), frozenset(projector.split()), *rest, **special)
 
 
-QWEN = family(
-    "visual", "merger deepstack_merger_list"
-)  # both inside `visual`; deepstack feeds the first layers too
-
-
+# both inside `visual`; deepstack feeds the first layers too
+QWEN = family("visual", "merger deepstack_merger_list")
 IDEFICS = family("vision_model", "connector", bound_edge, image_axis=1)
+LLAVA = family("vision_tower", "multi_modal_projector")
 
 
 FAMILIES = {  # by the config's model_type
     "qwen2_vl": QWEN,
     "qwen2_5_vl": QWEN,
     "qwen3_vl": QWEN,
+    "qwen3_vl_moe": QWEN,
     "qwen3_5": QWEN,
-    "internvl": family("vision_tower", "multi_modal_projector", bound_tiles),
+    "glm4v": replace(QWEN, bound=bound_frames),
+    "internvl": replace(LLAVA, bound=bound_tiles),
+    "llava": replace(LLAVA, bound=bound_nothing),
     "llava_onevision": family("vision_tower", "multi_modal_projector image_newline", bound_grids),
+    "mistral3": replace(LLAVA, bound=bound_square),
     "smolvlm": IDEFICS,
     "idefics3": IDEFICS,
-    "gemma3": family("vision_tower", "multi_modal_projector", whole_images=True),
+    "gemma3": replace(LLAVA, bound=bound_nothing, whole_images=True),
+    "gemma4": family("vision_tower", "embed_vision", bound_tokens),
 }
 
 
 USUAL = family(  # names that many share
     "visual vision_tower vision_model",
-    "merger deepstack_merger_list multi_modal_projector image_newline connector",
+    "merger deepstack_merger_list multi_modal_projector image_newline connector embed_vision",
+    bound_nothing,
 )
 
 
@@ -1396,7 +1564,7 @@ def family_of(model: nn.Module) -> Family:
 # Recorded conversations
 
 
-def make_trace(turns: list[tuple], image_axis: int = 0) -> list:
+def make_trace(turns: list[tuple[data.Prompt, Tensor]], image_axis: int = 0) -> list[Turn]:
     """A recorded conversation as one training sequence: [prompt, ids, observation, ids, ...].
 
     Args:
@@ -1413,48 +1581,49 @@ def make_trace(turns: list[tuple], image_axis: int = 0) -> list:
     for prompt, response in turns:
         if trace and torch.equal(prompt.ids[: len(trace[0].ids)], trace[0].ids):
             prompt = _without(prompt, trace, image_axis)
-        trace += (
-            [prompt, response] if len(prompt.ids) else [response]
-        )  # a policy may go on with nothing new to read
+        if len(prompt.ids):  # a policy may go on with nothing new to read
+            trace.append(prompt)
+        trace.append(response)
     return trace
 
 
-def _without(prompt, trace, image_axis):
-    """What a Prompt adds to the conversation that it begins with; images are matched by their
-    places."""
-    earlier, names = prompts_of(trace), ("ids", "short_ids")
-    old = {
-        name: torch.cat([t if isinstance(t, Tensor) else getattr(t, name) for t in trace])
-        for name in names
-    }
-    length = len(old["ids"])
-    old |= join_inputs(earlier, image_axis)
-    new = {name: x[:, length:] if is_per_token(name) else x for name, x in prompt.inputs.items()}
-    new |= {name: getattr(prompt, name) for name in names}
-    for name, value in old.items():
-        same_place = new[name][
-            tuple(map(slice, value.shape))
-        ]  # beyond it LLaVA fills up to the image of most tiles
-        if not torch.equal(same_place, value):
-            raise ValueError(
-                f"turn {len(earlier) + 1} begins like the conversation, but its {name} are not those of earlier turns; "
-                "go on from the token ids that were sampled and the images that were shown, never from text"
-            )
-        axis = 0 if name in names else image_axis
-        new[name] = new[name].tensor_split([value.shape[axis]], axis)[1]
-    ids, short_ids = (new.pop(name) for name in names)
-    inputs = {name: x for name, x in new.items() if x.numel()}
-    images, videos = (
-        getattr(prompt, n)[sum(len(getattr(p, n)) for p in earlier) :] for n in ("images", "videos")
-    )
+def _without(prompt: data.Prompt, trace: list[Turn], image_axis: int) -> data.Prompt:
+    """What a Prompt adds to the conversation that it begins with."""
+    earlier = prompts_of(trace)
+    seen_ids = torch.cat([t if isinstance(t, Tensor) else t.ids for t in trace])
+    seen_short_ids = torch.cat([t if isinstance(t, Tensor) else t.short_ids for t in trace])
+    ids = _cut("ids", prompt.ids, seen_ids)
+    short_ids = _cut("short_ids", prompt.short_ids, seen_short_ids)
+
+    # images and videos stand in the order of their placeholders, and their pixels tell if they are the same
+    images = prompt.images[sum(len(p.images) for p in earlier) :]
+    videos = prompt.videos[sum(len(p.videos) for p in earlier) :]
+
+    seen = join_inputs(earlier, image_axis)
+    inputs = {}
+    for name, value in prompt.inputs.items():
+        if is_per_token(name):
+            inputs[name] = value[:, len(seen_ids) :]
+        elif name in seen:
+            inputs[name] = _cut(name, value, seen[name], image_axis)
+        else:
+            inputs[name] = value
+    inputs = {name: value for name, value in inputs.items() if value.numel()}
     return replace(
-        prompt,
-        ids=ids,
-        short_ids=short_ids,
-        images=images,
-        videos=videos,
-        inputs=inputs,
+        prompt, ids=ids, short_ids=short_ids, images=images, videos=videos, inputs=inputs
     )
+
+
+def _cut(name: str, whole: Tensor, seen: Tensor, axis: int = 0) -> Tensor:
+    """What `whole` holds behind `seen` on one axis; on the others LLaVA fills up to the image of
+    most tiles. ValueError if it does not begin with `seen`."""
+    same_place = whole[tuple(map(slice, seen.shape))]
+    if not torch.equal(same_place, seen):
+        raise ValueError(
+            f"a turn begins like the conversation, but its {name} are not those of earlier turns; go "
+            "on from the token ids that were sampled and the images that were shown, never from text"
+        )
+    return whole.tensor_split([seen.shape[axis]], axis)[1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1479,15 +1648,12 @@ def export(checkpoint: str | Path, out: str | Path, merge: bool = True) -> None:
     actor.dtype = AutoConfig.from_pretrained(s["model"]).dtype or torch.float32
     if s["lora_rank"]:
         actor.add_lora(s["lora_rank"], s["lora_alpha"], s["lora_dropout"], s["lora_targets"])
-    reader, weights = (
-        dcp.HuggingFaceStorageReader(str(checkpoint)),
-        dict(actor.model.named_parameters()),
-    )
-    state = {
-        name: weights[name].detach()
-        for name in reader.read_metadata().state_dict_metadata
-        if name in weights
-    }
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    stored = reader.read_metadata().state_dict_metadata
+    state = {}
+    for name, p in actor.model.named_parameters():
+        if name in stored:
+            state[name] = p.detach()
     if not state:
         raise ValueError(
             f"{checkpoint} holds no weight of {s['model']}, which run.json names as its --model"

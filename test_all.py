@@ -2,6 +2,7 @@
 
     pytest test_all.py              everything but the next two
     pytest test_all.py -m slow      kills, restarts and many steps: 5 minutes
+    pytest test_all.py -m gpu       what only a GPU can show, as one table
     pytest test_all.py -m bench -s  the benchmark
 
 Nothing is downloaded and nothing of ours is mocked. Tests that need vLLM, or the Geometry3K sample
@@ -28,10 +29,14 @@ import pkgutil
 import random
 import re
 import resource
+import runpy
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -40,6 +45,9 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the models are tiny, and two workers share the cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a test never downloads
 
 import data
@@ -69,6 +77,7 @@ import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -86,9 +95,9 @@ def close(got, expected, atol=1e-6):
 
 
 def test_advantages_by_hand():
-    # rewards 1,0,0,0: mean 1/4, population std sqrt(3)/4, so the winner gets sqrt(3)
+    # rewards 1,0,0,0: mean 1/4, squares 9/16 and 3 times 1/16, over n - 1 = 3: std 1/2
     got = grpo.group_advantages(torch.tensor([[1.0, 0, 0, 0]]))
-    close(got, torch.tensor([[3.0, -1, -1, -1]]) / 3**0.5, atol=1e-4)
+    close(got, torch.tensor([[1.5, -0.5, -0.5, -0.5]]), atol=1e-4)
 
 
 def test_advantages_without_scale_and_leave_one_out_by_hand():
@@ -132,6 +141,32 @@ def test_clipped_loss_by_hand(ratio, advantage, loss, clipped):
         torch.autograd.grad(got.sum(), logprobs)[0],
         torch.tensor([0.0 if clipped else -ratio * advantage]),
     )
+
+
+def test_dual_clip_by_hand():
+    # A = -2: r A = -8 at r = 4, so the loss 8 is held at 3 * 2; at r = 2 it is 4 and free
+    logprobs = torch.tensor([math.log(4), math.log(2), math.log(4)], requires_grad=True)
+    advantages = torch.tensor([-2.0, -2.0, 2.0])  # a gain is held by the clip, never by this one
+    inputs = (logprobs, torch.zeros(3), advantages, torch.tensor([3]), 0.2, 0.3)
+    got, cut = grpo.policy_loss(*inputs, clip_dual=3.0)
+    close(got, torch.tensor([6.0, 4.0, -2.6]))
+    assert cut.tolist() == [True, False, True]
+    close(torch.autograd.grad(got.sum(), logprobs)[0], torch.tensor([0.0, 4.0, 0.0]))
+    close(grpo.policy_loss(*inputs)[0], torch.tensor([8.0, 4.0, -2.6]))
+
+
+def test_a_ratio_beyond_float32_stays_finite():
+    # e^200 is inf, and inf * 0 or inf - inf nan, even where the clip holds
+    logprobs = torch.tensor([200.0, -200.0, 200.0], requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0, 0.0])
+    losses, _ = grpo.policy_loss(
+        logprobs, torch.zeros(3), advantages, torch.tensor([3]), 0.2, 0.3, clip_dual=3.0
+    )
+    kl = grpo.kl_estimate(-logprobs, torch.zeros(3), "k3")
+    close(losses, torch.tensor([-1.3, 0.8, 0.0]))
+    close(kl, torch.tensor([10.0, grpo.MAX_K3, 10.0]))
+    gradient = torch.autograd.grad((losses + kl).sum(), logprobs)[0]
+    close(gradient, torch.zeros(3))
 
 
 def test_sequence_ratio_is_the_geometric_mean_over_each_response():
@@ -185,6 +220,14 @@ def test_importance_weights_by_hand():
         torch.tensor([1.0, 1.0, math.exp(-0.5)]),
     )
     close(grpo.importance_weights(old, sampler, lengths, 2.0, "none"), torch.ones(3))
+
+
+def test_look_weights_by_hand():
+    # response 1 looks 3 and -1 nats, mean 2: shares 1.5 and 0.5; response 2 never looks
+    looks, lengths = torch.tensor([3.0, -1.0, 0.0]), torch.tensor([2, 1])
+    close(grpo.look_weights(looks, lengths, 1.0), torch.tensor([1.5, 0.5, 1.0]))
+    close(grpo.look_weights(looks, lengths, 0.5), torch.tensor([1.25, 0.75, 1.0]))
+    close(grpo.look_weights(looks, lengths, 0.0), torch.ones(3))
 
 
 @pytest.mark.parametrize(
@@ -247,6 +290,11 @@ def build_processor(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS):
 @pytest.fixture(scope="module")
 def processor():
     return build_processor()
+
+
+def few_or_all(few, all_of_them):
+    """Sizes for parametrize: a sample, and with -m slow the whole."""
+    return [few, pytest.param(all_of_them, marks=pytest.mark.slow)]
 
 
 def encode(image, form="PNG", **options):
@@ -364,10 +412,12 @@ def test_a_row_keeps_its_texts_types_and_place(tmp_path):
     assert [(p.question, p.answer, p.type, len(p.images)) for p in rows] == [
         ("a", "1", "", 0),
         ("", "2", "", 0),
-        ("c", "3", "Triangle,Circle", 2),
+        ("<image><image>c", "3", "Triangle,Circle", 2),
     ]
-    assert [p.question for p in rows[::-2]] == ["c", "a"] and rows[-1].source == "train-1.parquet"
-    assert [p.question for p in rows.select([2, 0])] == ["c", "a"]
+    assert [p.question for p in rows[::-2]] == ["<image><image>c", "a"] and rows[
+        -1
+    ].source == "train-1.parquet"
+    assert [p.question for p in rows.select([2, 0])] == ["<image><image>c", "a"]
     assert [p.gold for p in rows] == ["1", "2", "3"]
     with pytest.raises(IndexError):
         rows[3]
@@ -384,10 +434,8 @@ def test_columns_may_have_other_names(tmp_path):
         kind=["k"],
         from_=["s"],
     )
-    names = dict(
-        image_key="image", problem_key="q", answer_key="a", type_key="kind", source_key="from_"
-    )
-    row = data.load_problems(file, **names)[0]
+    names = "image=image,problem=q,answer=a,type=kind,source=from_"
+    row = data.load_problems(file, columns=names)[0]
     assert (row.question, row.answer, row.images, row.type, row.source) == (
         "a<image>",
         "7",
@@ -432,25 +480,27 @@ def test_a_folder_gives_the_files_of_the_split(tmp_path):
             names(absent)
 
 
-def test_a_folder_without_split_names_gives_all_files_and_a_glob_what_it_matches(tmp_path):
+def test_a_folder_without_split_names_is_refused_and_a_glob_gives_what_it_matches(tmp_path):
     for name in ("b.parquet", "a.parquet"):
         write(tmp_path, name, problem=[name])
-    assert [p.question for p in data.load_problems(tmp_path)] == ["a.parquet", "b.parquet"]
+    # both would be trained on and held out
+    with pytest.raises(ValueError, match=r"'train' among \['a.parquet', 'b.parquet'\].*glob"):
+        data.load_problems(tmp_path)
+    rows = data.load_problems(f"{tmp_path}/*.parquet")
+    assert [p.question for p in rows] == ["a.parquet", "b.parquet"]
     assert [p.question for p in data.load_problems(f"{tmp_path}/b*.parquet")] == ["b.parquet"]
 
 
 def test_what_cannot_be_loaded_says_what_is_there(tmp_path):
-    with pytest.raises(ValueError, match=r"'problem' among \['answer', 'q'\].*problem_key"):
+    with pytest.raises(ValueError, match=r"the problem among \['answer', 'q'\].*problem=NAME"):
         data.load_problems(write(tmp_path, problem=None, answer=["1"], q=["a"]))
-    with pytest.raises(ValueError, match=r"'answer' among \['problem'\].*answer_key"):
+    with pytest.raises(ValueError, match=r"the answer among \['problem'\].*answer=NAME"):
         data.load_problems(write(tmp_path, problem=["a"], answer=None))
-    with pytest.raises(ValueError, match=r"'images'.*image_key"):  # not taken for text-only data
-        data.load_problems(write(tmp_path, image=[red()]))
     for column, value in (("problem", ["4"]), ("answer", [["4"]]), ("answer", {"a": "4"})):
         with pytest.raises(
-            ValueError, match=rf"'{column}' is (list|struct).*but .* {column} is text"
+            ValueError, match=rf"train\.parquet row 0: the {column} is a? ?(list|s)"
         ):
-            data.load_problems(write(tmp_path, **{column: [value]}))
+            data.load_problems(write(tmp_path, **{column: [value]}))[0]
     with pytest.raises(ValueError, match="no rows"):
         data.load_problems(
             write(tmp_path, problem=pa.array([], pa.string()), answer=pa.array([], pa.string()))
@@ -547,7 +597,7 @@ def test_resized_size_is_on_the_grid_within_bounds_and_left_alone_by_qwens_rule(
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     same = total = 0
-    for width, height, low, high, factor in random_cases(4000):
+    for width, height, low, high, factor in random_cases(1000):
         try:
             new = data.resized_size(width, height, low, high, factor)
         except ValueError as error:  # bounds of one prime number of tiles, say 263, have no size of aspect below 200
@@ -558,7 +608,7 @@ def test_resized_size_is_on_the_grid_within_bounds_and_left_alone_by_qwens_rule(
         assert smart_resize(new[1], new[0], factor, low, high) == new[::-1]
         same += smart_resize(height, width, factor, low, high) == new[::-1]
         total += 1
-    assert total > 3000 and same > 0.9 * total  # the rule itself wherever it keeps its promise
+    assert total > 750 and same > 0.9 * total  # the rule itself wherever it keeps its promise
 
 
 def test_resize_by_hand():
@@ -687,6 +737,31 @@ def test_a_processor_with_other_bounds_is_refused_instead_of_resizing_again():
         build_reader(other)(problem())
 
 
+def test_prompts_are_made_ahead_in_a_thread_and_none_is_made_twice(processor, monkeypatch):
+    reader = build_reader(processor, kept=4)
+    made, threads = Counter(), set()
+    make = reader._make
+
+    def counted(asked, later):
+        made[asked.where, later] += 1
+        threads.add(threading.current_thread())
+        return make(asked, later)
+
+    monkeypatch.setattr(reader, "_make", counted)
+    problems = [problem(where=str(i)) for i in range(4)]
+    reader.ahead(problems)
+    reader._thread.submit(len, "").result()  # it has come to the end
+    prompts = [reader(asked) for asked in problems]
+    reader.ahead(problems)  # they are kept, so there is nothing to make
+    assert [reader(asked) for asked in problems] == prompts
+    assert set(made.values()) == {1} and len(made) == 4
+    assert threading.main_thread() not in threads
+    broken = problem("<image><image>two for one", where="row 9")
+    reader.ahead([broken])
+    with pytest.raises(ValueError, match="row 9"):
+        reader(broken)
+
+
 def test_usable_problems_counts_overlong_and_broken_rows(tmp_path, processor):
     truncated = red(300, 300)[:200]
     file = write(
@@ -694,7 +769,7 @@ def test_usable_problems_counts_overlong_and_broken_rows(tmp_path, processor):
         problem=[
             "<image>ok",
             "<image>" + "long " * 200,
-            "no placeholder",
+            "<image>two<image>",
             "<image>torn",
             "<image>empty",
             "<image>ok",
@@ -709,7 +784,7 @@ def test_usable_problems_counts_overlong_and_broken_rows(tmp_path, processor):
         data.usable_problems(rows, build_reader(processor), 300)
     usable, report = data.usable_problems(rows, build_reader(processor), 300, skip_bad_rows=True)
     assert [p.answer for p in usable] == ["1", "6"]
-    assert (report.kept, report.overlong, len(report.bad)) == (2, 1, 3)
+    assert (len(report.rows), report.overlong, len(report.bad)) == (2, 1, 3)
     assert [message.split(":")[0] for message in report.bad] == [
         f"train.parquet row {i}" for i in (2, 3, 4)
     ]
@@ -744,7 +819,7 @@ def test_real_geo3k_rows_become_prompts(processor):
     ) == (60, 360, 60)
     assert all(len(p.images) == 1 and p.answer and p.type for p in rows)
     usable, report = data.usable_problems(rows[:20], build_reader(processor), 10_000)
-    assert len(usable) == report.kept == 20 and not report.bad and report.overlong == 0
+    assert len(usable) == len(report.rows) == 20 and not report.bad and report.overlong == 0
 
 
 # --- batches
@@ -885,188 +960,290 @@ def test_importing_data_needs_no_transformers():
 # --------------------------------------------------------------------------------------------------
 # reward.py
 
-# (gold, answers that are right, answers that are wrong), by hand
-ANSWERS = [
-    (r"2 \sqrt { 221 }", [r"2\sqrt{221}", r"\sqrt{884}"], [r"2\sqrt{22}", "221", "2"]),
-    (r"6 \sqrt 2", [r"6\sqrt{2}", r"\sqrt{72}", r"6\sqrt2", "6√2", "6sqrt(2)"], []),
-    (r"\sqrt{13}", [r"\sqrt 13"], []),
-    (
-        r"\frac { 25 } { 14 }",
-        [r"\dfrac{25}{14}", "25/14", r"\frac{50}{28}", r"1\frac{11}{14}"],
-        ["1.79"],
-    ),
-    ("0.5", [r"\frac12", "50%", ".5"], []),
-    (
-        r"4 \frac { 4 } { 11 }",
-        [r"\frac{48}{11}", "48/11", "4 4/11"],
-        [r"\frac{16}{11}", r"-4\frac{4}{11}"],
-    ),
-    ("3 : 4", ["3:4", "6:8", r"3\colon4"], ["4:3"]),
-    ("3:4", [r"\frac{3}{4}", "3 to 4", r"3 \text{ to } 4"], ["3"]),
-    (r"\frac { \sqrt 3 } { 4 } : 1", [r"\sqrt{3}:4"], []),
-    (
-        "x < 60",
-        ["x < 60", "60 > x", r"x \lt 60", "x<60.", r"(-\infty, 60)"],
-        ["60", "x > 60", r"x \le 60", "x <= 60", "x = 60", "x < 140"],
-    ),
-    ("x <= 60", [r"x \leq 60", r"x\leqslant 60"], ["x < 60"]),
-    (r"x \le 60", ["x ≤ 60"], []),
-    (
-        "109",
-        [
-            "109°",
-            r"109^\circ",
-            r"109^{\circ}",
-            "109 degrees",
-            r"109 \text{ degrees}",
-            r"109\degree",
-            "109º",
-            "109˚",
-            "109^o",
-            "109 deg.",
-        ],
-        ["108°"],
-    ),
-    (r"109^\circ", ["109"], []),
-    (
-        "10",
-        [
-            r"10 \text{ units}",
-            "10 cm",
-            r"10\,\text{cm}",
-            "10cm",
-            r"10 \text{ cm}^2",
-            "10 cm^2",
-            "10 cm²",
-            r"10\text{ cm}^{2}",
-            "10 m",
-            r"10 \text{ square units}",
-            r"10\ \mathrm{mm}",
-            "10 in.",
-            "10 inches",
-            "10 kg",
-            "10 seconds",
-            "10 m/s",
-            "10 dollars",
-            "10 hrs",
-            r"10 \text{ radians}",
-        ],
-        ["10 kangaroos", "10 k"],
-    ),
-    (r"48 \pi", [r"48\pi \text{ cm}^2", r"48\pi", r"48 \pi \text{ units}^2"], ["150.8"]),
-    ("3x", [], ["3x+2m"]),
-    ("2", [], ["2m"]),
-    ("2m", [], ["2"]),
-    ("10^2", ["100"], []),
-    ("4000", ["4,000", "4{,}000", r"4\,000"], []),
-    ("4,000", ["4000"], []),
-    ("400", [], ["4,00"]),
-    ("40000", [], ["4,0000"]),
-    ("1234567", ["1,234,567"], []),
-    ("3400", [], ["(3,400)"]),
-    ("4000.5", ["4,000.5"], []),
-    ("106", [r"\approx 106", "≈106", "approximately 106", r"x \approx 106"], []),
-    ("4", ["x = 4", "x=4", r"x = \frac{8}{2} = 4"], []),
-    ("45", [r"\angle ABC = 45", r"m\angle A = 45", r"m \angle ABC = 45^\circ"], []),
-    ("x = 4", ["4", "y = 4"], []),
-    (
-        "15",
-        [
-            "AB = CD = 15",
-            "15.",
-            r"\$15",
-            "$15$",
-            r"\left(15\right)",
-            "015",
-            r"\frac{30}{2}",
-            r"3 \times 5",
-            "{15}",
-            "15\\",
-        ],
-        [
-            "14=15",
-            "5 = 14 = 15",
-            r"5 \approx 15",
-            "1.5e1",
-            "5, 14, 15, 35",
-            "5 or 14",
-            "5 or 15",
-            "15 or 5",
-            r"15 \text{ or } 5",
-            r"15 \text{ (or 5)}",
-            r"\{5,14,15,35\}",
-            "5;15",
-            "5 15",
-            r"\pm 15",
-            "[0,100]",
-            "5/14/15",
-            "5,15",
-            "",
-            None,
-            "   ",
-            "x",
-            "15x",
-            r"\frac{15}",
-            "15}",
-            r"\infty",
-            r"\frac{1}{0}",
-            r"\frac{0}{0}",
-            "answer: 15",
-            "final answer is $15$",
-        ],
-    ),
-    ("24", [r"\text{Area} = 24 \text{ cm}^2"], []),
-    ("5", ["x_1 = 5"], []),
-    ("8", ["7.99999999", r"\sqrt{64}", "8.0"], ["2x = 8", "8.3", "7.9999", r"\sqrt{65}"]),
-    ("7", [r"\overline{AB} = 7"], []),
-    ("8.6", [r"\sqrt{74} \approx 8.6", r"\sqrt{74}"], [r"\sqrt{76}", "-8.6", r"-\sqrt{74}"]),
-    (
-        r"\sqrt{74}",
-        [r"\sqrt{74} \approx 8.6", r"x = \sqrt{74} = 8.6"],
-        [r"\sqrt{74} \approx 8.7", "8.6"],
-    ),
-    ("50", ["50%", r"50\%"], ["0.5"]),
-    ("50%", ["50 percent", "50", "0.5", "50%", r"\frac{1}{2}"], ["5000%", "40%", "0.5%"]),
-    ("red", ["red", "Red", r"\text{red}"], ["blue", "der"]),
-    (
-        "not enough information",
-        [r"\text{Not enough information}", "not  enough information."],
-        ["enough information", "15"],
-    ),
-    (
-        r"\angle 3 \cong \angle Z",
-        [
-            r"\angle 3 \cong \angle Z",
-            r"\angle3\cong\angle Z",
-            r"\angle Z \cong \angle 3",
-            "∠3 ≅ ∠Z",
-        ],
-        [r"\angle 3 \cong \angle Y"],
-    ),
-    (
-        r"\angle 2 and \angle 6",
-        [r"\angle 6 \text{ and } \angle 2", r"\angle 2, \angle 6"],
-        [r"\angle 2 \cong \angle 6", r"\angle 2"],
-    ),
-    ("a + b = 90", ["a+b=90", "90 = a + b", "b + a = 90"], ["a + b > 90", "90"]),
-    ("m + n - 180", ["n+m-180"], ["m+n+180"]),
-    ("20 y^2 - 10 y", ["10y(2y-1)"], ["20y^2"]),
-    ("57.1", ["57.14", "57.1428", "57.05", r"\frac{400}{7}"], ["57.15", "57.04", "57"]),
-    ("57.14", [], ["57.1"]),
-    ("-4", ["- 4"], ["4"]),
-    ("8.0", ["8"], []),
-    ("A", ["A", "(A)", r"\text{A}"], ["B"]),
-    ("x^2 y^2", ["x^2y^2"], []),
-    (r"\sqrt{2}", [r"2^{\frac{1}{2}}"], []),
-    ("x^2", ["x^{2}"], []),
-    ("(3, 4)", ["(3,4)"], []),
-    ("(3,4)", [], ["(4,3)"]),
-    (r"12 + 4 \sqrt { 5 }", [r"4(3+\sqrt{5})"], []),
-    (r"0.5\pi", [r"\frac{\pi}{2}"], []),
-    (r"4 + 3 \sqrt { 3 } + 7 \sqrt { 2 }", [r"4 + 7 \sqrt{2} + 3\sqrt{3}"], []),
-]
-CASES = [(answer, gold, True) for gold, right, _ in ANSWERS for answer in right]
-CASES += [(answer, gold, False) for gold, _, wrong in ANSWERS for answer in wrong]
+# By cause: "gold == answers that are right" or "gold != answers that are wrong", between ;;
+ANSWERS = r"""
+# roots
+2 \sqrt { 221 } == 2\sqrt{221} ;; \sqrt{884} ;; 2√221 ;; 2\sqrt{ 221 }
+2 \sqrt { 221 } != 2\sqrt{22} ;; 221 ;; 2 ;; \sqrt{221} ;; 2+\sqrt{221} ;; \sqrt{442}
+6 \sqrt 2 == 6\sqrt{2} ;; \sqrt{72} ;; 6\sqrt2 ;; 6√2 ;; 6sqrt(2) ;; \sqrt{2} \cdot 6
+6 \sqrt 2 == \frac{12}{\sqrt{2}}
+\sqrt{13} == \sqrt 13 ;; \sqrt13 ;; 13^{\frac{1}{2}} ;; 13^{0.5}
+\sqrt{13} != \sqrt{1}3 ;; 3.6 ;; -\sqrt{13}
+\sqrt{2} == 2^{\frac{1}{2}} ;; 2^{0.5} ;; 2^{1/2}
+\sqrt{\frac{5}{2}} == \sqrt{2.5} ;; \frac{\sqrt{10}}{2}
+12 + 4 \sqrt { 5 } == 4(3+\sqrt{5}) ;; 4\sqrt{5}+12
+4 + 3 \sqrt { 3 } + 7 \sqrt { 2 } == 4 + 7 \sqrt{2} + 3\sqrt{3}
+8.6 == \sqrt{74} ;; \sqrt{73.96} ;; \sqrt{74} \approx 8.6
+8.6 != \sqrt{76} ;; -8.6 ;; -\sqrt{74} ;; \sqrt{86}
+
+# fractions, mixed numbers
+\frac { 25 } { 14 } == \dfrac{25}{14} ;; 25/14 ;; \frac{50}{28} ;; 1\frac{11}{14}
+\frac { 25 } { 14 } == \frac{2.5}{1.4} ;; 1 11/14
+\frac { 25 } { 14 } != 1.79 ;; 25 ;; 14/25 ;; \frac{25}{41}
+0.5 == \frac12 ;; 50% ;; .5 ;; ½ ;; 1/2 ;; \frac{0.5}{1} ;; \frac 1 2
+4 \frac { 4 } { 11 } == \frac{48}{11} ;; 48/11 ;; 4 4/11
+4 \frac { 4 } { 11 } != \frac{16}{11} ;; -4\frac{4}{11} ;; 4 ;; 44/11
+4.5 == 4½ ;; 4 1/2 ;; 4\tfrac12 ;; \frac{9}{2} ;; 9/2
+4.5 != 4 \cdot \frac{1}{2} ;; 41/2
+\frac{\pi}{4} == \frac\pi4 ;; \frac{\pi}4 ;; \pi/4 ;; \frac{1}{4}\pi ;; 1/4 \pi ;; 0.25\pi
+\frac{\pi}{4} != \frac4\pi ;; 1/(4\pi)
+\frac { 15 } { 14 } \sqrt { 19 } == 15/14 \sqrt{19} ;; \frac{15\sqrt{19}}{14} ;; 15/14\sqrt{19}
+\frac { 15 } { 14 } \sqrt { 19 } == (15/14)\sqrt{19}
+\frac { 15 } { 14 } \sqrt { 19 } != 15/(14\sqrt{19}) ;; 14/15 \sqrt{19}
+\frac { 22 } { 5 } \pi == 22/5 \pi ;; 4.4\pi ;; 4 \frac{2}{5} \pi
+40 / 3 == \frac{40}{3} ;; 13\frac{1}{3} ;; 13 1/3
+40 / 3 != 13.3 ;; 40 ;; 3/40
+\sqrt { 26 } / 26 == \frac{\sqrt{26}}{26} ;; \frac{1}{\sqrt{26}}
+2\sqrt{2} == 2^{1.5} ;; 8^{1/2}
+\frac{x}{2} == 1/2 x ;; 0.5x ;; x/2
+\frac{x}{2} != \frac{1}{2x} ;; 2x
+
+# decimals, and what rounds to them
+57.1 == 57.14 ;; 57.1428 ;; 57.05 ;; \frac{400}{7} ;; 57.149999
+57.1 != 57.15 ;; 57.04 ;; 57 ;; 571
+57.14 != 57.1
+8.0 == 8 ;; 8.04
+8 == 7.99999999 ;; \sqrt{64} ;; 8.0 ;; \frac{7.5}{0.9375} ;; 4^{1.5}
+8 != 2x = 8 ;; 8.3 ;; 7.9999 ;; \sqrt{65} ;; 8.004 ;; -8
+\frac{1}{3} == 0.333333 ;; 1/3
+\frac{1}{3} != 0.3333 ;; 0.33
+3.1 == \frac{31}{10} ;; 3.0999999046325684
+- 8 == -8 ;; - 8 ;; −8 ;; x = - 8
+- 8 != 8 ;; --8
+-4 == - 4
+-4 != 4
+0.00001 == 1e-05 ;; 10^{-5} ;; 1 \times 10^{-5}
+2500 == 2.5 \times 10^3 ;; 2.5 \cdot 10^{3}
+
+# thousands
+4000 == 4,000 ;; 4{,}000 ;; 4\,000 ;; 4 000 ;; 4,\!000 ;; 4~000
+4,000 == 4000 ;; 4 000
+4000 != 4,00 ;; 40 00 ;; 4 ;; 4.000 ;; (4,000)
+400 != 4,00 ;; 4 00 ;; 4,0,0
+40000 != 4,0000 ;; 4 0000
+1234567 == 1,234,567 ;; 1 234 567 ;; 1\,234\,567
+4000.5 == 4,000.5 ;; 4 000.5
+3400 != (3,400)
+
+# two numbers side by side are no sum, and no product
+109 != 71 38 ;; 71 \quad 38 ;; 71~38 ;; 71{38} ;; 71\text{ }38 ;; 71 \, 38 ;; 100 9 ;; 71, 38
+109 != 71 + 39
+2.5 != 1.5 \quad 1.0 ;; 1.5 1.0 ;; 2 .5
+15 != 5 10 ;; 3 5 ;; 15 15 ;; 5 15 ;; 7 8.0
+15 == 3 \times 5 ;; 5 + 10
+3.5 != 3 0.5
+
+# ratios
+3 : 4 == 3:4 ;; 6:8 ;; 3\colon4 ;; 3 to 4 ;; \frac{3}{4}
+3 : 4 != 4:3 ;; 3:4:1 ;; 3 ;; 3, 4
+3:4 == \frac{3}{4} ;; 3 \text{ to } 4
+\frac { \sqrt 3 } { 4 } : 1 == \sqrt{3}:4
+5:9 == 10:18 ;; 5/9
+5:9 != 5:9:1 ;; 5:9:9 ;; 1:5:9 ;; 5 9 ;; 9:5 ;; 5
+1:2:3 == 1 : 2 : 3
+1:2:3 != 1:2 ;; 1:3:2 ;; 6
+
+# percent
+50 == 50% ;; 50\% ;; 50 percent
+50 != 0.5 ;; 50%% ;; 50\%\% ;; 50% %
+50% == 50 percent ;; 50 ;; 0.5 ;; 50% ;; \frac{1}{2} ;; 50.0\%
+50% != 5000% ;; 40% ;; 0.5% ;; 50%%
+
+# inequalities, intervals, points
+x < 60 == 60 > x ;; (60 > x) ;; x \lt 60 ;; x<60. ;; (-\infty, 60) ;; x \in (-\infty, 60)
+x < 60 != 60 ;; x > 60 ;; x \le 60 ;; x <= 60 ;; x = 60 ;; x < 140 ;; 60 < x ;; -\infty, 60
+x < 60 != (-\infty, 60]
+x <= 60 == x \leq 60 ;; x\leqslant 60 ;; 60 \ge x ;; (-\infty, 60]
+x <= 60 != x < 60
+x \le 60 == x ≤ 60
+4 < x < 10 == 10 > x > 4 ;; x > 4 and x < 10 ;; x < 10 and x > 4 ;; x > 4, x < 10
+4 < x < 10 == x > 4 \text{ and } x < 10
+4 < x < 10 == (4, 10) ;; 4 < x \text{ and } x < 10 ;; 4<x<10 ;; 10 > x \text{ and } x > 4
+4 < x < 10 != 4, 10 ;; \{4, 10\} ;; 4 \le x < 10 ;; 10 < x < 4 ;; x > 4 ;; x < 4 and x > 10
+4 < x < 10 != [4, 10] ;; 4 > x > 10
+4 \le x < 10 == [4, 10) ;; 10 > x \ge 4 ;; x \ge 4 and x < 10
+4 \le x < 10 != 10 \ge x > 4 ;; (4, 10)
+(3, 4) == (3,4) ;; (x, y) = (3, 4) ;; P(3, 4) ;; P = (3, 4) ;; A(3,4) ;; \left(3, 4\right)
+(3, 4) != (4,3) ;; 3, 4 ;; \{3, 4\} ;; 3 4 ;; [3, 4] ;; 34 ;; (3, 4, 5) ;; (3,4), (5,6)
+[0, 100] == [0,100]
+[0, 100] != 0, 100 ;; \{0, 100\} ;; (0, 100) ;; 50
+\{2, 3\} == 2, 3 ;; 3, 2 ;; \{3,2\}
+\{2, 3\} != 2 ;; 2, 4 ;; 2 3 ;; 23 ;; 2, 3, 4
+3, -3 == \pm 3 ;; -3, 3
+
+# degrees, minutes of arc
+109 == 109° ;; 109^\circ ;; 109^{\circ} ;; 109{}^{\circ} ;; 109 degrees ;; 109 \text{ degrees}
+109 == 109\degree ;; 109º ;; 109˚ ;; 109^o ;; 109 deg. ;; 109 ^ { \circ }
+109 != 108° ;; 109 108
+109^\circ == 109 ;; 109 \text{ degrees}.
+24.5 == 24^\circ 30' ;; 24° 30' ;; 24°30′ ;; 24^{\circ}30^{\prime}
+24.5 != 24^\circ 50' ;; 24' ;; 24° 5'
+36.9 == 36^\circ 52' ;; 36° 52' 12''
+36.9 != 36^\circ 9'
+
+# units
+10 == 10 \text{ units} ;; 10 cm ;; 10\,\text{cm} ;; 10cm ;; 10 \text{ cm}^2 ;; 10 cm^2 ;; 10 cm²
+10 == 10\text{ cm}^{2} ;; 10 m
+10 == 10 \text{ square units} ;; 10\ \mathrm{mm} ;; 10 in. ;; 10 inches ;; 10 kg ;; 10 seconds
+10 == 10 m/s ;; 10 dollars
+10 == 10 hrs ;; 10 \text{ radians} ;; 10 cm. ;; 10 cm^2. ;; 10 m/s^2 ;; 10 m/s². ;; 10 cm squared
+10 == 10 units squared
+10 == 10 meters per second ;; 10 ft/s ;; 10 \text{ m/s}^2 ;; 10 sq. units ;; 10 cubic meters
+10 == 10 \mathbf{cm} ;; 10 units.
+10 == 10 square centimeters ;; 10 feet per second squared ;; 10 km/h ;; 10\text{ in}^3 ;; 10.0 cm
+10 != 10 kangaroos ;; 10 k ;; 10x ;; 10 cm 5 ;; 5 cm 10 ;; 11 cm ;; 10 cm or 5 cm ;; 100 cm^2
+10 != 10 x cm
+48 \pi == 48\pi \text{ cm}^2 ;; 48\pi ;; 48 \pi \text{ units}^2 ;; 48π cm² ;; 48 \pi \text{ m/s}
+48 \pi != 150.8 ;; 48 ;; 4 8\pi
+10^2 == 100
+3x != 3x+2m
+2 != 2m
+2m != 2
+5 m == 5 ;; 5 meters
+
+# names beside the =
+4 == x = 4 ;; x=4 ;; x = \frac{8}{2} = 4 ;; 4 = x ;; x = 4 = y ;; x equals 4 ;; x is 4
+4 == x is equal to 4
+x = 4 == 4 ;; y = 4 ;; 4 = x
+45 == \angle ABC = 45 ;; m\angle A = 45 ;; m \angle ABC = 45^\circ ;; m \angle A B C = 45
+45 == m \angle 3 = 45 ;; \angle{ABC} = 45
+45 == \text{measure of } \angle A = 45 ;; The measure of angle A is 45 degrees.
+45 == m\angle ABC = 45° = x ;; ∠ABC = 45
+24 == \text{Area} = 24 \text{ cm}^2 ;; \theta = 24 ;; \overline { A B } = 24
+24 == m \angle A B C = 24 ;; \overline{AB} = 24 ;; θ = 24°
+24 == \text{Thus } x = 24 ;; therefore AB = 24
+24 == Area of \triangle ABC = 24 ;; \text{Area of } \triangle ABC = 24 ;; area = 24
+24 == The area is 24 ;; AB = 24 ;; A B = 24
+24 == The length of AB is 24 cm. ;; \text{arc } BC = 24 ;; A' B' = 24 ;; m \widehat{AB} = 24
+24 == x_{1} = 24 ;; x_1 = 24 ;; P = 24
+0.96 == \sin A = 0.96 ;; \sin \angle A = 0.96 ;; \cos(B) = 0.96 ;; \sin{A} = 0.96
+0.96 == \tan \theta = \frac{24}{25} ;; sin A = 0.96
+109 == 109 = x ;; 109^\circ = \angle ABC ;; 109 = m\angle 1 ;; \alpha = 109
+m + n - 180 == n+m-180 ;; x = m + n - 180 ;; m + n - 180 = x
+m + n - 180 != m+n+180 ;; x = m + n ;; m = n - 180
+y = 2x + 1 == y=2x+1 ;; 2x - y + 1 = 0 ;; 2x + 1
+y = 2x + 1 != y = 2x ;; 1
+a + b = 90 == a+b=90 ;; 90 = a + b ;; b + a = 90
+a + b = 90 != a + b > 90 ;; 90 ;; a - b = 90
+15 == AB = CD = 15 ;; AB=15 ;; The answer is 15 ;; answer: 15 ;; final answer is $15$
+15 == Answer = 15 ;; the final answer is: 15.
+8 != -x = 8 ;; x^2 = 8 ;; 2x = 8 ;; \frac{x}{2} = 8 ;; \sqrt{x} = 8 ;; x + 1 = 8 ;; xy = 8
+8 != 1/x = 8
+
+# a phrase beside the = that changes the value
+15 != the 14 = 15 ;; \theta 14 = 15 ;; \sin 14 = 15 ;; a 14 = 15 ;; x 14 = 15 ;; 2 x = 15
+15 != not x = 15 ;; half of x = 15 ;; \text{half of } x = 15 ;; twice x = 15 ;; x squared = 15
+15 != \text{x squared} = 15
+15 != supplement = 15 ;; \text{the supplement of } \angle A = 15 ;; complement of x = 15
+15 != x is not 15 ;; 15 is wrong
+15 != 15 = not x ;; double x = 15 ;; NOT x = 15 ;; HALF x = 15 ;; opposite of x = 15
+15 != the answer is not 15 ;; negative x = 15 ;; no = 15 ;; x \neq 15
+15 != square of x = 15 ;; x minus 1 = 15 ;; sum of x and y = 15 ;; 15 = twice AB
+15 != a third of x = 15 ;; 15 more than x = 15
+15 != one of x = 15 ;; \text{maybe } x = 15 ;; \pi = 15 ;; x / 2 = 15 ;; if x = 15
+15 != x \approx 15 \text{ or } 5
+
+# chains
+106 == \approx 106 ;; ≈106 ;; approximately 106 ;; x \approx 106 ;; about 106 ;; \sim 106
+106 == x is about 106
+\sqrt{74} == \sqrt{74} \approx 8.6 ;; x = \sqrt{74} = 8.6
+\sqrt{74} != \sqrt{74} \approx 8.7 ;; 8.6 ;; 8.6 = 8.60
+15 != 14=15 ;; 5 = 14 = 15 ;; 5 \approx 15 ;; 15 = 5 ;; x = 15 = 5 ;; 14 = x = 15
+
+# hedges
+15 != 5, 14, 15, 35 ;; 5 or 14 ;; 5 or 15 ;; 15 or 5 ;; 15 \text{ or } 5 ;; 15 \text{ (or 5)}
+15 != \{5,14,15,35\} ;; 5;15 ;; \pm 15
+15 != [0,100] ;; 5/14/15 ;; 5,15 ;; 15; 5 ;; 15 and 5 ;; x = 5, x = 15 ;; x = 15 or x = 5
+15 != AB = 15, CD = 5 ;; 14 - 15
+15 != \max(5, 15) ;; 15 \mid 5 ;; 15 \cup 5 ;; (15, 5) ;; 10 < x < 20 ;; x > 14 ;; \{15, 5\}
+15 != A: 15 B: 5 ;; 15:5
+
+\overline{AB} == AB ;; \overline { A B } ;; A B
+AB == \overline{AB} ;; \overline{ AB }.
+AB != BC ;; ABC
+# decoration
+15 == 15. ;; \$15 ;; $15$ ;; \left(15\right) ;; 015 ;; \frac{30}{2} ;; {15} ;; \(15\) ;; \[15\]
+15 == $$15$$ ;; 15\ ;; 15,
+15 == \mathbf{15} ;; \boldsymbol{15} ;; \textbf{15} ;; \bm{15} ;; \mathrm{15}
+15 == \mathbf{\frac{30}{2}} ;; {\bf 15} ;; \underline{15} ;; \displaystyle 15
+15 == \textbf{15 \text{ cm}} ;; \mathbf{x} = \mathbf{15}
+15 != 1.5e1 ;; x ;; 15x ;; \frac{15} ;; 15} ;; \infty ;; \frac{1}{0} ;; \frac{0}{0} ;; answer: 14
+15 != \mathbf{51} ;; 1\mathbf{5} ;; \boxed{} ;; 15!
+
+# words
+red == red ;; Red ;; \text{red} ;; The answer is red.
+red != blue ;; der ;; red or blue ;; not red
+not enough information == \text{Not enough information} ;; not  enough information.
+not enough information != enough information ;; 15
+Yes == yes ;; \text{YES} ;; yes.
+Yes != no ;; yes no
+A == A ;; (A) ;; \text{A}
+A != B ;; A, B ;; A or B
+
+# figures
+\angle 3 \cong \angle Z == \angle3\cong\angle Z ;; \angle Z \cong \angle 3 ;; ∠3 ≅ ∠Z
+\angle 3 \cong \angle Z != \angle 3 \cong \angle Y ;; \angle 3 ;; 3 \cong Z
+\angle 2 and \angle 6 == \angle 6 \text{ and } \angle 2 ;; \angle 2, \angle 6
+\angle 2 and \angle 6 == \angle 2, and \angle 6
+\angle 2 and \angle 6 != \angle 2 \cong \angle 6 ;; \angle 2 ;; \angle 2, \angle 6, \angle 1
+\overline { A B } and \overline { C D } == \overline{AB} and \overline{CD} ;; AB and CD
+\overline { A B } and \overline { C D } == \overline{CD}, \overline{AB} ;; AB, CD
+\overline { A B } and \overline { C D } == \text{AB and CD}
+\overline { A B } and \overline { C D } != AB ;; AC and BD ;; AB \cong CD ;; AB and CD and EF
+AB, CD, and EF == AB, CD and EF ;; \overline{AB}, \overline{CD}, \overline{EF} ;; EF, AB, CD
+AB, CD, and EF != AB, CD ;; AB and EF
+
+# algebra
+20 y^2 - 10 y == 10y(2y-1) ;; -10y + 20y^{2}
+20 y^2 - 10 y != 20y^2 ;; 10y
+x^2 y^2 == x^2y^2 ;; (xy)^2
+x^2 == x^{2} ;; x \cdot x ;; x²
+x^2 != 2x ;; x
+0.5\pi == \frac{\pi}{2} ;; \pi/2
+64 - 16 \pi == 16(4-\pi) ;; -16\pi + 64
+
+# golds are read as generously as answers
+<answer> 3 </answer> == 3 ;; 3.0 ;; x = 3 ;; \frac{6}{2}
+<answer> 3 </answer> != 4 ;; answer ;; 33
+<think> 5 apples </think> <answer>3 cm</answer> == 3 ;; 3 cm
+<think> 5 apples </think> <answer>3 cm</answer> != 5
+She has 2 + 5 = 7 apples. #### 7 == 7 ;; 7.0
+She has 2 + 5 = 7 apples. #### 7 != 2 ;; 5
+#### 1,234 == 1234
+Answer: 3 == 3 ;; x = 3
+Answer: 3 != 2
+The answer is $\frac{1}{2}$. == 0.5
+\[3\] == 3
+\(\sqrt{2}\) == \sqrt{2}
+$3$ == 3
+so we get \boxed{3} == 3
+1e-05 == 0.00001 ;; 10^{-5} ;; 1e-05 ;; \frac{1}{100000}
+1e-05 != 0 ;; 0.0001 ;; 1
+1e+16 == 10000000000000000 ;; 10^{16}
+3.0999999046325684 == 3.1 ;; \frac{31}{10}
+3.0999999046325684 != 3 ;; 3.2
+0.30000000000000004 == 0.3
+1000.0999755859375 == 1000.1
+½ == 0.5
+\frac12 == 0.5
+109° == 109
+10 cm. == 10 ;; 10 cm
+\textbf{(B)} == B ;; (B)
+"""
+
+
+def read_cases(table: str) -> list[tuple[str, str, bool]]:
+    cases = []
+    for line in table.splitlines():
+        if line and not line.startswith("# "):
+            gold, relation, answers = re.split(" (==|!=) ", line, maxsplit=1)
+            cases += [(answer, gold, relation == "==") for answer in answers.split(" ;; ")]
+    return cases
+
+
+CASES = read_cases(ANSWERS)
+CASES += [("15\\", "15", True), (None, "15", False), ("", "15", False), ("   ", "15", False)]
+CASES += [("", "", False), ("nan", "", False)]  # a row without an answer is no gift
 ENDLESS = r"\sin((((9^{999})^{999})^{999})^{999})"  # needs a thousand million digits; within every static limit
 
 
@@ -1112,14 +1289,15 @@ def hostile(i: int, marker: str) -> str:
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
     (r"\boxed{\boxed{15}}", "15"),
     (r"a</think> \boxed{15}", "15"),  # the prompt may have opened the thinking
-    (r"<think>\boxed{15}</think> done", None),
-    (r"<think>\boxed{15}", None),
-    (r"<think>a</think> \boxed{15} <think>", None),
+    (r"<think>\boxed{15}</think> done", "15"),  # where a box has to stand is what format is for
+    (r"<think>\boxed{15}", "15"),
+    (r"<think>\boxed{5}</think> \boxed{15} <think>", "15"),
+    (r"\boxed{15}, in \boxed", "15"),
     (r"\boxed{15} \boxed{\frac{1}{2}", None),
     ("15", None),
     ("", None),
 ])  # fmt: skip
-def test_last_boxed_is_what_the_response_commits_to_outside_the_thinking(response, answer):
+def test_last_boxed_is_what_the_response_commits_to_wherever_it_stands(response, answer):
     assert last_boxed(response) == answer
 
 
@@ -1132,8 +1310,11 @@ def test_last_boxed_is_what_the_response_commits_to_outside_the_thinking(respons
     (r"<think> </think> \boxed{15}", 0.0),
     (r"<think>a \boxed{15}</think>", 0.0),
     (r"sure <think>a</think> \boxed{15}", 0.0),
-    (r"<think>a</think> b</think> \boxed{15}", 0.0),
-    (r"<think>a<think>b</think> \boxed{15}", 0.0),
+    (r"<think>I end with </think> and \boxed{}. So</think> \boxed{15}", 1.0),  # prose about the tags
+    (r"<think>They want <think> </think> tags. So</think> \boxed{15}", 1.0),
+    (r"<think>a</think> \boxed{15}, thought out between <think></think>", 1.0),
+    (r"<think>a</think> as said in <think>: \boxed{15}", 1.0),
+    (r"<think> <think> </think> \boxed{15}", 0.0),
     (r"<think>a</think> \boxed{15} <think>b</think>", 0.0),
     (r"\boxed{15}", 0.0),
     ("", 0.0),
@@ -1184,17 +1365,16 @@ def test_without_rounding_a_decimal_gold_takes_only_its_value():
 
 
 @pytest.mark.skipif(not GEO3K.exists(), reason="needs shared/geo3k")
-def test_every_geo3k_gold_is_itself_and_none_of_its_wrong_choices():
+@pytest.mark.parametrize("every", few_or_all(16, 1))
+def test_every_geo3k_gold_is_itself_and_none_of_its_wrong_choices(every):
     rows = [json.loads(line) for line in (GEO3K / "answers.jsonl").read_text().splitlines()]
     assert len(rows) == 2401
-    own = [(row["answer"], row["answer"]) for row in rows]
-    pairs = [
-        (choice, row["answer"])
-        for row in rows
-        for choice in row["choices"]
-        if choice != row["answer"]
-    ]
+    own, pairs = [], []
+    for row in rows:
+        own.append((row["answer"], row["answer"]))
+        pairs += [(choice, row["answer"]) for choice in row["choices"] if choice != row["answer"]]
     assert len(pairs) == 7198  # 2401 * 3, less five choices that repeat the gold
+    own, pairs = own[::every], pairs[::every]
     with Grader() as grader:
         grader.shortcut = False  # parsed and compared for real, not found equal as strings
         assert [pair for pair, ok in zip(own, grader.grade(own), strict=True) if not ok] == []
@@ -1202,15 +1382,26 @@ def test_every_geo3k_gold_is_itself_and_none_of_its_wrong_choices():
         assert grader.timeouts == grader.crashes == 0
 
 
+def test_hundreds_of_answers_are_judged_each_way():
+    assert sum(right for _, _, right in CASES) >= 200 <= sum(not right for _, _, right in CASES)
+
+
 # ---- nothing a model writes can hang, crash or run
 
 
-def test_hostile_answers_are_wrong_in_seconds_and_change_no_other_verdict(tmp_path):
-    cases = random.Random(0).choices(CASES, k=1000)
-    cases += [(hostile(i, str(tmp_path / "x")), "15", False) for i in range(1000)]
+@pytest.mark.parametrize(
+    "count, time_limit", [(280, 1.0), pytest.param(1000, 2.0, marks=pytest.mark.slow)]
+)
+def test_hostile_answers_are_wrong_in_seconds_and_change_no_other_verdict(
+    tmp_path, count, time_limit
+):
+    numbers = re.compile(r"[-0-9.]+")  # a busy machine may take a second for a sane root
+    easy = [case for case in CASES if time_limit == 2 or numbers.fullmatch(case[0] or "")]
+    cases = random.Random(0).choices(easy, k=count)
+    cases += [(hostile(i, str(tmp_path / "x")), "15", False) for i in range(count)]
     random.Random(1).shuffle(cases)
     start = time.monotonic()
-    with Grader() as fresh:
+    with Grader(time_limit=time_limit) as fresh:
         got = fresh.grade([case[:2] for case in cases])
         pids = [worker.pid for worker in fresh.pool]
     assert time.monotonic() - start < 60 and not any(map(running, pids))
@@ -1314,6 +1505,42 @@ def test_close_ends_the_workers_and_grading_goes_on_with_new_ones():
     grader.close()
 
 
+@pytest.mark.parametrize("gold", [
+    "9" * 100_000, "{" * 100_000, "1 " * 50_000, "°" * 100_000, r"\boxed{" * 15_000, "a=" * 50_000,
+])  # fmt: skip
+def test_a_gold_of_100_000_characters_is_as_cheap_as_an_answer(gold):
+    start = time.monotonic()
+    with Grader() as short:
+        assert short.grade([("15", gold), (gold, "15"), (gold, gold)] * 10) == [False] * 30
+        assert short.pool == [] and time.monotonic() - start < 2
+    assert score("numeric", "15", gold) == score("exact", "15", gold) == 0
+
+
+def test_normalising_takes_time_in_proportion_to_the_text(monkeypatch):
+    monkeypatch.setattr(reward, "MAX_CHARS", 10**6)
+    for unit in (
+        "1",
+        "1.1",
+        "1/",
+        "1 000",
+        "°",
+        "{",
+        "x=",
+        "AB ",
+        r"\frac",
+        r"\text{",
+        "½",
+        " is ",
+        "x < ",
+    ):
+        seconds = {}
+        for count in (2_000, 20_000):
+            start = time.process_time()
+            reward.normalise(unit * (count // len(unit)))
+            seconds[count] = time.process_time() - start
+        assert seconds[20_000] < 40 * seconds[2_000] + 0.1, unit  # quadratic would be 100 times
+
+
 def test_workers_do_not_load_torch(grader):
     grader.grade([(r"\sqrt{4}", "2")])
     maps = Path(f"/proc/{grader.pool[0].pid}/maps").read_text()
@@ -1366,8 +1593,8 @@ def test_accuracy_and_format_are_reported_without_a_weight(grader):
 
 def test_cheats_get_no_accuracy(grader):
     cheats = [
-        r"\boxed{15} \boxed{5}", r"<think>\boxed{15}</think> \boxed{}", r"<think>\boxed{15}</think>",
-        r"<think>\boxed{15}", r"\boxed{5, 14, 15, 35}", r"\boxed{5 or 15}", r"\boxed{5} or 15", "15",
+        r"\boxed{15} \boxed{5}", r"<think>\boxed{15}</think> \boxed{}", r"\boxed{5, 14, 15, 35}",
+        r"\boxed{5 or 15}", r"\boxed{5} or 15", "15", r"<think>\boxed{15} or \boxed{5}</think>",
     ]  # fmt: skip
     for name in ("accuracy", "exact", "numeric", "choice", "per_image"):
         gold = "C" if name == "choice" else "15"
@@ -1494,6 +1721,8 @@ def bad(problem, response, gold):
     return float("nan")
 def short(response):
     return 1
+def cut(problem, response, gold):
+    return 1 / 0
 """)
     asked = dataclasses.replace(problem("<image><image>?"), answers=("red", "blue"))
     weights = f"{file}:both=0.5,{file}:both(9)=3,{file}:one=-1"
@@ -1506,6 +1735,11 @@ def short(response):
     ]  # a text stays one
     with pytest.raises(ValueError, match=r"bad' is nan for train.parquet row 17"):
         rewards(f"{file}:bad=1", ["a"], ["4"])
+    with pytest.raises(
+        ValueError, match=r"mine.py:cut' failed for train.parquet row 17: ZeroDiv.*mine.py, line 13"
+    ) as failure:
+        rewards(f"{file}:cut=1", ["a"], ["4"])
+    assert isinstance(failure.value.__cause__, ZeroDivisionError)
     for name in (f"{file}:none", f"{file}:short", f"{tmp_path}/none.py:one"):
         with pytest.raises(ValueError, match=r"unknown reward.*of \(problem, response, gold\)"):
             parse_weights(f"{name}=1")
@@ -1552,8 +1786,20 @@ def test_weights_for_a_source_that_no_problem_has_stop_the_start(tmp_path, tiny,
     ):
         places = dict(data=file, test_data=held_out)
         settings = train.Settings(model=str(tiny[False]), instruction="", rewards=rewards, **places)
-        with pytest.raises(ValueError, match=rf"no problem has: \['{unknown}'\]; see --source_key"):
+        with pytest.raises(
+            ValueError, match=rf"no problem has: \['{unknown}'\]; name their column"
+        ):
             train.build(settings, torch.device("cpu"))
+
+
+def test_golds_that_hold_a_whole_solution_are_read_by_every_reward(grader):
+    for name, gold, answer in (
+        ("accuracy", "<answer> 3 </answer>", "3.0"), ("accuracy", "so 1 + 2 #### 3", "3"),
+        ("choice", "<think>A?</think><answer> B </answer>", "b"), ("numeric", "#### 40", "41"),
+        ("exact", "<answer>Red car</answer>", "red car"), ("exact", r"It is \boxed{red}", "red"),
+    ):  # fmt: skip
+        got = rewards(f"{name}=1", [rf"\boxed{{{answer}}}", r"\boxed{A}"], [gold] * 2, grader)
+        assert got["reward"] == [1, 0], gold
 
 
 def test_responses_and_problems_must_pair_up():
@@ -1727,10 +1973,10 @@ def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, proce
         rollout.HFEngine(actor, max_response_tokens=4),
         parse_weights("accuracy=1;b:exact=1"),
     )
-    problems = data.load_problems(file, answer_key="gold")
+    problems = data.load_problems(file, columns="answer=gold")
     with Grader() as grader:
         reader = build_reader(actor.processor)
-        _, records = rollout.evaluate(engine, problems, reader, 2, 0, weights, grader)
+        _, records, _ = rollout.evaluate(engine, problems, reader, 2, 0, weights, grader)
     records = json.loads(json.dumps(records))
     assert [(r["source"], r["answer"]) for r in records[::2]] == list(
         zip("abb", golds, strict=True)
@@ -1745,6 +1991,25 @@ def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, proce
     ]
 
 
+def test_the_audit_lists_golds_that_no_normal_answer_can_match(tmp_path):
+    golds = ["15", r"2 \sqrt { 221 }", "Answer: 3", "<answer> 3 </answer>", "1e-05", "red", "- 8",
+             "10 cm", r"\angle 2 and \angle 6", "P(3, 4)", "3 : 4", r"20 y^2 - 10 y", "x < 60",
+             "3 big apples", "between 3 and 5 apples", "5 wugs", "1 2"]  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    rows = [{"answer": gold, "response": ""} for gold in golds]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = audit(file, check=True).stdout
+    assert [line for line in out.splitlines() if "itself" in line] == [
+        "rows.jsonl row 13: gold '3 big apples' equals only itself, not a plain '3'",
+        "rows.jsonl row 14: gold 'between 3 and 5 apples' equals only itself, not a plain '5'",
+        "rows.jsonl row 15: gold '5 wugs' equals only itself, not a plain '5'",
+        "rows.jsonl row 16: gold '1 2' is not equal to itself",
+    ]
+    assert "gradable golds: 13 of 17;" in out
+    # of other rewards than accuracy a plain spelling says nothing
+    assert "gradable golds: 17 of 17" in audit(file, "--rewards", "exact=1", check=True).stdout
+
+
 @pytest.mark.parametrize("line, message", [
     (b'{"answer": "1"', "JSONDecodeError"), (b"[" * 100_000, "RecursionError"), (b'["answer"]', "TypeError"),
     (b"7", "TypeError"), (b'"answer"', "TypeError"), (b'{"question": "?"}', "KeyError.*text or a list"),
@@ -1753,7 +2018,7 @@ def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, proce
     (b'{"answer": "\xff"}', "UnicodeDecodeError"), (b"", "JSONDecodeError"),
 ])  # fmt: skip
 def test_the_audit_names_file_and_row_of_what_is_broken(tmp_path, line, message):
-    (tmp_path / "rows.jsonl").write_bytes(b'{"answer": "1"}\n' + line + b"\n")
+    (tmp_path / "rows.jsonl").write_bytes(b'{"answer": "1", "response": ""}\n' + line + b"\n")
     with pytest.raises(ValueError, match=rf"rows\.jsonl row 1 is broken .*{message}"):
         reward.read_rows(str(tmp_path / "rows.jsonl"), "answer", "data_source")
 
@@ -1802,6 +2067,10 @@ def prompts_with(actor, *counts):
     return [ask(actor, row) for row in rows]
 
 
+def nothing(actor):
+    return actor
+
+
 def random_groups(actor, counts=(0, 1, 3), lengths=((3, 5), (4, 4, 1), (2, 9)), seed=0):
     generator = torch.Generator().manual_seed(seed)
     groups = []
@@ -1809,20 +2078,6 @@ def random_groups(actor, counts=(0, 1, 3), lengths=((3, 5), (4, 4, 1), (2, 9)), 
         responses = [torch.randint(0, 250, (n,), generator=generator) for n in ns]
         groups.append((prompt, [[response] for response in responses]))
     return groups
-
-
-def draw(engine, prompts, n, seed=0, **options):
-    return engine.generate([[prompt] for prompt in prompts], n, seed, **options)
-
-
-def as_groups(prompts, drawn):
-    """What the engine drew for each prompt, as Actor.logprobs takes it."""
-    return [(p, [r.turns for r in rs]) for p, rs in zip(prompts, drawn, strict=True)]
-
-
-def sampled(drawn):
-    """(N,) sampler_logprobs of all that was drawn."""
-    return torch.cat([r.sampler_logprobs for rollouts in drawn for r in rollouts])
 
 
 @pytest.mark.parametrize("packing", ["shared", "packed", "padded"])
@@ -1885,35 +2140,107 @@ def assert_same_gradients(got, expected, tolerance=1e-5):
         assert (got[name] - g).norm() <= tolerance * max(g.norm(), 1e-3 * scale), name
 
 
-def assert_same_in_every_layout(actor, groups):
-    """Log-probs and all gradients; returns the padded forward's gradients by name."""
+def with_lora(actor, seed=1, dropout=0.0):
+    """LoRA as after some training: both factors random."""
+    actor.add_lora(4, 8.0, dropout, "q_proj,v_proj,down_proj")
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in actor.model.named_parameters():
+        if "lora_B" in name:
+            p.data = 0.05 * torch.randn(p.shape, generator=generator)
+    return actor
+
+
+def image_groups(actor):
+    return random_groups(actor, (0, 1, 3, 2), ((3, 5), (4, 4, 1), (2, 9), (6,)))
+
+
+def conversation_groups(actor):
+    """Conversations of one to three turns between plain responses."""
+    text, image = random_groups(actor, (0, 1), ((3, 5), (4, 2)))
+    prompt, one, later, two = two_turns(actor)
+    more = make(actor, "Once more.", later=True)
+    conversations = [[one, later, two], [two], [two, more, one, later, one]]
+    return [text, (prompt, conversations), image]
+
+
+def mixed_groups(actor):
+    """Text, images and videos, and a conversation in which a video arrives."""
+    generator = torch.Generator().manual_seed(0)
+    groups = []
+    for prompt in mixed_prompts(actor):
+        responses = [torch.randint(0, 250, (n,), generator=generator) for n in (3, 5)]
+        groups.append((prompt, [[response] for response in responses]))
+    clip = media_problem("<video>Now?", 0, stills(2, 56, 84))
+    [one], [two] = groups[0][1]
+    groups[1][1].append([one, build_reader(actor.processor).later(clip), two])
+    return groups
+
+
+def freeze_vision(actor):
+    actor.freeze("tower", "projector")
+    return actor
+
+
+def slide_windows(actor):
+    """Every second layer sees six tokens back."""
+    config = copy.deepcopy(actor.model.config)
+    config.text_config.sliding_window, config.text_config.use_sliding_window = 6, True
+    config.text_config.layer_types = ["sliding_attention", "full_attention"] * 2
+    network = hf.Qwen2_5_VLForConditionalGeneration(config).eval()
+    network.load_state_dict(actor.model.state_dict())
+    return model.Actor(network, actor.processor)
+
+
+def checkpoint_layers(actor):
+    actor.checkpoint_activations()
+    return actor
+
+
+LAYOUT_CASES = {  # the model, what is done to it, what it scores, and images and videos of which features are kept
+    "plain": ("untied", nothing, image_groups, None),
+    "tied": ("tied", nothing, image_groups, None),
+    "frozen tower": ("untied", freeze_vision, image_groups, (0 + 1 + 3 + 2, 0)),
+    "checkpointing": ("untied", checkpoint_layers, image_groups, None),
+    "LoRA": ("untied", with_lora, image_groups, (0 + 1 + 3 + 2, 0)),
+    "sliding window": ("untied", slide_windows, image_groups, None),
+    "conversations": ("untied", nothing, conversation_groups, None),
+    "conversations, frozen tower": ("untied", freeze_vision, conversation_groups, (2 + 2 + 2 + 1, 0)),
+    "conversations, Qwen3-VL": ("qwen3_vl", nothing, conversation_groups, None),
+    "video": ("untied", nothing, mixed_groups, None),
+    "video, frozen tower": ("untied", freeze_vision, mixed_groups, (1 + 2 + 1, 1 + 1 + 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAYOUT_CASES)
+def test_every_layout_gives_the_same_logprobs_and_gradients(tiny, family_folder, case):
+    name, prepare, groups_of, kept = LAYOUT_CASES[case]
+    folder = {"untied": tiny[False], "tied": tiny[True]}.get(name) or family_folder(name)
+    actor = prepare(model.Actor.from_pretrained(str(folder)))
+    groups = groups_of(actor)
     expected, expected_gradients = gradients(actor, groups, "padded")
     for packing in ("packed", "shared"):
         got, got_gradients = gradients(actor, groups, packing)
         close(got, expected, atol=1e-5)
         assert_same_gradients(got_gradients, expected_gradients)
-    return expected_gradients
+    features = actor.image_features(model.prompts_of(model.turns_of(groups)))
+    if kept:
+        counts = Counter({kind: len(held.pooler_output) for kind, held in features.items()})
+        assert (counts["image"], counts["video"]) == kept
+        close(actor.logprobs(groups, features)[0], expected, atol=1e-5)
+    else:
+        assert features is None
 
 
-@pytest.mark.parametrize("variant", ["plain", "frozen tower", "checkpointing", "tied"])
-def test_shared_packed_and_padded_give_the_same_logprobs_and_gradients(
-    tiny, process_group, variant
-):
-    actor = model.Actor.from_pretrained(str(tiny[variant == "tied"]))
-    groups = random_groups(actor, (0, 1, 3, 2), ((3, 5), (4, 4, 1), (2, 9), (6,)))
-    if variant == "frozen tower":
-        actor.freeze("tower", "projector")
-    if variant == "checkpointing":
-        actor.checkpoint_activations()
-        layer, calls = actor.model.model.language_model.layers[1].mlp, []
-        layer.register_forward_pre_hook(lambda *_: calls.append(1))
-        gradients(actor, groups, "shared")
-        assert len(calls) == 2  # in the forward, and again in the backward
-        assert (
-            len(draw(rollout.HFEngine(actor, 3), [groups[1][0]], 2)[0]) == 2
-            and actor.model.training
-        )
-    assert_same_in_every_layout(actor, groups)
+def test_checkpointed_layers_run_again_in_the_backward_and_generation_goes_on(actor, process_group):
+    actor.checkpoint_activations()
+    groups = image_groups(actor)
+    layer, calls = actor.model.model.language_model.layers[1].mlp, []
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    gradients(actor, groups, "shared")
+    assert len(calls) == 2
+    prompt, _ = groups[1]
+    [rollouts] = draw(rollout.HFEngine(actor, 3), [prompt], 2)
+    assert len(rollouts) == 2 and actor.model.training
 
 
 def test_kept_features_of_a_frozen_tower_change_nothing(actor):
@@ -1948,22 +2275,6 @@ def _everyone_sees_all(layout):
     n = layout.segments[-1][1]
     return [(torch.arange(n)[None], torch.arange(n)[None], torch.ones(1, 1, n, n).tril().bool(), torch.arange(n),
              torch.ones(1, n, dtype=torch.bool))]  # fmt: skip
-
-
-def with_lora(actor, seed=1, dropout=0.0):
-    """LoRA as after some training: both factors random."""
-    actor.add_lora(4, 8.0, dropout, "q_proj,v_proj,down_proj")
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in actor.model.named_parameters():
-        if "lora_B" in name:
-            p.data = 0.05 * torch.randn(p.shape, generator=generator)
-    return actor
-
-
-def test_lora_gives_the_same_logprobs_and_gradients_in_every_layout(actor):
-    trained = assert_same_in_every_layout(with_lora(actor), random_groups(actor))
-    assert trained and all("lora_" in name for name in trained)
-    assert actor.check_packing(prompts_with(actor, 2, 0)) < 1e-5
 
 
 def test_lora_adapts_the_language_model_alone_and_keeps_the_base_bit_for_bit(actor):
@@ -2003,27 +2314,25 @@ def test_weights_have_lora_merged_and_equal_a_plain_model(actor, tiny):
 
 
 def test_an_actor_serves_a_notebook_without_processes(tiny):
-    script = f"""
-import model, rollout, torch, transformers
-from PIL import Image
-network = transformers.AutoModelForImageTextToText.from_pretrained({str(tiny[True])!r}, attn_implementation="sdpa")
-actor = model.Actor(network, transformers.AutoProcessor.from_pretrained({str(tiny[True])!r}))
-prompts = [actor.prompt("<image>How many sides?", [Image.new("RGB", (56, 84), "red")]), actor.prompt("Which colour?")]
-drawn = rollout.HFEngine(actor, max_response_tokens=6).generate([[p] for p in prompts], n=3, seed=0)
-groups = [(p, [r.turns for r in rs]) for p, rs in zip(prompts, drawn)]
-gaps = []
-for on in (True, False):
-    actor.checkpoint_activations(on)
-    logprobs, _ = actor.logprobs(groups)
-    logprobs.sum().backward()
-    gaps.append((logprobs - torch.cat([r.sampler_logprobs for rs in drawn for r in rs])).abs().max().item())
-actor.save({str(tiny[True] / "again")!r})
-print(max(gaps) < 1e-5, actor.report())
-"""
-    printed = run_python(["-c", script], cwd=HERE)
-    assert printed == (
-        "True parameters trained: language 0.63M of 0.63M, projector 0.20M of 0.20M, tower 0.30M of 0.30M\n"
-    )
+    printed = run_apart("use_in_a_notebook", str(tiny[True])).splitlines()[-1]
+    parts = "language 0.63M of 0.63M, projector 0.20M of 0.20M, tower 0.30M of 0.30M"
+    assert printed == f"True parameters trained: {parts}"
+
+
+def use_in_a_notebook(folder):
+    network = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa")
+    actor = model.Actor(network, AutoProcessor.from_pretrained(folder))
+    image = Image.new("RGB", (56, 84), "red")
+    prompts = [actor.prompt("<image>How many sides?", [image]), actor.prompt("Which colour?")]
+    drawn = draw(rollout.HFEngine(actor, max_response_tokens=6), prompts, 3)
+    gaps = []
+    for on in (True, False):
+        actor.checkpoint_activations(on)
+        logprobs, _ = actor.logprobs(as_groups(prompts, drawn))
+        logprobs.sum().backward()
+        gaps.append((logprobs - sampled(drawn)).abs().max().item())
+    actor.save(Path(folder) / "again")
+    print(max(gaps) < 1e-5, actor.summarize_trained())
 
 
 def test_without_lora_there_is_no_adapter_to_save(actor, tmp_path):
@@ -2086,32 +2395,6 @@ def test_a_response_does_not_see_the_others_of_its_pack(actor):
     close(together, alone, atol=1e-5)
 
 
-def test_a_sliding_window_hides_the_same_keys_as_in_the_padded_forward(tiny):
-    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
-
-    config = AutoConfig.from_pretrained(tiny[False])
-    config.text_config.sliding_window, config.text_config.use_sliding_window = 6, True
-    config.text_config.layer_types = ["sliding_attention", "full_attention"] * 2
-    torch.manual_seed(0)
-    network = Qwen2_5_VLForConditionalGeneration(config).eval()
-    actor = model.Actor(network, AutoProcessor.from_pretrained(tiny[False]))
-    groups = random_groups(actor)
-    expected, expected_gradients = gradients(actor, groups, "padded")
-    got, got_gradients = gradients(actor, groups, "shared")
-    close(got, expected, atol=1e-5)
-    assert_same_gradients(got_gradients, expected_gradients)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(
-    "dtype, gap", [(torch.bfloat16, 0.02), (torch.float32, 1e-4)]
-)  # float32: no such kernel
-def test_shared_attention_equals_the_padded_forward_on_a_gpu(tiny, dtype, gap):
-    actor = model.Actor.from_pretrained(str(tiny[False]), dtype)
-    actor.model.cuda()
-    assert actor.check_packing(prompts_with(actor, 2, 0)) < gap
-
-
 def test_packs_refuse_what_they_cannot_keep_apart(actor):
     prompt = prompts_with(actor, 0)[0]
     with pytest.raises(ValueError, match="empty response"):
@@ -2147,18 +2430,34 @@ def test_chunked_logprobs_equal_log_softmax_with_gradients(softcap):
 
 
 def test_the_head_holds_one_chunk_of_logits_however_many_tokens():
-    # vocabulary 152k, float32: a chunk of 64 rows is 37 MiB, all logits of 640 rows would be 371
-    # MiB
-    code = (
-        f"import sys, torch, resource; sys.path.insert(0, {str(HERE)!r}); import model; n = int(sys.argv[1])\n"
-        "h, w = torch.randn(n, 16, requires_grad=True), torch.randn(152064, 16, requires_grad=True)\n"
-        "y, none = torch.randint(0, 1000, (n,)), torch.tensor([], dtype=torch.long)\n"
-        "request = model.Request(y, none, 1.0, None, 'value', 64)\n"
-        "model.ChunkedLogprobs.apply(h, w, request)[0].sum().backward()\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
-    )
-    few, many = (float(run_python(["-c", code, str(n)]).splitlines()[-1]) for n in (64, 640))
-    assert many - few < 152064 * 64 * 4 / 2**20
+    # 64 rows of 50,000 float32 are 12.2 MiB; all 640 rows would be 122
+    few, many = (float(run_apart("print_peak_of_the_head", rows)) for rows in (64, 640))
+    assert many - few < 3 * 12.2
+
+
+def print_peak_of_the_head(rows):
+    """MiB that one forward and backward of the head takes at most."""
+    ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # freed blocks of 1 MiB and more go back at once
+    h, weight = (torch.randn(n, 16, requires_grad=True) for n in (rows, 50_000))
+    targets, banned = torch.randint(0, 1000, (rows,)), torch.tensor([], dtype=torch.long)
+    request = model.Request(targets, banned, 1.0, None, "value", 64)
+    before = reset_peak()
+    model.ChunkedLogprobs.apply(h, weight, request)[0].sum().backward()
+    print(mebibytes("VmHWM") - before)
+
+
+def mebibytes(name):
+    """VmRSS or VmHWM, the most that it has been, of this process."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(name + r":\s*(\d+)", status)[1]) / 1024
+
+
+def reset_peak():
+    """Let VmHWM begin anew; returns what is in use, in MiB."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return mebibytes("VmRSS")
 
 
 def test_extract_multi_modal_inputs_reads_the_forward_signature():
@@ -2492,12 +2791,13 @@ def check_kernels_under_fsdp(folder):
                 logprobs, entropy = actor.logprobs(groups, features, entropy="gradient")
                 assert logprobs.shape == entropy.shape == (848,) and logprobs.dtype == torch.float32
                 assert len(calls) == 5  # 2 layers, and 3 of the tower
+                assert {args[0].dtype for args in calls} == {torch.bfloat16}
                 (logprobs.sum() + entropy.sum()).backward()
                 assert len(calls) == 5 + (2 if frozen else 5)  # recomputed
                 for name, p in actor.model.named_parameters():
                     assert p.requires_grad == (not frozen or actor.part(name) == "language")
                     if p.requires_grad:
-                        assert isinstance(p.grad, model.DTensor) and p.grad.dtype == torch.float32
+                        assert isinstance(p.grad, DTensor) and p.grad.dtype == torch.float32
                         assert p.grad.shape == p.shape, name
     print("all checked")
 
@@ -2533,10 +2833,299 @@ def test_a_sampler_that_computes_another_model_is_refused_before_training(actor,
     assert engine.max_response_tokens == 24
     other = copy.copy(actor)
     other.temperature = 1.05
-    with pytest.raises(RuntimeError, match=r"(?s)before training.*packing 'padded'.*softcap.*per-t"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)before training.*packing 'padded'.*softcap.*per-t"
+    ):
         train.check_against_sampler(rollout.HFEngine(other, 24), actor, prompts)
     actor.compute = torch.bfloat16  # there that little is rounding
     train.check_against_sampler(rollout.HFEngine(other, 24), actor, prompts)
+
+
+# ---- on a GPU: pytest -m gpu prints one table; here the same bodies run at tiny shapes
+
+
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+
+
+@pytest.fixture(scope="session")
+def table(request):
+    """table(device, what, number=...) adds a row; those of a GPU are printed when all tests have
+    ended."""
+    rows = []
+
+    def add(device, what, **numbers):
+        if device == "cuda":
+            rows.append(f"{what:44}" + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+
+    yield add
+    if rows:
+        terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+        terminal.write_line(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}")
+        for row in rows:
+            terminal.write_line(row)
+
+
+def measured(device, work):
+    """Result of the second call, its milliseconds, and GiB at most (0 on a CPU)."""
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    result = work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    took = 1000 * (time.perf_counter() - start)
+    return result, took, torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+
+
+def off(got, expected):
+    """Distance as a share of the expected norm."""
+    return ((got.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def large_actor(folder, device, layers=8):
+    """A random Qwen2.5-VL of 7B's width, in bfloat16; the tiny one on a CPU. The same each time."""
+    if device == "cpu":
+        return model.Actor.from_pretrained(str(folder), torch.bfloat16)
+    gc.collect()  # the last test's
+    processor = AutoProcessor.from_pretrained(folder)
+    torch.manual_seed(0)
+    with torch.device(device):
+        config = sized_config(folder, "7B", layers, depth=8)
+        network = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    return model.Actor(network.eval(), processor)
+
+
+def large_groups(actor, device, count=5):
+    """Packs of 16,375 tokens for 5 groups."""
+    if device == "cpu":
+        return random_groups(actor, (0, 1), ((3, 5), (2, 4)))
+    return [group for _ in range(count) for group in bench_group(actor, 400, [575] * 5)]
+
+
+def sharded(actor, device, **options):
+    actor.shard(torch.device(device), torch.bfloat16, **options)
+    return actor
+
+
+@each_device
+@pytest.mark.parametrize("window", [None, 64])
+def test_gpu_kernel_and_dense_attention_agree(device, window, table, monkeypatch):
+    # proves on a GPU: causal to the bottom right, window, grouped heads, and all of it backward
+    prompt, responses, size, dtype = 400, (1, 17, 500, 2048), 128, torch.bfloat16
+    if device == "cpu":
+        prompt, responses, size, dtype = 9, (1, 3, 5), 16, torch.float32
+        window = window and 4
+        force_kernels(monkeypatch, plain_varlen)
+    segments, t = [(0, prompt, 0, 0)], prompt
+    for length in responses:
+        segments.append((t, t + length, 0, prompt))
+        t += length
+    layout = model.Layout(segments)
+    for heads, key_heads in ((28, 4), (16, 2)):
+        shapes = [(1, n, t, size) for n in (heads, key_heads, key_heads)]
+        inputs = [torch.randn(shape, device=device) for shape in shapes]
+        grad = torch.randn(1, t, heads, size, device=device)
+
+        def run(kernel, dtype, inputs=inputs, grad=grad):
+            monkeypatch.setattr(model, "kernel_runs", lambda q: kernel)
+            leaves = [x.to(dtype).detach().requires_grad_() for x in inputs]
+            options = dict(scaling=size**-0.5, sliding_window=window, layout=layout)
+            out, _ = model.shared_attention(None, *leaves, None, **options)
+            out.backward(grad.to(dtype))
+            return out.detach(), *(x.grad for x in leaves)
+
+        exact = run(False, torch.float32)
+        dense = list(map(off, run(False, dtype), exact))
+        kernel = list(map(off, run(True, dtype), exact))
+        name = f"attention {heads}/{key_heads} window {window}"
+        table(device, f"{name} dense", **dict(zip(("out", "dq", "dk", "dv"), dense, strict=True)))
+        table(device, f"{name} kernel", **dict(zip(("out", "dq", "dk", "dv"), kernel, strict=True)))
+        assert all(a < 3 * b + 1e-5 for a, b in zip(kernel, dense, strict=True))
+
+
+@pytest.mark.parametrize(
+    "device, size",
+    [("cpu", "tiny"), *(pytest.param("cuda", size, marks=GPU) for size in ("tiny", "large"))],
+)
+def test_gpu_packing_in_bfloat16_is_within_its_floor(device, size, tiny, table):
+    if size == "tiny":
+        actor = model.Actor.from_pretrained(str(tiny[False]), torch.bfloat16)
+        actor.model.to(device)
+    else:
+        actor = large_actor(tiny[False], device)
+    for name, counts in (("different", (2, 0)), ("equal", (1, 1))):
+        prompts = prompts_with(actor, *counts)
+        if name == "equal":
+            prompts[1] = prompts[0]
+        gaps = actor.packing_gaps(prompts)
+        names = ("nats", "slope", "noise", "slope_noise")
+        table(device, f"packing {size}, {name} prompts", **dict(zip(names, gaps, strict=True)))
+    actor.check_packing(prompts_with(actor, 2, 0))
+
+
+@each_device
+def test_gpu_update_at_full_width(device, tiny, table, process_group):
+    actor = large_actor(tiny[False], device)
+    actor.checkpoint_activations()
+    sharded(actor, device)
+    groups = large_groups(actor, device)
+    optimizer = torch.optim.AdamW(actor.model.parameters(), 1e-6, fused=device == "cuda")
+
+    def update():
+        logprobs, _ = actor.logprobs(groups)
+        logprobs.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return logprobs
+
+    logprobs, ms, peak = measured(device, update)
+    assert logprobs.isfinite().all()
+    tokens = sum(len(p.ids) + sum(len(r) for [r] in responses) for p, responses in groups)
+    layers = actor.model.model.language_model.layers
+    weights = sum(model.full(p).numel() for p in layers.parameters() if p.ndim > 1)
+    head = actor.model.get_output_embeddings().weight.numel()
+    operations = 6 * (weights * tokens + head * len(logprobs))  # nothing counted twice
+    rates = dict(tokens_per_s=1000 * tokens / ms, tflops=operations / ms / 1e9)
+    table(device, "update, 7B's width, 8 layers", ms=ms, tokens=tokens, gib=peak, **rates)
+
+
+@each_device
+def test_gpu_tower_in_one_call(device, tiny, table):
+    actor = large_actor(tiny[False], device)
+    tower = actor.model.model.visual
+    grid = torch.tensor([[1, 34, 42]] * 6 if device == "cuda" else [[1, 8, 6]] * 2, device=device)
+    pixels = torch.randn(int(grid.prod(-1).sum()), 1176, device=device, dtype=torch.bfloat16)
+    results = {}
+    for name in ("sdpa", "flash_tower"):
+        actor.model.set_attn_implementation({"vision_config": name})
+
+        def both_ways():
+            out = tower(pixels, grid_thw=grid).pooler_output
+            tower.zero_grad()
+            out.float().square().sum().backward()
+            return out.detach(), tower.patch_embed.proj.weight.grad
+
+        with torch.no_grad():
+            _, ms, _ = measured(device, lambda: tower(pixels, grid_thw=grid))
+        results[name], both_ms, peak = measured(device, both_ways)
+        table(device, f"tower {name}", ms=ms, with_backward_ms=both_ms, gib=peak)
+    errors = list(map(off, results["flash_tower"], results["sdpa"]))
+    table(device, "tower flash_tower against sdpa", out=errors[0], gradient=errors[1])
+    assert max(errors) < 0.05
+
+
+@each_device
+@pytest.mark.parametrize("entropy", ["none", "value", "gradient"])
+def test_gpu_head_against_float32(device, entropy, table):
+    n, width, vocabulary = (4096, 3584, 152064) if device == "cuda" else (40, 16, 300)
+    h = torch.randn(n, width, device=device).bfloat16().requires_grad_()
+    weight = (torch.randn(vocabulary, width, device=device) / width**0.5).bfloat16()
+    weight = weight.requires_grad_()
+    targets = torch.randint(8, vocabulary, (n,), device=device)
+    banned = torch.tensor([7], device=device)
+    request = model.Request(targets, banned, 1.0, None, entropy, 1024)
+
+    def head():
+        logprobs, entropies = model.ChunkedLogprobs.apply(h, weight, request)
+        (logprobs + (entropies if entropy == "gradient" else 0)).sum().backward()
+        grads = h.grad, weight.grad
+        h.grad = weight.grad = None
+        return logprobs.detach(), entropies.detach(), *grads
+
+    got, ms, peak = measured(device, head)
+    wide_h = h.detach().float().requires_grad_()
+    wide_weight = weight.detach().float().requires_grad_()
+    logps = (wide_h @ wide_weight.T).index_fill(-1, banned, -torch.inf).log_softmax(-1)
+    exact = logps.gather(-1, targets[:, None])[:, 0]
+    exact_entropy = torch.special.entr(logps.exp()).sum(-1)
+    (exact + (exact_entropy if entropy == "gradient" else 0)).sum().backward()
+    errors = dict(
+        nats=(got[0] - exact).abs().mean().item(),
+        dh=off(got[2], wide_h.grad),
+        dw=off(got[3], wide_weight.grad),
+    )
+    if entropy != "none":
+        errors["entropy"] = (got[1] - exact_entropy).abs().mean().item()
+    table(device, f"head, entropy {entropy}", ms=ms, gib=peak, **errors)
+    assert max(errors.values()) < 0.05
+
+
+@each_device
+def test_gpu_reference_on_the_cpu_scores_the_same(device, tiny, table, process_group):
+    results = {}
+    for offload in (False, True):
+        actor = large_actor(tiny[False], device)
+        actor.model.requires_grad_(False)
+        sharded(actor, device, offload=offload)
+        groups = large_groups(actor, device, 1)
+        with torch.no_grad():
+            scored, ms, peak = measured(device, lambda: actor.logprobs(groups, entropy="none")[0])  # noqa: B023
+        results[offload] = scored
+        table(device, f"reference, offload {offload}", ms=ms, gib=peak)
+        del actor
+        gc.collect()
+    close(results[True], results[False], atol=1e-3)
+
+
+@each_device
+def test_gpu_sampling_with_gathered_shards_is_scored_alike(device, tiny, table, process_group):
+    actor = sharded(large_actor(tiny[False], device), device)
+    prompts = prompts_with(actor, 1, 0)
+    drawn = draw(rollout.HFEngine(actor, 32), prompts, n=4)
+    with torch.no_grad():
+        logprobs, _ = actor.logprobs(as_groups(prompts, drawn))
+    gap = (logprobs.cpu() - sampled(drawn)).abs()
+    table(device, "transformers' sampler in bf16", nats=gap.mean(), most=gap.max())
+    assert gap.mean() < 0.05
+
+
+@each_device
+def test_gpu_weights_one_at_a_time(device, tiny, table, process_group, tmp_path):
+    actor = sharded(large_actor(tiny[False], device), device)
+
+    def count():
+        return sum(weight.numel() for _, weight in actor.weights(torch.bfloat16))
+
+    numbers, ms, peak = measured(device, count)
+    before = time.perf_counter()
+    state = {name: p.detach() for name, p in actor.model.named_parameters()}
+    saving = torch.distributed.checkpoint.async_save(state, checkpoint_id=str(tmp_path / "saved"))
+    blocked = time.perf_counter() - before
+    saving.result()
+    seconds = time.perf_counter() - before
+    rates = dict(billions=numbers / 1e9, ms=ms, gib=peak)
+    table(device, "weights in bf16", **rates, save_blocks_s=blocked, save_takes_s=seconds)
+    assert numbers == sum(model.full(p).numel() for p in actor.model.parameters())
+
+
+@each_device
+def test_gpu_frozen_and_trained_towers_and_two_backwards(device, tiny, table, process_group):
+    results = []
+    for frozen in (False, True):
+        actor = large_actor(tiny[False], device)
+        if frozen:
+            actor.freeze("tower", "projector")
+        sharded(actor, device)
+        groups = random_groups(actor, (1, 2), ((40, 60), (30, 70)))
+        with torch.no_grad():
+            results.append(actor.logprobs(groups)[0])
+    gradients_of = []
+    for _ in range(2):
+        actor.model.zero_grad()
+        actor.logprobs(groups)[0].mean().backward()
+        gradients_of.append([p.grad for p in actor.model.parameters() if p.requires_grad])
+    same = sum(map(torch.equal, *map(lambda g: map(model.full, g), gradients_of)))
+    gap = (results[0] - results[1]).abs().mean().item()
+    share = same / len(gradients_of[0])
+    table(device, "frozen against trained tower", nats=gap, equal_gradients=share)
+    assert gap < 0.05
+    assert share == 1 or device == "cuda"  # atomics add in any order there
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2560,6 +3149,19 @@ CHATS = {  # how a family writes a user's turn, its image placeholder and its sp
     "gemma3": dict(image="<start_of_image>", named=dict(
         boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"), special=[],
         start="{{ bos_token }}", turn=("<start_of_turn>{role}\n", "<end_of_turn>\n", "<start_of_turn>model\n")),
+    "llava": dict(
+        image="<image>\n", turn=("{role}: ", "</s>\n", "assistant: "), named=dict(image_token="<image>"), special=[]),
+    "qwen3_vl_moe": QWEN,
+    "glm4v": dict(
+        image="<|begin_of_image|><|image|><|end_of_image|>", turn=("<|{role}|>\n", "<|endoftext|>\n", "<|assistant|>\n"),
+        named=dict(image_token="<|image|>", video_token="<|video|>"), special=[
+            "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"]),
+    "mistral3": dict(
+        image="[IMG]", turn=("[INST]", "</s>", "[/INST]"), special=["[IMG]", "[IMG_BREAK]", "[IMG_END]"], named={}),
+    "gemma4": dict(
+        image="<|image|>", turn=("<|turn>{role}\n", "<turn|>\n", "<|turn>model\n"), special=["<|video|>"], named=dict(
+            image_token="<|image|>", boi_token="<|image>", eoi_token="<image|>", audio_token="<|audio|>",
+            boa_token="<|audio>", eoa_token="<audio|>")),
 }  # fmt: skip
 
 
@@ -2591,113 +3193,232 @@ def tiny_tokenizer(turn, special, named, **_):
         extra_special_tokens=[*special, "<start_of_turn>" if bos else "<|im_start|>"],
     )  # fmt: skip
     tokenizer.add_tokens(["<think>", "</think>"])
+    if bos:
+        tokenizer.add_tokens(["\n" * n for n in range(1, 5)])  # vLLM's Gemma 3 looks them up
     return tokenizer
+
+
+class Kit:
+    """What every tiny family is built from: a tokenizer, its chat template, the language model's shape."""
+
+    def __init__(self, name):
+        chat = CHATS[name]
+        self.tokenizer = tiny_tokenizer(**chat)
+        self.template = dict(chat_template=chat_template(**chat))
+        self.text = dict(
+            vocab_size=len(self.tokenizer),
+            hidden_size=128,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            bos_token_id=self.tokenizer.bos_token_id,
+            max_position_embeddings=4096,
+        )
+
+    def id_of(self, token):
+        return self.tokenizer.convert_tokens_to_ids(token)
+
+    def qwen_ids(self):
+        names = dict(image="image_pad", video="video_pad", vision_start="vision_start")
+        names["vision_end"] = "vision_end"
+        return {f"{ours}_token_id": self.id_of(f"<|{theirs}|>") for ours, theirs in names.items()}
+
+
+TOWER = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=14
+)
+SIGLIP = dict(**TOWER, model_type="siglip_vision_model", vision_use_head=False)
+QWEN_TOWER = dict(depth=2, num_heads=2, patch_size=14)
+QWEN3_TOWER = dict(
+    **QWEN_TOWER,
+    hidden_size=32,
+    intermediate_size=64,
+    out_hidden_size=128,
+    num_position_embeddings=64,
+)
+
+
+def rotary(*sections, **more):
+    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=list(sections), **more)
+    return dict(rope_parameters=rope)
+
+
+def tiny_qwen2_vl(kit):
+    images, videos = hf.Qwen2VLImageProcessor(), hf.Qwen2VLVideoProcessor()
+    processor = hf.Qwen2VLProcessor(images, kit.tokenizer, videos, **kit.template)
+    vision = dict(**QWEN_TOWER, embed_dim=32, hidden_size=128, mlp_ratio=2)
+    text = kit.text | rotary(8, 4, 4, mrope_interleaved=False)
+    return processor, dict(text_config=text, vision_config=vision, **kit.qwen_ids())
+
+
+def tiny_qwen2_5_vl(kit):
+    images, videos = hf.Qwen2VLImageProcessor(), hf.Qwen2VLVideoProcessor()
+    processor = hf.Qwen2_5_VLProcessor(images, kit.tokenizer, videos, **kit.template)
+    sizes = dict(hidden_size=32, intermediate_size=64, out_hidden_size=128)
+    vision = dict(**QWEN_TOWER, **sizes, fullatt_block_indexes=[1])
+    text = kit.text | rotary(8, 4, 4, mrope_interleaved=False)
+    return processor, dict(text_config=text, vision_config=vision, **kit.qwen_ids())
+
+
+def qwen3_processor(kit):
+    images, videos = (
+        hf.Qwen2VLImageProcessor(patch_size=14),
+        hf.Qwen3VLVideoProcessor(patch_size=14),
+    )
+    return hf.Qwen3VLProcessor(images, kit.tokenizer, videos, **kit.template)
+
+
+def tiny_qwen3_vl(kit):
+    vision = dict(**QWEN3_TOWER, deepstack_visual_indexes=[0, 1])
+    text = kit.text | rotary(8, 4, 4, mrope_interleaved=True)
+    return qwen3_processor(kit), dict(text_config=text, vision_config=vision, **kit.qwen_ids())
+
+
+def tiny_qwen3_vl_moe(kit):
+    vision = dict(**QWEN3_TOWER, deepstack_visual_indexes=[0, 1])
+    experts = dict(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
+    )
+    text = kit.text | rotary(8, 4, 4, mrope_interleaved=False) | experts
+    return qwen3_processor(kit), dict(text_config=text, vision_config=vision, **kit.qwen_ids())
+
+
+def tiny_qwen3_5(kit):
+    layers = ["linear_attention", "full_attention", "linear_attention"]
+    keys = dict(linear_key_head_dim=8, linear_num_key_heads=2)
+    values = dict(linear_value_head_dim=8, linear_num_value_heads=4)
+    text = kit.text | rotary(2, 1, 1, partial_rotary_factor=0.25) | keys | values
+    text["layer_types"] = layers
+    return qwen3_processor(kit), dict(text_config=text, vision_config=QWEN3_TOWER, **kit.qwen_ids())
+
+
+def tiny_internvl(kit):
+    images = hf.GotOcr2ImageProcessor(size=dict(height=56, width=56), max_patches=2)
+    videos = hf.InternVLVideoProcessor()
+    processor = hf.InternVLProcessor(
+        images, kit.tokenizer, videos, image_seq_length=4, **kit.template
+    )
+    vision = TOWER | dict(image_size=[56, 56], patch_size=[14, 14])
+    ids = dict(image_token_id=kit.id_of("<IMG_CONTEXT>"), image_seq_length=4)
+    text = dict(model_type="qwen2", **kit.text)
+    return processor, dict(text_config=text, vision_config=vision, **ids)
+
+
+def tiny_llava_onevision(kit):
+    grid = [[28, 28], [28, 56], [56, 28], [56, 56]]
+    images = hf.LlavaOnevisionImageProcessor(
+        size=dict(height=28, width=28), image_grid_pinpoints=grid
+    )
+    options = dict(num_image_tokens=4, vision_feature_select_strategy="full", **kit.template)
+    videos = hf.LlavaOnevisionVideoProcessor()
+    processor = hf.LlavaOnevisionProcessor(images, kit.tokenizer, videos, **options)
+    text, vision = dict(model_type="qwen2", **kit.text), dict(**SIGLIP, image_size=28)
+    ids = dict(image_token_index=kit.id_of("<image>"), video_token_index=kit.id_of("<video>"))
+    return processor, dict(text_config=text, vision_config=vision, image_grid_pinpoints=grid, **ids)
+
+
+def tiny_idefics3(kit):
+    edges = dict(size=dict(longest_edge=112), max_image_size=dict(longest_edge=56))
+    images = hf.Idefics3ImageProcessor(**edges)
+    processor = hf.Idefics3Processor(images, kit.tokenizer, image_seq_len=4, **kit.template)
+    text, vision = dict(model_type="llama", **kit.text), dict(**TOWER, image_size=56)
+    ids = dict(image_token_id=kit.id_of("<image>"), pad_token_id=kit.tokenizer.pad_token_id)
+    return processor, dict(text_config=text, vision_config=vision, scale_factor=2, **ids)
+
+
+def tiny_gemma3(kit):
+    images = hf.Gemma3ImageProcessor(size=dict(height=56, width=56))
+    processor = hf.Gemma3Processor(images, kit.tokenizer, image_seq_length=16, **kit.template)
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    text = kit.text | dict(query_pre_attn_scalar=32, sliding_window=8, layer_types=layers)
+    tokens = dict(boi="<start_of_image>", eoi="<end_of_image>", image="<image_soft_token>")
+    ids = {f"{name}_token_index": kit.id_of(token) for name, token in tokens.items()}
+    vision = dict(**SIGLIP, image_size=56)
+    return processor, dict(text_config=text, vision_config=vision, mm_tokens_per_image=16, **ids)
+
+
+def tiny_llava(kit):
+    sizes = dict(size=dict(shortest_edge=56), crop_size=dict(height=56, width=56))
+    options = dict(
+        patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    images = hf.CLIPImageProcessor(**sizes)
+    processor = hf.LlavaProcessor(images, kit.tokenizer, **options, **kit.template)
+    vision = dict(**TOWER, model_type="clip_vision_model", image_size=56, projection_dim=32)
+    ids = dict(image_token_index=kit.id_of("<image>"), image_seq_length=16)
+    text = dict(model_type="llama", **kit.text)
+    return processor, dict(text_config=text, vision_config=vision, **ids)
+
+
+def tiny_glm4v(kit):
+    bounds = dict(shortest_edge=2 * 28 * 28, longest_edge=2 * 64 * 28 * 28)
+    images, videos = hf.Glm4vImageProcessor(size=bounds), hf.Glm4vVideoProcessor()
+    processor = hf.Glm4vProcessor(images, kit.tokenizer, videos, **kit.template)
+    sizes = dict(hidden_size=32, intermediate_size=64, out_hidden_size=128, image_size=56)
+    ids = {}
+    for kind in ("image", "video"):
+        ids[f"{kind}_token_id"] = kit.id_of(f"<|{kind}|>")
+        ids[f"{kind}_start_token_id"] = kit.id_of(f"<|begin_of_{kind}|>")
+        ids[f"{kind}_end_token_id"] = kit.id_of(f"<|end_of_{kind}|>")
+    text = kit.text | rotary(4, 2, 2, partial_rotary_factor=0.5)
+    return processor, dict(text_config=text, vision_config=QWEN_TOWER | sizes, **ids)
+
+
+def tiny_mistral3(kit):
+    side = dict(patch_size=dict(height=28, width=28), size=dict(longest_edge=112))
+    images, merging = hf.PixtralImageProcessor(**side), dict(spatial_merge_size=2)
+    processor = hf.PixtralProcessor(images, kit.tokenizer, patch_size=14, **merging, **kit.template)
+    text = dict(model_type="mistral", **kit.text, sliding_window=None)
+    vision = dict(**TOWER, model_type="pixtral", image_size=112)
+    ids = dict(image_token_index=kit.id_of("[IMG]"))
+    return processor, dict(text_config=text, vision_config=vision, **merging, **ids)
+
+
+def tiny_gemma4(kit):
+    merging = dict(patch_size=4, pooling_kernel_size=2)
+    images = hf.Gemma4ImageProcessor(**merging, max_soft_tokens=70)
+    parts = hf.Gemma4AudioFeatureExtractor(), images, kit.tokenizer, hf.Gemma4VideoProcessor()
+    layers = ["sliding_attention", "full_attention", "full_attention"]
+    text = kit.text | dict(head_dim=16, global_head_dim=32, sliding_window=8, layer_types=layers)
+    text |= dict(hidden_size_per_layer_input=16, vocab_size_per_layer_input=len(kit.tokenizer))
+    text["num_kv_shared_layers"] = 1
+    vision = TOWER | dict(num_key_value_heads=2, head_dim=16, **merging)
+    vision |= dict(position_embedding_size=128, default_output_length=70)
+    ids = dict(boi_token_id=kit.id_of("<|image>"), eoi_token_id=kit.id_of("<image|>"))
+    ids["video_token_id"] = kit.id_of("<|video|>")
+    for kind in ("image", "audio"):
+        ids[f"{kind}_token_id"] = getattr(kit.tokenizer, f"{kind}_token_id")
+    config = dict(text_config=text, vision_config=vision, audio_config=None, **ids)
+    return hf.Gemma4Processor(*parts, **kit.template), config
 
 
 def tiny_family(name: str, folder: Path) -> Path:
     """Write a random tiny model of a family, float32, and its processor; an image of 56 x 56 is 4
     to 34 tokens."""
-    chat = CHATS[name]
-    tokenizer = tiny_tokenizer(**chat)
-    ids = {token.strip("<|>"): i for token, i in tokenizer.get_added_vocab().items()}
-    text = dict(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, max_position_embeddings=4096,
-    )  # fmt: skip
-    rope = dict(
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "mrope_section": [8, 4, 4],
-            "mrope_interleaved": name == "qwen3_vl",
-        }
-    )
-    tower = dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        patch_size=14,
-    )
-    qwen_tower = dict(depth=2, num_heads=2, patch_size=14)
-    qwen_ids = {
-        f"{ours}_token_id": ids.get(theirs)
-        for ours, theirs in (
-            ("image", "image_pad"),
-            ("video", "video_pad"),
-            ("vision_start", "vision_start"),
-            ("vision_end", "vision_end"),
-        )
-    }
-    deep = dict(
-        hidden_size=32, intermediate_size=64, out_hidden_size=128, num_position_embeddings=64
-    )
-    template = dict(chat_template=chat_template(**chat))
-    grid, edges = [[28, 28], [28, 56], [56, 28], [56, 56]], dict(longest_edge=112)
-    old_qwen = lambda: (hf.Qwen2VLImageProcessor(), tokenizer, hf.Qwen2VLVideoProcessor())  # noqa: E731
-    new_qwen = lambda: (  # noqa: E731
-        hf.Qwen2VLImageProcessor(patch_size=14), tokenizer, hf.Qwen3VLVideoProcessor(patch_size=14))  # fmt: skip
-    processor = {
-        "qwen2_vl": lambda: hf.Qwen2VLProcessor(*old_qwen(), **template),
-        "qwen2_5_vl": lambda: hf.Qwen2_5_VLProcessor(*old_qwen(), **template),
-        "qwen3_vl": lambda: hf.Qwen3VLProcessor(*new_qwen(), **template),
-        "qwen3_5": lambda: hf.Qwen3VLProcessor(*new_qwen(), **template),
-        "internvl": lambda: hf.InternVLProcessor(
-            hf.GotOcr2ImageProcessor(size=dict(height=56, width=56), max_patches=2), tokenizer,
-            hf.InternVLVideoProcessor(), image_seq_length=4, **template),
-        "llava_onevision": lambda: hf.LlavaOnevisionProcessor(
-            hf.LlavaOnevisionImageProcessor(size=dict(height=28, width=28), image_grid_pinpoints=grid), tokenizer,
-            hf.LlavaOnevisionVideoProcessor(), num_image_tokens=4, vision_feature_select_strategy="full", **template),
-        "idefics3": lambda: hf.Idefics3Processor(
-            hf.Idefics3ImageProcessor(size=edges, max_image_size=dict(longest_edge=56)), tokenizer, image_seq_len=4,
-            **template),
-        "gemma3": lambda: hf.Gemma3Processor(
-            hf.Gemma3ImageProcessor(size=dict(height=56, width=56)), tokenizer, image_seq_length=16, **template),
-    }[name]()  # fmt: skip
-    siglip = dict(**tower, model_type="siglip_vision_model", vision_use_head=False)
-    config = {
-        "qwen2_vl": lambda: dict(text_config=text | rope, **qwen_ids, vision_config=dict(
-            **qwen_tower, embed_dim=32, hidden_size=128, mlp_ratio=2)),
-        "qwen2_5_vl": lambda: dict(text_config=text | rope, **qwen_ids, vision_config=dict(
-            **qwen_tower, hidden_size=32, intermediate_size=64, out_hidden_size=128, fullatt_block_indexes=[1])),
-        "qwen3_vl": lambda: dict(text_config=text | rope, **qwen_ids, vision_config=dict(
-            **qwen_tower, **deep, deepstack_visual_indexes=[0, 1])),
-        "qwen3_5": lambda: dict(**qwen_ids, vision_config=dict(**qwen_tower, **deep), text_config=text | dict(
-            head_dim=32, layer_types=["linear_attention", "full_attention", "linear_attention"],
-            linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1],
-                             "partial_rotary_factor": 0.25})),
-        "internvl": lambda: dict(text_config=dict(model_type="qwen2", **text), image_token_id=ids["IMG_CONTEXT"],
-                                 image_seq_length=4, vision_config=dict(**tower, image_size=[56, 56]) | dict(
-                                     patch_size=[14, 14])),
-        "llava_onevision": lambda: dict(
-            text_config=dict(model_type="qwen2", **text), vision_config=dict(**siglip, image_size=28),
-            image_token_index=ids["image"], video_token_index=ids["video"], image_grid_pinpoints=grid),
-        "idefics3": lambda: dict(
-            vision_config=dict(**tower, image_size=56), text_config=dict(model_type="llama", **text),
-            image_token_id=ids.get("image"), scale_factor=2, pad_token_id=tokenizer.pad_token_id),
-        "gemma3": lambda: dict(
-            text_config=text | dict(query_pre_attn_scalar=32, sliding_window=8, layer_types=[
-                "sliding_attention", "full_attention", "sliding_attention"]),
-            vision_config=dict(**siglip, image_size=56), mm_tokens_per_image=16, boi_token_index=ids["start_of_image"],
-            eoi_token_index=ids["end_of_image"], image_token_index=ids["image_soft_token"]),
-    }[name]()  # fmt: skip
-    config = AutoConfig.for_model(
-        name, **config, tie_word_embeddings=name in ("gemma3", "qwen2_vl")
-    )
+    kit = Kit(name)
+    processor, settings = globals()[f"tiny_{name}"](kit)
+    tied = name in ("gemma3", "qwen2_vl", "gemma4")
+    config = AutoConfig.for_model(name, **settings, tie_word_embeddings=tied)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
         for p in network.parameters():
-            if (
-                p.ndim > 1
-            ):  # wide enough, and never 0 (Gemma 3's projector), so that the image matters
+            # wide enough, and never 0 (Gemma 3's projector), so that the image matters
+            if p.ndim > 1:
                 torch.nn.init.normal_(p, std=0.1)
-    network.generation_config.eos_token_id = tokenizer.eos_token_id
-    network.generation_config.pad_token_id = tokenizer.pad_token_id
+    network.generation_config.eos_token_id = kit.tokenizer.eos_token_id
+    network.generation_config.pad_token_id = kit.tokenizer.pad_token_id
     network.save_pretrained(folder)
     processor.save_pretrained(folder)
+    if name == "llava":  # as on the hub, where the tower still has a module around it
+        file, named = folder / "model.safetensors", {}
+        for key, value in load_file(file).items():
+            named[key.replace("vision_tower.", "vision_tower.vision_model.")] = value
+        save_file(named, file, metadata={"format": "pt"})
     return Path(folder)
 
 
@@ -2784,9 +3505,8 @@ def test_one_grpo_update_moves_a_familys_language_model_and_no_frozen_byte(
     run, groups = small_run(family_folder(name), prepare=lambda actor: actor.freeze("tower"), minibatch_prompts=8,
                             max_sampler_gap=100.0, max_grad_norm=1e9)  # fmt: skip
     before = {n: model.full(p).detach().clone() for n, p in run.actor.model.named_parameters()}
-    [minibatch] = train.plan_minibatches(run, groups)
-    train.freeze(run, [minibatch])
-    assert train.update(run, minibatch, 0)["grad_norm"] > 0
+    [minibatch] = minibatches_of(run, groups)
+    assert train.update(run, minibatch, 0, None)["grad_norm"] > 0
     moved = {run.actor.part(n) for n, p in run.actor.model.named_parameters()
              if not torch.equal(model.full(p), before[n])}  # fmt: skip
     assert moved == {"projector", "language"}
@@ -2839,74 +3559,52 @@ def process_group():
     torch.distributed.destroy_process_group()
 
 
-def test_sampler_logprobs_equal_the_trainers(actor, process_group):
-    actor.temperature = 0.7
-    prompts = prompts_with(actor, 0, 1, 3, 1)
-    drawn = draw(rollout.HFEngine(actor, max_response_tokens=12), prompts, n=5)
-    assert [len(rollouts) for rollouts in drawn] == [5, 5, 5, 5]
-    with torch.no_grad():
-        logprobs, _ = actor.logprobs(as_groups(prompts, drawn))
-    close(sampled(drawn), logprobs, atol=1e-5)
+def draw(engine, prompts, n, seed=0, **options):
+    return engine.generate([[prompt] for prompt in prompts], n, seed, **options)
 
 
-def test_vision_tokens_are_never_drawn_and_the_rest_is_uniform_when_the_head_is_zero(
-    actor, process_group
-):
-    torch.nn.init.zeros_(actor.model.lm_head.weight)
-    actor.model.generation_config.update(
-        top_k=1, top_p=0.1, repetition_penalty=2.0
-    )  # not the trained distribution
-    engine = rollout.HFEngine(actor, max_response_tokens=30)
-    [group] = draw(engine, prompts_with(actor, 1), n=200)
-    tokens = torch.cat([r.response for r in group])
-    allowed = actor.model.config.text_config.vocab_size - len(actor.banned_ids)
-    assert not torch.isin(tokens, torch.tensor(actor.banned_ids)).any()
-    assert len(tokens.unique()) > 0.95 * allowed
-    close(
-        torch.cat([r.sampler_logprobs for r in group]),
-        torch.full((len(tokens),), -math.log(allowed)),
-        atol=1e-5,
-    )
+def as_groups(prompts, drawn):
+    """What the engine drew for each prompt, as Actor.logprobs takes it."""
+    return [(p, [r.turns for r in rs]) for p, rs in zip(prompts, drawn, strict=True)]
 
 
-def test_a_response_ends_with_the_end_token_or_is_marked_truncated(actor, process_group):
-    torch.nn.init.zeros_(actor.model.lm_head.weight)
-    engine = rollout.HFEngine(actor, max_response_tokens=200)
-    [group] = draw(engine, prompts_with(actor, 0), n=100, seed=1)
-    [end] = actor.eos_ids
-    assert {r.truncated for r in group} == {True, False}
-    for r in group:
-        assert (r.response == end).sum() == (not r.truncated) and len(r.response) == len(
-            r.sampler_logprobs
-        )
-        assert len(r.response) == 200 if r.truncated else r.response[-1] == end
-        assert "<|im_end|>" not in r.text(actor.processor.tokenizer)
+def sampled(drawn):
+    """(N,) sampler_logprobs of all that was drawn."""
+    return torch.cat([r.sampler_logprobs for rollouts in drawn for r in rollouts])
 
 
-def test_generation_is_fixed_by_its_seed_and_greedy_by_nothing(actor, process_group):
-    engine, prompts = rollout.HFEngine(actor, max_response_tokens=8), prompts_with(actor, 1, 0)
-
-    def ids(**options):
-        return [r.response.tolist() for g in draw(engine, prompts, **options) for r in g]
-
-    state = torch.get_rng_state()
-    assert ids(n=3, seed=1) == ids(n=3, seed=1) != ids(n=3, seed=2)
-    assert ids(n=1, seed=1, greedy=True) == ids(n=1, seed=2, greedy=True)
-    assert torch.equal(state, torch.get_rng_state())
+def drawn_ids(engine, prompts, n, seed, **options):
+    return [r.response.tolist() for rs in draw(engine, prompts, n, seed, **options) for r in rs]
 
 
-# --------------------------------------------------------------------------------------------------
-# rollout.py: vLLM
+def test_an_engine_closes_after_success_or_an_exit_but_not_after_a_failure():
+    # closing after a failure could wait for ranks that never come, or free what sleeps twice
+    class Counter(rollout.Engine):
+        actor, closed = None, 0
 
-needs_vllm = pytest.mark.skipif(
-    rollout.choose_engine("auto")[0] != "vllm", reason=rollout.choose_engine("auto")[1]
-)
+        def close(self):
+            self.closed += 1
+
+    for error, closed in ((None, 1), (SystemExit, 1), (RuntimeError, 0), (KeyboardInterrupt, 0)):
+        plain, inner = Counter(), Counter()
+        for engine in (plain, rollout.Conversations(inner, rollout.Codeword, None, 0)):
+            with contextlib.suppress(*[error] if error else []), engine:
+                if error:
+                    raise error
+        assert (plain.closed, inner.closed) == (closed, closed)
 
 
-def vllm_engine(actor, folder, **changes):
-    settings = dict(dtype=torch.float32, tp=1, memory_fraction=0.3, eager=True, max_prompt_tokens=400,
-                    max_response_tokens=24, max_images=3)  # fmt: skip
-    return rollout.VLLMEngine(actor, str(folder), **settings | changes)
+def test_greedy_responses_to_one_prompt_are_all_the_same_so_several_are_refused(actor):
+    engine = rollout.HFEngine(actor, max_response_tokens=8)
+    with pytest.raises(ValueError, match="greedy with n=2: .* use n=1"):
+        draw(engine, prompts_with(actor, 0), n=2, greedy=True)
+
+
+def test_greedy_generation_prints_no_warning(actor, process_group, caplog):
+    hf.utils.logging.enable_propagation()  # to pytest
+    draw(rollout.HFEngine(actor, max_response_tokens=2), prompts_with(actor, 0), 1, greedy=True)
+    hf.utils.logging.disable_propagation()
+    assert "not valid" not in caplog.text
 
 
 def largest_gap(actor, engine, prompts, n=4, seed=0):
@@ -2915,6 +3613,113 @@ def largest_gap(actor, engine, prompts, n=4, seed=0):
     with torch.no_grad():
         logprobs, _ = actor.logprobs(as_groups(prompts, drawn))
     return (sampled(drawn) - logprobs).abs().max().item()
+
+
+needs_vllm = pytest.mark.skipif(
+    rollout.choose_engine("auto")[0] != "vllm", reason=rollout.choose_engine("auto")[1]
+)
+in_vllms_process = [needs_vllm, pytest.mark.xdist_group("vllm")]
+
+
+def with_bounds(folder):
+    """The actor of a model whose processor leaves the tests' images alone, as vLLM needs."""
+    return model.Actor.from_pretrained(str(folder), pixels=(MIN_PIXELS, MAX_PIXELS))
+
+
+def start_vllm(actor, folder, **changes):
+    limits = dict(max_prompt_tokens=400, max_response_tokens=24, max_images=3, max_videos=2)
+    settings = dict(dtype=torch.float32, tp=1, memory_fraction=0.3, eager=True)
+    return rollout.VLLMEngine(actor, str(folder), **settings | limits | changes)
+
+
+class KeptVLLM:
+    """At most one vLLM engine: a start takes seconds, so the tests of one model share it."""
+
+    engine = folder = None
+
+    def engine_for(self, actor, folder):
+        """An engine with the actor's weights; one that has just started has those of the folder."""
+        if self.folder == folder:
+            self.engine.actor = actor
+            self.engine.sync(actor)
+        else:
+            self.close()
+            self.engine = start_vllm(actor, folder)
+            self.folder = folder
+        self.engine.max_response_tokens = 24
+        return self.engine
+
+    def close(self):
+        if self.engine:
+            self.engine.close()
+        self.engine = self.folder = None
+
+
+@pytest.fixture(scope="session")
+def vllm(process_group):
+    kept = KeptVLLM()
+    yield kept
+    kept.close()
+
+
+@pytest.fixture(params=["hf", pytest.param("vllm", marks=in_vllms_process)])
+def engine(request, tiny, process_group):
+    """Either engine, for what both promise, over an actor of its own: engine.actor."""
+    actor = with_bounds(tiny[False])
+    if request.param == "vllm":
+        return request.getfixturevalue("vllm").engine_for(actor, tiny[False])
+    return rollout.HFEngine(actor, max_response_tokens=24)
+
+
+def test_sampler_logprobs_equal_the_trainers(engine):
+    engine.actor.temperature = 0.7
+    prompts = prompts_with(engine.actor, 0, 1, 3, 1)
+    assert [len(rollouts) for rollouts in draw(engine, prompts, 5)] == [5, 5, 5, 5]
+    assert largest_gap(engine.actor, engine, prompts, n=5) < 1e-4
+
+
+def test_without_a_head_all_tokens_but_the_banned_ones_are_drawn_equally_often(engine):
+    actor = engine.actor
+    torch.nn.init.zeros_(actor.model.lm_head.weight)
+    # none of this belongs to the trained distribution
+    actor.model.generation_config.update(top_k=1, top_p=0.1, repetition_penalty=2.0)
+    engine.sync(actor)
+    [rollouts] = drawn = draw(engine, prompts_with(actor, 1), 200)
+    tokens = torch.cat([r.response for r in rollouts])
+    allowed = actor.model.config.text_config.vocab_size - len(actor.banned_ids)
+    assert not torch.isin(tokens, torch.tensor(actor.banned_ids)).any()
+    assert len(tokens.unique()) > 0.95 * allowed
+    close(sampled(drawn), torch.full((len(tokens),), -math.log(allowed)), atol=1e-5)
+
+
+def test_a_response_ends_with_the_end_token_or_is_marked_truncated(engine):
+    actor = engine.actor
+    torch.nn.init.zeros_(actor.model.lm_head.weight)
+    engine.sync(actor)
+    [rollouts] = draw(engine, prompts_with(actor, 0), 100, seed=1)
+    [end] = actor.eos_ids
+    assert {r.truncated for r in rollouts} == {True, False}
+    for r in rollouts:
+        assert (r.response == end).sum() == (not r.truncated)
+        assert len(r.response) == len(r.sampler_logprobs)
+        assert len(r.response) == 24 if r.truncated else r.response[-1] == end
+        assert "<|im_end|>" not in r.text(actor.processor.tokenizer)
+
+
+def test_generation_is_fixed_by_its_seed_and_greedy_by_nothing(engine):
+    prompts = prompts_with(engine.actor, 1, 0, 1)
+    ids = functools.partial(drawn_ids, engine, prompts)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    assert ids(3, seed=1) == ids(3, seed=1) != ids(3, seed=2)
+    assert len({tuple(r) for r in ids(4, seed=1)}) == 12  # no two responses share their noise
+    likeliest = ids(1, seed=1, greedy=True)
+    assert likeliest == ids(1, seed=2, greedy=True)
+    assert likeliest == drawn_ids(rollout.HFEngine(engine.actor, 24), prompts, 1, 0, greedy=True)
+    assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads() == threads
+
+
+# --------------------------------------------------------------------------------------------------
+# rollout.py: vLLM
 
 
 def perturb(actor, part="", scale=0.05, seed=0):
@@ -2926,122 +3731,109 @@ def perturb(actor, part="", scale=0.05, seed=0):
 
 
 @needs_vllm
-@pytest.mark.parametrize("tied", [True, False])
-def test_vllm_follows_the_trainer_through_every_kind_of_update(tiny, process_group, tied):
-    actor = model.Actor.from_pretrained(
-        str(tiny[tied]), pixels=(28 * 28, 28 * 28 * 64), temperature=0.7
-    )
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.parametrize("tied", [False, True])
+def test_vllm_follows_the_trainer_through_every_kind_of_update(tiny, vllm, tied):
+    actor = with_bounds(tiny[tied])
+    actor.temperature = 0.7
     prompts = prompts_with(actor, 0, 1, 3)
-    with contextlib.closing(vllm_engine(actor, tiny[tied])) as engine:
-        assert largest_gap(actor, engine, prompts) < 1e-4
-        # "visual" with the same images: an encoder output cached under the old weights must not
-        # survive
-        for part in ("", "visual", "", "embed_tokens", "norm", "bias"):
-            perturb(actor, part, 0.2 if part else 0.05)
-            assert largest_gap(actor, engine, prompts) > 1e-2, f"{part!r} changed nothing"
-            stats = engine.sync(actor)
-            assert largest_gap(actor, engine, prompts) < 1e-4, part
-        assert stats["gigabytes"] == pytest.approx(
-            4e-9 * sum(v.numel() for v in actor.model.state_dict().values())
-        )
-        assert stats["gigabytes_per_second"] > 0
-        with_lora(actor)
-        assert largest_gap(actor, engine, prompts) > 1e-2
-        engine.sync(actor)
-        assert largest_gap(actor, engine, prompts) < 1e-4
-
-
-@needs_vllm
-@pytest.mark.parametrize("name", ["qwen3_vl", "internvl", "idefics3"])
-def test_vllm_follows_other_families(name, family_folder, process_group):
-    actor = model.Actor.from_pretrained(str(family_folder(name)), pixels=(28 * 28, 28 * 28 * 64))
-    prompts = prompts_with(actor, 0, 1, 2)
-    with contextlib.closing(vllm_engine(actor, family_folder(name))) as engine:
-        assert largest_gap(actor, engine, prompts) < 1e-4
-        perturb(actor)
-        assert largest_gap(actor, engine, prompts) > 1e-2
-        engine.sync(actor)
-        assert largest_gap(actor, engine, prompts) < 1e-4
-
-
-@needs_vllm
-def test_vllm_samples_the_trained_distribution(tiny, process_group):
-    actor = model.Actor.from_pretrained(str(tiny[False]), pixels=(28 * 28, 28 * 28 * 64))
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    with contextlib.closing(vllm_engine(actor, tiny[False])) as engine:
-        prompts = prompts_with(actor, 1, 0, 1)
-
-        def ids(**options):
-            return [r.response.tolist() for g in draw(engine, prompts, **options) for r in g]
-
-        assert ids(n=3, seed=1) == ids(n=3, seed=1) != ids(n=3, seed=2)
-        assert len({tuple(r) for r in ids(n=4, seed=1)}) == 12  # no two responses share their noise
-        assert ids(n=1, seed=1, greedy=True) == ids(n=1, seed=2, greedy=True)
-        hf = rollout.HFEngine(actor, 24)
-        greedy = [g[0].response.tolist() for g in draw(hf, prompts, 1, greedy=True)]
-        assert ids(n=1, seed=0, greedy=True) == greedy
-        torch.nn.init.zeros_(actor.model.lm_head.weight)
-        engine.sync(actor)
-        [group] = draw(engine, prompts[:1], 200)
-        tokens = torch.cat([r.response for r in group])
-        allowed = actor.model.config.text_config.vocab_size - len(actor.banned_ids)
-        assert (
-            not torch.isin(tokens, torch.tensor(actor.banned_ids)).any()
-            and len(tokens.unique()) > 0.95 * allowed
-        )
-        close(
-            torch.cat([r.sampler_logprobs for r in group]),
-            torch.full((len(tokens),), -math.log(allowed)),
-            atol=1e-5,
-        )
-        assert {r.truncated for r in group} == {True, False}
-        for r in group:
-            assert len(r.response) == 24 if r.truncated else r.response[-1] in actor.eos_ids
+    engine = vllm.engine_for(actor, tiny[tied])
     assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads() == threads
+    assert largest_gap(actor, engine, prompts) < 1e-4
+    # "visual" with the same images: an encoder output cached under the old weights must not survive
+    for part in ("", "visual", "", "embed_tokens", "norm", "bias"):
+        perturb(actor, part, 0.2 if part else 0.05)
+        assert largest_gap(actor, engine, prompts) > 1e-2, f"{part!r} changed nothing"
+        stats = engine.sync(actor)
+        assert largest_gap(actor, engine, prompts) < 1e-4, part
+    numbers = sum(v.numel() for v in actor.model.state_dict().values())
+    assert stats["gigabytes"] == pytest.approx(4e-9 * numbers)
+    assert stats["gigabytes_per_second"] > 0
+    with_lora(actor)
+    assert largest_gap(actor, engine, prompts) > 1e-2
+    engine.sync(actor)
+    assert largest_gap(actor, engine, prompts) < 1e-4
+
+
+@needs_vllm
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.parametrize("name", [
+    "qwen3_vl", pytest.param("internvl", marks=pytest.mark.slow), pytest.param("idefics3", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_vllm_follows_other_families(name, family_folder, vllm):
+    actor = with_bounds(family_folder(name))
+    prompts = prompts_with(actor, 0, 1, 2)
+    engine = vllm.engine_for(actor, family_folder(name))
+    assert largest_gap(actor, engine, prompts) < 1e-4
+    perturb(actor)
+    assert largest_gap(actor, engine, prompts) > 1e-2
+    engine.sync(actor)
+    assert largest_gap(actor, engine, prompts) < 1e-4
+
+
+@needs_vllm
+@pytest.mark.xdist_group("vllm")
+def test_vllm_serves_an_exported_model_with_its_adapters_merged(actor, vllm, tmp_path):
+    with_lora(actor).save(tmp_path)
+    exported = with_bounds(tmp_path)
+    prompts = prompts_with(exported, 0, 1)
+    engine = vllm.engine_for(exported, tmp_path)
+    assert largest_gap(exported, engine, prompts) < 1e-4
+    assert largest_gap(actor, engine, prompts) < 1e-4
+
+
+@needs_vllm
+@pytest.mark.xdist_group("vllm")
+def test_vllm_refuses_another_prompt(tiny, vllm):
+    actor = with_bounds(tiny[False])
+    [prompt] = prompts_with(actor, 1)
+    engine = vllm.engine_for(actor, tiny[False])
+    resized = dataclasses.replace(prompt, images=[prompt.images[0].resize((56, 28))])
+    with pytest.raises(RuntimeError, match="another prompt than the trainer"):
+        draw(engine, [resized], 1)
+
+
+LAYER = "model.language_model.layers.1."
+
+
+@needs_vllm
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.parametrize("name, message", [
+    (LAYER + "self_attn.k_proj.weight", "were not in the model"),
+    pytest.param(LAYER + "mlp.down_proj.weight", "were not in the model", marks=pytest.mark.slow),
+    pytest.param(LAYER + "extra.weight", "extra", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_vllm_refuses_another_model_and_ends_without_the_trainers_processes(
+    tiny, vllm, name, message
+):
+    actor = with_bounds(tiny[False])
+    weights = dict(actor.model.state_dict())
+    if name in weights:
+        del weights[name]
+    else:
+        weights[name] = torch.zeros(2)
+    engine = vllm.engine_for(actor, tiny[False])
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        engine.sync(SimpleNamespace(weights=lambda dtype: iter(weights.items())))
+    vllm.close()  # it is not usable after that
     assert torch.distributed.is_initialized()
 
 
 @needs_vllm
-def test_vllm_refuses_another_prompt_and_another_model(tiny, process_group):
-    actor = model.Actor.from_pretrained(str(tiny[False]), pixels=(28 * 28, 28 * 28 * 64))
-    [prompt] = prompts_with(actor, 1)
-    with contextlib.closing(vllm_engine(actor, tiny[False])) as engine:
-        resized = dataclasses.replace(prompt, images=[prompt.images[0].resize((56, 28))])
-        with pytest.raises(RuntimeError, match="another prompt than the trainer"):
-            draw(engine, [resized], 1)
-        with pytest.raises(ValueError, match="greedy with n=2"):
-            draw(engine, [prompt], 2, greedy=True)
-
-    def altered(change):
-        weights = dict(actor.model.state_dict())
-        change(weights)
-        return SimpleNamespace(weights=lambda dtype: iter(weights.items()))
-
-    layer = "model.language_model.layers.1."
-    for change, message in (
-        (lambda w: w.pop(layer + "mlp.down_proj.weight"), "were not in the model"),
-        (lambda w: w.pop(layer + "self_attn.k_proj.weight"), "were not in the model"),
-        (lambda w: w.update({layer + "extra.weight": torch.zeros(2)}), "extra"),
-    ):
-        with contextlib.closing(vllm_engine(actor, tiny[False])) as engine:
-            with pytest.raises((RuntimeError, ValueError), match=message):
-                engine.sync(altered(change))
-
-
-@needs_vllm
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_vllm_follows_sharded_weights_on_two_ranks_and_the_gate_sees_a_missed_sync(tiny, tp):
-    torchrun("check_vllm_on_two_ranks", str(tiny[tp == 1]), str(tp))
+    run_apart("check_vllm_on_two_ranks", str(tiny[tp == 1]), tp, ranks=2)
 
 
 def check_vllm_on_two_ranks(folder, tp):
-    """Run by torchrun, with 2 ranks."""
+    """Run with 2 ranks."""
     device = processes.start_processes()
-    actor = model.Actor.from_pretrained(folder, pixels=(28 * 28, 28 * 28 * 64))
+    actor = with_bounds(folder)
     prompts = prompts_with(actor, 0, 1, 3)[
         :: 1 if torch.distributed.get_rank() else 2
     ]  # 2 on one rank, 3 on the other
-    engine = vllm_engine(actor, folder, tp=int(tp))
+    engine = start_vllm(actor, folder, tp=tp)
     actor.shard(device)
     optimizer = torch.optim.AdamW(actor.model.parameters(), lr=1e-2)
     assert largest_gap(actor, engine, prompts) < 1e-4
@@ -3061,11 +3853,182 @@ def check_vllm_on_two_ranks(folder, tp):
 
 
 def test_an_engine_that_cannot_run_says_why():
-    with pytest.raises(ValueError, match="--engine sglang"):
-        rollout.choose_engine("sglang")
     if rollout.choose_engine("auto")[0] == "hf":
         with pytest.raises(ValueError, match=r"--engine vllm cannot run: .*vLLM"):
             rollout.choose_engine("vllm")
+
+
+def test_positions_that_deep_sleep_dropped_are_zeroed_before_a_cuda_graph_reads_them():
+    rope = SimpleNamespace(positions=torch.full((3, 5), 2**60))
+    rollout.clear_positions(SimpleNamespace(model_state=SimpleNamespace(rope_state=rope)))
+    assert not rope.positions.any()
+    # a model without M-RoPE, and the runner of a CPU
+    rollout.clear_positions(SimpleNamespace(model_state=SimpleNamespace(rope_state=None)))
+    rollout.clear_positions(SimpleNamespace())
+
+
+def test_an_engine_of_one_rank_pickles_no_image(process_group):
+    engine = object.__new__(rollout.VLLMEngine)
+    engine.tp_group = torch.distributed.group.WORLD
+    requests = [rollout.Request(0, [1], {"multi_modal_data": lambda: "cannot be pickled"})]
+    assert engine._gather_requests(requests) == requests
+
+
+@needs_vllm
+def test_what_vllm_cannot_sample_is_refused_before_any_weight_is_loaded(tiny, family_folder):
+    assert rollout.choose_engine("auto", str(tiny[True]), 2.0)[0] == "vllm"
+    for folder, temperature, why in (
+        (tiny[True], 2.5, "--temperature 2.5 is above 2"),
+        (family_folder("qwen3_5"), 1.0, "linear_attention.* without a GPU"),
+    ):
+        with pytest.raises(ValueError, match=f"--engine vllm cannot run: .*{why}.*--engine hf"):
+            rollout.choose_engine("vllm", str(folder), temperature)
+        kind, reason = rollout.choose_engine("auto", str(folder), temperature)
+        assert kind == "hf" and re.search(why, reason)
+
+
+def run_on_gpu(*flags):
+    """A training in a process of its own; returns its metrics of the steps."""
+    out = Path(flags[flags.index("--out") + 1])
+    command = [sys.executable, str(HERE / "train.py"), "--preset", "tiny", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [row for row in metrics(out / "tiny") if "train/reward" in row], done.stdout
+
+
+def mean_of(rows, name):
+    return sum(row[name] for row in rows) / len(rows)
+
+
+@pytest.mark.gpu
+def test_the_tiny_preset_learns_and_resumes_on_a_gpu(tmp_path, gpu_table):
+    flags = ("--engine", "hf", "--out", str(tmp_path), "--save_in_background", "true")
+    rows, _ = run_on_gpu(*flags, "--steps", "40", "--eval_every", "40")
+    first, last = mean_of(rows[:5], "train/reward"), mean_of(rows[-5:], "train/reward")
+    gap = max(row["train/gap"] for row in rows)
+    gpu_table.append(("tiny, hf: reward of steps 1-5", first, ""))
+    gpu_table.append(("tiny, hf: reward of steps 36-40", last, ""))
+    gpu_table.append(("tiny, hf: largest train/gap", gap, "nats"))
+    gpu_table.append(("tiny, hf: step", mean_of(rows[5:], "seconds/step"), "s"))
+    assert len(rows) == 40 and last > first + 0.05 and gap < 0.02
+    rows, log = run_on_gpu(*flags, "--steps", "42", "--eval_every", "42", "--resume", "must")
+    assert "resumed from" in log and [row["step"] for row in rows][-2:] == [41, 42]
+    assert max(row["train/gap"] for row in rows[-2:]) < 0.02
+
+
+@pytest.mark.gpu
+def test_fused_adamw_steps_in_no_more_memory_than_it_keeps(process_group, gpu_table):
+    # 2 B elements as FSDP2 holds them: masters, gradients and two moments in float32 are 30 GiB
+    mesh = torch.distributed.device_mesh.init_device_mesh("cuda", (1,))
+    peaks = {}
+    for variant in ("foreach", "fused"):
+        shards = []
+        for _ in range(20):
+            whole = torch.zeros(10_000, 10_000, device="cuda")
+            shards.append(torch.distributed.tensor.distribute_tensor(whole, mesh).requires_grad_())
+        for shard in shards:
+            shard.grad = torch.ones_like(shard)
+        optimizer = torch.optim.AdamW(shards, lr=1e-3, **{variant: True})
+        optimizer.step()  # makes the moments
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        kept, start = torch.cuda.memory_allocated(), time.perf_counter()
+        for _ in range(5):
+            optimizer.step()
+        torch.cuda.synchronize()
+        peaks[variant] = (torch.cuda.max_memory_allocated() - kept) / 2**30
+        milliseconds = 200 * (time.perf_counter() - start)
+        gpu_table.append((f"AdamW {variant}, 2 B elements: step", milliseconds, "ms"))
+        gpu_table.append((f"AdamW {variant}, 2 B elements: temporary", peaks[variant], "GiB"))
+        # moments that were loaded from a CPU go on
+        state = optimizer.state_dict()
+        fresh = torch.optim.AdamW(shards, lr=1e-3, **{variant: True})
+        fresh.load_state_dict(state)
+        fresh.step()
+        del shards, shard, whole, optimizer, state, fresh
+        gc.collect()
+        torch.cuda.empty_cache()
+    assert peaks["fused"] < 0.5 < peaks["foreach"]
+
+
+@pytest.mark.gpu
+def test_whether_a_gpu_hands_out_zeroed_pages(gpu_table):
+    # a measurement, no promise: clear_positions is right in both cases
+    driver = pytest.importorskip("cuda.bindings.driver")
+
+    def call(function, *arguments):
+        error, *results = function(*arguments)
+        assert error == driver.CUresult.CUDA_SUCCESS, (function, error)
+        return results[0] if results else None
+
+    torch.zeros(1, device="cuda")  # makes the context
+    size = 2**30  # bytes
+    kind = driver.CUmemAllocationProp()
+    kind.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    kind.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    kind.location.id = torch.cuda.current_device()
+    access = driver.CUmemAccessDesc()
+    access.location = kind.location
+    access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+    address = call(driver.cuMemAddressReserve, size, 0, driver.CUdeviceptr(0), 0)
+    seen, dirty = np.empty(size, np.uint8), 0
+    for _ in range(10):
+        handle = call(driver.cuMemCreate, size, kind, 0)
+        call(driver.cuMemMap, address, size, 0, handle, 0)
+        call(driver.cuMemSetAccess, address, size, [access], 1)
+        call(driver.cuMemcpyDtoH, seen.ctypes.data, address, size)
+        dirty += bool(seen.any())
+        call(driver.cuMemsetD8, address, 0xFF, size)
+        call(driver.cuCtxSynchronize)
+        call(driver.cuMemUnmap, address, size)
+        call(driver.cuMemRelease, handle)
+    call(driver.cuMemAddressFree, address, size)
+    gpu_table.append(("pages of 1 GiB that came back dirty, of 10", dirty, ""))
+
+
+@pytest.mark.gpu
+@needs_vllm
+def test_vllm_sleeps_and_wakes_on_a_gpu(tiny, process_group, gpu_table):
+    def used():
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**30
+
+    pixels = (28 * 28, 28 * 28 * 64)
+    actor = model.Actor.from_pretrained(str(tiny[False]), torch.bfloat16, pixels=pixels)
+    prompts = prompts_with(actor, 0, 1, 3)
+    before = used()
+    changes = dict(dtype=torch.bfloat16, eager=False, memory_fraction=0.3)
+    with contextlib.closing(start_vllm(actor, tiny[False], **changes)) as engine:
+        actor.model.to("cuda")
+        gpu_table.append(("vLLM awake", used() - before, "GiB"))
+        for _ in range(3):
+            engine.sleep()
+            gpu_table.append(("vLLM asleep, level 2", used() - before, "GiB"))
+            with pytest.raises(RuntimeError, match="while vLLM sleeps"):
+                draw(engine, prompts, 1)
+            perturb(actor.model.cpu() and actor)
+            actor.model.to("cuda")
+            synced = engine.sync(actor)
+            drawn = draw(engine, prompts, 4)
+            with torch.no_grad():
+                logprobs, _ = actor.logprobs(as_groups(prompts, drawn))
+            gap = (sampled(drawn) - logprobs.cpu()).abs().mean().item()
+            gpu_table.append(("vLLM, bf16: gap after a sleep", gap, "nats"))
+            assert gap < 0.05
+        gpu_table.append(("vLLM: waking up", synced["wake_seconds"], "s"))
+
+
+@pytest.mark.gpu
+@needs_vllm
+def test_the_tiny_preset_trains_with_vllm_on_a_gpu(tmp_path, gpu_table):
+    # sleep mode, level 2, CUDA graphs, TP 1
+    flags = ("--engine", "vllm", "--out", str(tmp_path), "--memory_fraction", "0.3")
+    rows, _ = run_on_gpu(*flags, "--steps", "20", "--eval_every", "20")
+    gaps = [row["train/gap"] for row in rows]
+    gpu_table.append(("tiny, vLLM: largest train/gap", max(gaps), "nats"))
+    gpu_table.append(("tiny, vLLM: step", mean_of(rows[5:], "seconds/step"), "s"))
+    assert len(gaps) == 20 and max(gaps) < 0.02
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3266,31 +4229,6 @@ def test_a_trace_that_repeats_the_conversation_in_other_tokens_or_pictures_is_re
         model.make_trace([(other, one), (again, two)])
 
 
-@pytest.mark.parametrize("variant", ["trained tower", "frozen tower", "Qwen3-VL"])
-def test_conversations_give_the_same_logprobs_and_gradients_in_every_layout(
-    family_folder, actor, variant
-):
-    actor = (
-        model.Actor.from_pretrained(str(family_folder("qwen3_vl")))
-        if variant == "Qwen3-VL"
-        else actor
-    )
-    plain = random_groups(actor, (0, 1), ((3, 5), (4, 2)))
-    prompt, one, later, two = two_turns(actor)
-    text = make(actor, "Once more.", later=True)
-    groups = [
-        plain[0],
-        (prompt, [[one, later, two], [two], [two, text, one, later, one]]),
-        plain[1],
-    ]
-    if variant == "frozen tower":
-        actor.freeze("tower", "projector")
-        features = actor.image_features(model.prompts_of(model.turns_of(groups)))
-        assert len(features["image"].pooler_output) == 2 + 2 + 2 + 1
-        close(actor.logprobs(groups, features)[0], actor.logprobs(groups)[0], atol=1e-6)
-    assert_same_in_every_layout(actor, groups)
-
-
 def test_a_later_turn_is_what_the_template_adds_and_a_template_that_starts_anew_is_refused(actor):
     later = make(actor, "<image>Now?", picture(2, 56, 56), later=True)
     seen = "\n<|im_start|>user\n<|vision_start|>%s<|vision_end|>Now?<|im_end|>\n<|im_start|>assistant\n"
@@ -3365,16 +4303,9 @@ def observations(r):
     return [turn for turn in r.turns if isinstance(turn, rollout.Observation)]
 
 
-def test_in_conversations_the_samplers_logprobs_equal_the_trainers(actor, process_group):
-    actor.temperature = 0.7
-    assert conversation_gap(actor, *countdown(actor, rollout.HFEngine(actor, 12))) < 1e-5
-
-
-@needs_vllm
-def test_in_conversations_vllms_logprobs_equal_the_trainers(tiny, process_group):
-    actor = model.Actor.from_pretrained(str(tiny[False]), pixels=(28 * 28, 28 * 28 * 64))
-    with contextlib.closing(vllm_engine(actor, tiny[False], max_response_tokens=12)) as engine:
-        assert conversation_gap(actor, *countdown(actor, engine)) < 1e-4
+def test_in_conversations_the_samplers_logprobs_equal_the_trainers(engine):
+    engine.actor.temperature, engine.max_response_tokens = 0.7, 12
+    assert conversation_gap(engine.actor, *countdown(engine.actor, engine)) < 1e-4
 
 
 def test_a_conversation_over_the_limit_ends_before_its_next_turn(actor, process_group):
@@ -3424,19 +4355,100 @@ def test_the_codeword_environment_by_hand(tmp_path):
         assert game.step(rf"<think>look</think>\boxed{{{said}}}") == (None, reward_of)
 
 
-def test_two_ranks_train_on_conversations_of_which_one_has_none_to_evaluate(tmp_path):
+def test_two_ranks_train_on_conversations_of_which_one_has_none_to_evaluate(seedling, tmp_path):
     figures.make_codewords(tmp_path / "codewords", train=40, test=3)
-    rows = data.load_problems(tmp_path / "codewords")
-    tiny_model.build_warm_tiny(
-        tmp_path / "codeword-model", rows, tiny_model.TINY_INSTRUCTION, updates=30
-    )
-    torchrun("--task", "codeword", "--engine", "hf", "--out", str(tmp_path), "--steps", "1", "--eval_rows", "1",
-             "--prompts_per_step", "6", "--minibatch_prompts", "3", "--responses_per_prompt", "4",
-             "--max_tokens_per_pack", "400", "--kl_coefficient", "0.1", script=HERE / "train.py")  # fmt: skip
-    before, *_ = rows = metrics(tmp_path / "codeword")
-    [step] = [row for row in rows if "train/reward" in row]
-    assert before["eval/format"] == 1  # of the last turn: the first one is "ok"
+    code, log = torchrun(
+        HERE / "train.py", "--task", "codeword", "--engine", "hf", "--out", tmp_path, "--model", seedling / "tiny-model",
+        "--steps", "1", "--eval_rows", "1", "--prompts_per_step", "6", "--minibatch_prompts", "3",
+        "--responses_per_prompt", "4", "--max_tokens_per_pack", "400", "--kl_coefficient", "0.1",
+    )  # fmt: skip
+    assert code == 0, log
+    [step] = learning_steps(tmp_path / "codeword")
     assert step["train/gap"] < 1e-5 and step["train/learnt_tokens"] > 0
+
+
+def test_a_conversation_is_judged_by_its_last_turn(actor, grader):
+    encode_text = actor.processor.tokenizer.encode
+    said = [
+        torch.tensor(encode_text(text + "<|im_end|>"))
+        for text in ("ok", "<think>I look.</think>\\boxed{4}")
+    ]
+    turns = [said[0], rollout.Observation(problem("Now?", ()), 3), said[1]]
+    logprobs = torch.zeros(len(said[0]) + len(said[1]))
+    conversation = rollout.Rollout(turns, logprobs, False, reward=0.25)
+    weights = parse_weights("accuracy=1")
+    got = rollout.score(
+        [[conversation]], [problem()], 1, actor.processor.tokenizer, weights, grader
+    )
+    assert (got["format"].item(), got["accuracy"].item(), got["reward"].item()) == (1, 1, 0.25)
+
+
+def readme_block(name):
+    """The Python of the README that defines `name`."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    [block] = [block for block in blocks if re.search(rf"^(class|def) {name}\b", block, re.M)]
+    return block
+
+
+def test_the_readmes_environment_runs_as_printed(actor, process_group, tmp_path):
+    file = tmp_path / "doubt.py"
+    file.write_text(readme_block("Doubt"))
+    doubt = rollout.find_environment(f"{file}:Doubt")
+    assert rollout.find_environment(f"{file}:Doubt") is doubt  # read once
+    row = problem("<image>How many?", (picture(0),), "4")
+    for first, second, earned in ((r"\boxed{3}", r"\boxed{4}", 1.0), (r"\boxed{4}", "no", 0.0)):
+        game = doubt(row)
+        assert game.first is row
+        asked, nothing = game.step(first)
+        assert (asked.question, asked.images, nothing) == ("Are you sure?", (), 0.0)
+        assert game.step(second) == (None, earned)
+    actor.eos_ids = [*actor.eos_ids, *range(0, 250, 6)]
+    reader = build_reader(actor.processor, first=lambda row: doubt(row).first)
+    engine = rollout.Conversations(rollout.HFEngine(actor, 12), doubt, reader, 400)
+    [rollouts] = draw(engine, [reader(row)], 8)
+    whole = [r for r in rollouts if not r.truncated]
+    assert whole
+    for r in whole:
+        assert len(r.written_turns) == 2 and r.reward == 0.0
+        first, asked, second = r.shown(actor.processor.tokenizer)
+        assert [turn["role"] for turn in (first, asked, second)] == [
+            "policy",
+            "environment",
+            "policy",
+        ]
+        assert asked == {"role": "environment", "text": "Are you sure?", "images": []}
+        assert actor.processor.tokenizer.decode(r.turns[0][:-1]) == first["text"]
+
+
+def test_an_environment_is_found_by_name_or_in_a_file_or_told_what_is_known(tmp_path):
+    assert rollout.find_environment("") is None
+    assert rollout.find_environment("codeword") is rollout.Codeword
+    (tmp_path / "mine.py").write_text("class Mute: pass\nhelper = 3\n")
+    for task in ("chess", f"{tmp_path}/mine.py:Zoom", f"{tmp_path}/none.py:Zoom",
+                 f"{tmp_path}/mine.py:Mute", f"{tmp_path}/mine.py:helper", f"{tmp_path}/mine.py"):  # fmt: skip
+        with pytest.raises(ValueError, match=r"unknown --task .*known: codeword, path.py:Class"):
+            rollout.find_environment(task)
+
+
+def test_an_evaluation_keeps_every_turn_with_what_was_said_and_shown(actor, process_group, grader):
+    engine, prompts = countdown(actor, rollout.HFEngine(actor, 12))
+    rows = [prompt.problem for prompt in prompts]  # of 1, 3 and 2 turns
+    weights = parse_weights("accuracy=1")
+    _, records, _ = rollout.evaluate(engine, rows, engine.reader, 6, 3, weights, grader)
+    assert [record["row"] for record in records] == [0] * 6 + [1] * 6 + [2] * 6
+    for record in records:
+        turns = record["turns"]
+        policy, environment = turns[::2], turns[1::2]
+        assert {turn["role"] for turn in policy} == {"policy"}
+        assert policy[-1]["text"] == record["response"]
+        for left, turn in zip(range(int(record["answer"]) - 1, 0, -1), environment, strict=False):
+            assert turn["role"] == "environment" and turn["text"].endswith(f"{left} left")
+            assert len(turn["images"]) == (left == 1) == turn["text"].count("<image>")
+            assert all(image.startswith("data:image/") for image in turn["images"])
+        if not record["truncated"]:
+            assert len(policy) == int(record["answer"]) == record["reward"]
+    assert json.loads(json.dumps(records)) == records
+    assert any(len(record["turns"]) == 5 for record in records)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3572,28 +4584,6 @@ def test_what_follows_a_video_begins_after_its_last_frame(actor):
     assert (positions[:, start + 16 :] - start - 13).tolist() == [list(range(rest))] * 3
 
 
-@pytest.mark.parametrize("variant", ["trained tower", "frozen tower"])
-def test_mixed_rows_give_the_same_logprobs_and_gradients_in_every_layout(actor, variant):
-    generator = torch.Generator().manual_seed(0)
-    groups = []
-    for prompt in mixed_prompts(actor):
-        responses = [torch.randint(0, 250, (n,), generator=generator) for n in (3, 5)]
-        groups.append((prompt, [[response] for response in responses]))
-    later = dataclasses.replace(media_problem("<video>Now?", 0, stills(2, 56, 84)))
-    observation = build_reader(actor.processor).later(later)
-    [one], [two] = groups[0][1]
-    groups[1][1].append([one, observation, two])
-    if variant == "frozen tower":
-        actor.freeze("tower", "projector")
-        features = actor.image_features(model.prompts_of(model.turns_of(groups)))
-        assert [len(features[kind].pooler_output) for kind in ("image", "video")] == [
-            1 + 2 + 1,
-            1 + 1 + 2,
-        ]
-        close(actor.logprobs(groups, features)[0], actor.logprobs(groups)[0], atol=1e-6)
-    assert_same_in_every_layout(actor, groups)
-
-
 def test_a_turn_with_a_video_counts_it_once_in_a_cumulative_trace(actor):
     *_, mixed = mixed_prompts(actor)
     one = torch.tensor(actor.processor.tokenizer.encode("look<|im_end|>"))
@@ -3613,19 +4603,35 @@ def test_a_turn_with_a_video_counts_it_once_in_a_cumulative_trace(actor):
     assert all(torch.equal(got.inputs[name], value) for name, value in later.inputs.items())
 
 
+def test_engine_and_trainer_see_the_same_videos(engine):
+    assert largest_gap(engine.actor, engine, mixed_prompts(engine.actor)) < 1e-4
+
+
+def other_video_statistics(folder, to):
+    """The model in `folder`, but its processor normalises videos otherwise than images."""
+    shutil.copytree(folder, to)
+    processor = AutoProcessor.from_pretrained(to)
+    processor.video_processor.image_mean = [0.2, 0.5, 0.7]
+    processor.video_processor.image_std = [0.5, 0.2, 0.3]
+    processor.save_pretrained(to)
+    return to
+
+
 @needs_vllm
-def test_vllm_sees_the_same_videos(tiny, process_group):
-    actor = model.Actor.from_pretrained(str(tiny[False]), pixels=(28 * 28, 28 * 28 * 64))
+@pytest.mark.xdist_group("vllm")
+def test_vllm_sees_the_same_videos_normalised_by_their_own_mean_and_std(tiny, vllm, tmp_path):
+    folder = other_video_statistics(tiny[False], tmp_path / "other")
+    actor = with_bounds(folder)
+    assert actor.processor.video_processor.image_mean != actor.processor.image_processor.image_mean
     prompts = mixed_prompts(actor)
-    with contextlib.closing(vllm_engine(actor, tiny[False], max_videos=2)) as engine:
-        assert largest_gap(actor, engine, prompts) < 1e-4
+    assert largest_gap(actor, vllm.engine_for(actor, folder), prompts) < 1e-4
     assert largest_gap(actor, rollout.HFEngine(actor, 12), prompts) < 1e-5
 
 
 def test_a_rank_with_text_alone_trains_beside_one_with_images_and_videos(
     tiny, process_group, tmp_path
 ):
-    torchrun("save_mixed_gradients", str(tiny[False]), str(tmp_path / "two.pt"))
+    run_apart("save_mixed_gradients", str(tiny[False]), str(tmp_path / "two.pt"), ranks=2)
     actor = model.Actor.from_pretrained(str(tiny[False]))
     batches = mixed_batches(actor)
     torch.cat([actor.logprobs(batch)[0] for pair in batches for batch in pair]).sum().backward()
@@ -3647,7 +4653,7 @@ def mixed_batches(actor):
 
 
 def save_mixed_gradients(folder, out):
-    """Run by torchrun, with 2 ranks."""
+    """Run with 2 ranks."""
     device = processes.start_processes()
     actor = model.Actor.from_pretrained(folder)
     batches = mixed_batches(actor)
@@ -3660,8 +4666,7 @@ def save_mixed_gradients(folder, out):
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_train_on_a_row_of_text_and_one_of_pictures_and_videos(start, tmp_path):
-    copy_start(start, tmp_path)
+def test_two_ranks_train_on_a_row_of_text_and_one_of_pictures_and_videos(seedling, tmp_path):
     frames = [{"bytes": raw, "path": None} for raw in stills(3)]
     clip = [{"bytes": film(2), "path": None}]
     image = {"bytes": red(), "path": None}
@@ -3673,13 +4678,12 @@ def test_two_ranks_train_on_a_row_of_text_and_one_of_pictures_and_videos(start, 
     )
     write(tmp_path, "test.parquet", problem=["<video>What?"], images=[[]], videos=[clip])
     train_file, test_file = (str(tmp_path / f"{split}.parquet") for split in ("train", "test"))
-    torchrun(*SHORT, "--out", str(tmp_path), "--data", train_file, "--test_data", test_file, "--prompts_per_step", "2",
-             "--minibatch_prompts", "2", "--steps", "2", "--kl_coefficient", "0.1", "--max_frames", "2",
-             "--max_frame_pixels", "1568", script=HERE / "train.py")  # fmt: skip
-    steps = [row for row in metrics(tmp_path / "tiny") if "train/reward" in row]
-    assert len(steps) == 2 and all(
-        row["train/gap"] < 1e-5 and row["train/learnt_tokens"] > 0 for row in steps
-    )
+    folder = train_whole(seedling, tmp_path, "--data", train_file, "--test_data", test_file, "--prompts_per_step", "2",
+                         "--minibatch_prompts", "2", "--responses_per_prompt", "4", "--steps", "2",
+                         "--kl_coefficient", "0.1", "--max_frames", "2", "--max_frame_pixels", "1568", ranks=2)  # fmt: skip
+    steps = learning_steps(folder)
+    assert len(steps) == 2
+    assert all(row["train/gap"] < 1e-5 and row["train/learnt_tokens"] > 0 for row in steps)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3786,10 +4790,8 @@ def test_packs_hold_every_response_once_within_the_budget():
 
 
 def test_deal_by_hand_and_evenly():
-    # differencing 8,7,6,5,4: 8-7=1, 6-5=1, 4-1=3, 3-1=2: 16 against 14; taking the largest first
-    # gives 17 and 13
-    shares = train.deal([8, 7, 6, 5, 4], 2)
-    assert sorted(sum([8, 7, 6, 5, 4][i] for i in share) for share in shares) == [14, 16]
+    # 4 5 6 7 8, the largest first: 8 | 7, 6 to the 7 (13), 5 to the 8 (13), 4 to the first: 17 | 13
+    assert train.deal([4, 5, 6, 7, 8], 2) == [[0, 1, 4], [2, 3]]
     rng = random.Random(0)
     costs = [rng.randint(300, 4000) for _ in range(128)]
     shares = train.deal(costs, 8)
@@ -3817,7 +4819,7 @@ def test_eight_ranks_get_even_shares_of_real_geometry3k_groups(tiny):
 def small_run(folder, groups_seed=0, prepare=lambda actor: None, **changes):
     """A Run on the tiny model in `folder` with plain SGD: its steps are the gradient, too long to
     be rounded away."""
-    settings, _ = train.parse_settings(["--preset", "tiny", "--engine", "hf"])
+    settings, _ = train.parse_settings(["--preset", "tiny", "--engine", "hf", *own_flags()])
     settings = dataclasses.replace(settings, model=str(folder), kl_coefficient=0.0, **changes)
     actor = model.Actor.from_pretrained(
         settings.model, temperature=settings.temperature, packing=settings.packing
@@ -3848,14 +4850,19 @@ def small_run(folder, groups_seed=0, prepare=lambda actor: None, **changes):
     return run, groups
 
 
+def minibatches_of(run, groups):
+    ranks = torch.distributed.get_world_size()
+    plans = train.plan_minibatches(groups, run.settings, ranks, run.actor.packing)
+    return [train.load_minibatch(run, plan, i == 0) for i, plan in enumerate(plans)]
+
+
 def one_update(folder, **changes):
     """Loss and whole weights after one update on fixed rollouts; every rank returns them."""
     run, groups = small_run(
         folder, minibatch_prompts=8, max_sampler_gap=100.0, max_grad_norm=1e9, **changes
     )
-    [minibatch] = train.plan_minibatches(run, groups)
-    train.freeze(run, [minibatch])
-    totals = train.update(run, minibatch, 0)
+    [minibatch] = minibatches_of(run, groups)
+    totals = train.update(run, minibatch, 0, None)
     weights = {n: train.full(p).detach().clone() for n, p in run.actor.model.named_parameters()}
     return totals, weights, len(minibatch.packs)
 
@@ -3877,13 +4884,84 @@ def test_the_loss_does_not_depend_on_how_the_minibatch_is_cut(tiny, process_grou
 
 def test_flat_groups_change_nothing_but_are_not_computed(tiny, process_group):
     run, groups = small_run(tiny[False], minibatch_prompts=8)
-    [minibatch] = train.plan_minibatches(run, groups)
+    [minibatch] = minibatches_of(run, groups)
     assert sum(len(responses) for pack in minibatch.packs for _, responses in pack.groups) == 7 * 4
     assert minibatch.responses == 8 * 4
-    for g in groups:
-        g.advantages = torch.zeros(4)
-    [nothing] = train.plan_minibatches(run, groups)
-    assert nothing.packs == [] and train.update(run, nothing, 0) == {}
+    groups = [dataclasses.replace(g, advantages=torch.zeros(4)) for g in groups]
+    [nothing] = minibatches_of(run, groups)
+    assert nothing.packs == [] and train.update(run, nothing, 0, None) == {}
+
+
+def test_the_tokens_inside_the_last_box_are_found_whatever_the_tokens():
+    texts = ["<think>", r"\boxed{1}", "</think>", r"\box", "ed{", "1", "2}", "<|im_end|>"]
+    assert reward.inside_box(texts) == [False] * 5 + [True, True, False]
+    assert reward.inside_box([r"\boxed{", "x"]) == [False, False]
+
+
+def test_a_white_prompt_has_the_same_ids_and_other_pixels(actor):
+    [pictured, plain] = prompts_with(actor, 2, 0)
+    reader = data.Reader(actor.processor, 28 * 28, 28 * 28 * 64, "")
+    white = reader.white(pictured)
+    assert torch.equal(white.ids, pictured.ids)
+    assert [image.size for image in white.images] == [image.size for image in pictured.images]
+    assert {image.getextrema() for image in white.images} == {((255, 255),) * 3}
+    pixels = white.inputs["pixel_values"]
+    assert pixels.shape == pictured.inputs["pixel_values"].shape
+    assert not torch.equal(pixels, pictured.inputs["pixel_values"])
+    assert reader.white(plain) is plain
+
+
+def test_looks_are_what_the_picture_gave_and_zero_on_white_pictures(tiny, process_group):
+    run, groups = small_run(tiny[False], minibatch_prompts=8)
+    rollouts = {i: group.rollouts[0] for i, group in enumerate(groups)}
+    looks = train.measure_looks(run, rollouts)["looks"]
+    pictured = [(i, rollouts[i]) for i in rollouts if run.test_set[i].images]
+    nats = []
+    for i, drawn in pictured:
+        own, white = run.test_set[i], data.with_images(run.test_set, i, "blank")
+        pairs = [[(run.reader(shown), [drawn.turns])] for shown in (own, white)]
+        with_picture, without = (run.actor.logprobs(pair)[0] for pair in pairs)
+        nats.append((with_picture - without).detach())
+    assert looks == pytest.approx(torch.cat(nats).mean().item(), abs=1e-5) and abs(looks) > 1e-3
+    run.test_set = [data.with_images(run.test_set, i, "blank") for i in range(8)]
+    assert train.measure_looks(run, rollouts)["looks"] == 0
+    run.test_set = [dataclasses.replace(row, images=(), question="What?") for row in run.test_set]
+    assert train.measure_looks(run, rollouts) == {}
+
+
+def test_tokens_that_look_weigh_more_and_responses_the_same(tiny, process_group):
+    run, groups = small_run(tiny[False], minibatch_prompts=8, look_weight=1.0)
+    [minibatch] = minibatches_of(run, groups)
+    [pack] = minibatch.packs
+    logprobs, entropy = run.actor.logprobs(pack.groups)
+    pack.remember(logprobs.detach())
+    weighted, _ = train.pack_loss(run.settings, minibatch, pack, logprobs, entropy)
+    s = dataclasses.replace(run.settings, look_weight=0.0)
+    plain = dataclasses.replace(pack, white_logprobs=None)
+    # on-policy the loss is -sum w A: the weights average 1 in every response
+    expected, _ = train.pack_loss(s, minibatch, plain, logprobs, entropy)
+    close(grpo.policy_loss(logprobs, logprobs, pack.advantages, pack.lengths)[0], -pack.advantages)
+    gradients = [
+        torch.autograd.grad(loss, logprobs, retain_graph=True)[0] for loss in (weighted, expected)
+    ]
+    assert not torch.allclose(*gradients)
+    looks = logprobs.detach() - pack.white_logprobs
+    close(gradients[0], gradients[1] * grpo.look_weights(looks, pack.lengths, 1.0))
+
+
+def test_an_alarm_is_given_where_accuracy_rises_and_looks_fall():
+    def rows(accuracies, looks):
+        told = [
+            {"step": i, "eval/accuracy": a, "eval/looks_answer": x}
+            for i, (a, x) in enumerate(zip(accuracies, looks, strict=True))
+        ]
+        return [*told, {"step": 0, "blank/accuracy": 0.25}]
+
+    warning = report.looks_away(rows([0.4, 0.5, 0.6], [2.0, 1.5, 0.9]))
+    assert "without looking" in warning and "0.250 at step 0" in warning
+    assert report.looks_away(rows([0.4, 0.5, 0.6], [2.0, 1.5, 1.1])) == ""
+    assert report.looks_away(rows([0.4, 0.6, 0.5], [2.0, 1.5, 0.9])) == ""
+    assert report.looks_away(rows([0.4, 0.6], [2.0, 0.5])) == ""
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -3908,29 +4986,24 @@ def test_sharding_keeps_trained_weights_in_float32_and_changes_no_logprob(
     assert actor.logprobs(groups)[0].mean() > before.mean()
 
 
-def test_dynamic_sampling_replaces_flat_groups(start, tmp_path):
-    copy_start(start, tmp_path)
-    flags = [str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--steps", "1", "--eval_rows", "2",
-             "--freeze_vision", "true", "--gradient_checkpointing", "true"]  # fmt: skip
+def test_dynamic_sampling_replaces_flat_groups(seedling, tmp_path):
+    flags = (*SHORT, "--steps", "1", "--rewards", "rare=1", "--resume", "no", "--freeze_vision", "true",
+             "--gradient_checkpointing", "true")  # fmt: skip
     tokens = []
     for extra in ("0", "3"):
-        run_python([*flags, "--dynamic_sampling", extra])
-        tokens += [
-            row["train/learnt_tokens"]
-            for row in metrics(tmp_path / "tiny")
-            if "train/reward" in row
-        ]
-    assert tokens[0] < tokens[1]
-    assert (
-        tmp_path / "tiny.1" / "metrics.jsonl"
-    ).exists()  # the first run was set aside, not mixed up
+        folder = train_whole(seedling, tmp_path, *flags, "--dynamic_sampling", extra)
+        [step] = learning_steps(folder)
+        tokens.append(step["train/learnt_tokens"])
+    assert 0 < tokens[0] < tokens[1]
+    # the first run was set aside, not mixed up
+    assert (tmp_path / "tiny.1" / "metrics.jsonl").exists()
 
 
 def test_a_sampler_that_is_not_the_policy_stops_the_run(tiny, process_group):
     run, groups = small_run(tiny[False], minibatch_prompts=8, max_sampler_gap=0.1)
     before = train.full(next(run.actor.model.parameters())).clone()
     with pytest.raises(RuntimeError, match=r"step 3: sampler and trainer disagree by .*not synced"):
-        train.update(run, train.plan_minibatches(run, groups)[0], 3)
+        train.update(run, minibatches_of(run, groups)[0], 3, None)
     assert torch.equal(train.full(next(run.actor.model.parameters())), before)
     with pytest.raises(RuntimeError, match="nan"):
         train.check_gap(math.nan, 0.1, 0)
@@ -3940,7 +5013,12 @@ def test_a_sampler_that_is_not_the_policy_stops_the_run(tiny, process_group):
 def test_two_processes_that_share_prompts_equal_one_that_pads(
     tiny, process_group, tmp_path, prepare
 ):
-    torchrun("save_one_update", str(tiny[False]), str(tmp_path / "two.pt"), prepare)
+    arguments = str(tiny[False]), str(tmp_path / "two.pt"), prepare
+    if prepare == "nothing":
+        code, log = torchrun(__file__, "save_one_update", *map(json.dumps, arguments))
+        assert code == 0, log
+    else:
+        run_apart("save_one_update", *arguments, ranks=2)
     totals, weights, _ = one_update(tiny[False], packing="padded", prepare=globals()[prepare])
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     assert two["loss"] == pytest.approx(totals["loss"], rel=1e-5)
@@ -3953,12 +5031,8 @@ def test_two_processes_that_share_prompts_equal_one_that_pads(
     )
 
 
-def nothing(actor):
-    pass
-
-
 def save_one_update(folder, out, prepare):
-    """Run by torchrun, with 2 ranks."""
+    """Run with 2 ranks."""
     processes.start_processes()
     totals, weights, _ = one_update(folder, max_tokens_per_pack=100, prepare=globals()[prepare])
     if torch.distributed.get_rank() == 0:
@@ -3966,55 +5040,120 @@ def save_one_update(folder, out, prepare):
     torch.distributed.destroy_process_group()
 
 
-def run_python(arguments, **options):
-    """Run a Python of this environment to its end; returns what it printed, errors included."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+def nursery():
+    """Import everything once; then, for every job on stdin, fork its ranks and print how they ended.
+
+    A job names a function of this file, which a rank calls. Any rank that fails ends the others.
+    """
+    for line in sys.stdin:
+        job = json.loads(line)
+        Path(job["log"]).write_text("")
+        with socket.create_server(("localhost", 0)) as free:
+            port = free.getsockname()[1]
+        ranks = set()
+        for rank in range(job["ranks"]):
+            child = os.fork()
+            if child == 0:
+                be_rank(job, rank, port)
+            ranks.add(child)
+        first_failure = 0
+        while ranks:
+            child, status = os.wait()
+            ranks.remove(child)
+            code = os.waitstatus_to_exitcode(status)
+            if code and not first_failure:
+                first_failure = code
+                for other in ranks:
+                    os.kill(other, signal.SIGKILL)
+        print(first_failure, flush=True)
+
+
+def be_rank(job, rank, port):
+    """Run a job in this process as torchrun would, and end it without what Python does at exit."""
+    code = 1
+    signal.alarm(job["seconds"])
+    try:
+        log = os.open(job["log"], os.O_WRONLY | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        if job["ranks"] > 1:
+            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+            os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(job["ranks"]))
+        sys.argv = [job["function"], *map(str, job["arguments"])]
+        globals()[job["function"]](*job["arguments"])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+@functools.cache
+def start_nursery():
+    """The process that runs nursery(); it ends with this one."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    command = [sys.executable, __file__, "nursery"]
+    return subprocess.Popen(command, env=os.environ | ENVIRONMENT, text=True, **pipes)
+
+
+def launch(function, *arguments, ranks=1, seconds=170):
+    """Call a function of this file in `ranks` fresh processes.
+
+    Returns the exit code of the first rank that failed, else 0, and what all ranks printed.
+    """
+    server = start_nursery()
+    with tempfile.NamedTemporaryFile("r") as log:
+        job = dict(
+            function=function, arguments=arguments, ranks=ranks, seconds=seconds, log=log.name
+        )
+        print(json.dumps(job), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        return code, log.read()
+
+
+def run_apart(function, *arguments, **options):
+    """launch for what has to succeed; returns what was printed."""
+    code, log = launch(function, *arguments, **options)
+    assert code == 0, log[-6000:]
+    return log
+
+
+def torchrun(*command, ranks=2, restarts=0, **env):
+    """The real torchrun. Returns the exit code and what was printed."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--max-restarts={restarts}"]
     done = subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
+        [sys.executable, *launcher, f"--nproc_per_node={ranks}", *map(str, command)],
+        env=os.environ | ENVIRONMENT | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        env=env,
-        timeout=180,
-        **options,
+        timeout=170,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def torchrun(*arguments, script=__file__, ranks=2, **options):
-    return run_python(
-        [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-            str(script),
-            *arguments,
-        ],
-        **options,
-    )
+    return done.returncode, done.stdout
 
 
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="session")
-def start(tmp_path_factory):
-    """A short warm-up on few figures, shared by the runs below: they are about the machinery, not
-    the accuracy."""
-    folder = tmp_path_factory.mktemp("start")
-    figures.make_figures(folder / "figures", train=200, test=24)
-    problems = data.load_problems(folder / "figures")
-    tiny_model.build_warm_tiny(
-        folder / "tiny-model", problems, train.PRESETS["tiny"]["instruction"], updates=60
-    )
-    return folder
+SHORT = ("--prompts_per_step", "8", "--minibatch_prompts", "4", "--responses_per_prompt", "4", "--steps", "3",
+         "--eval_every", "3", "--eval_rows", "10", "--save_every", "3", "--max_response_tokens", "24")  # fmt: skip
 
 
-SHORT = ("--preset", "tiny", "--engine", "hf", "--prompts_per_step", "8", "--minibatch_prompts", "4",
-         "--responses_per_prompt", "4", "--steps", "3", "--eval_every", "3", "--eval_rows", "12",
-         "--kl_coefficient", "0")  # fmt: skip
+def learning_steps(folder):
+    return [row for row in metrics(folder) if "train/reward" in row]
 
 
 def copy_start(start, folder):
@@ -4022,13 +5161,18 @@ def copy_start(start, folder):
     return folder
 
 
-@pytest.fixture(scope="session")
-def finished(start, tmp_path_factory):
-    """The folder of a short run that has ended."""
-    folder = copy_start(start, tmp_path_factory.mktemp("finished"))
-    run_python([str(HERE / "train.py"), *SHORT, "--out", str(folder), "--kl_coefficient", "0.1", "--eval_samples", "4",
-                "--minibatch_prompts", "8"])  # fmt: skip
+def train_whole(start, folder, *flags, **options):
+    """A run that has to end well, from a copy of `start`; returns the run's folder."""
+    code, log = train_apart(copy_start(start, folder), *flags, **options)
+    assert code == 0, log[-6000:]
     return folder / "tiny"
+
+
+@pytest.fixture(scope="session")
+def finished(seedling, tmp_path_factory):
+    """The folder of a short run that has ended."""
+    return train_whole(seedling, tmp_path_factory.mktemp("finished"), *SHORT, "--kl_coefficient", "0.1",
+                       "--eval_samples", "4", "--minibatch_prompts", "8")  # fmt: skip
 
 
 def test_a_run_writes_metrics_report_responses_checkpoint_and_export(finished):
@@ -4055,7 +5199,7 @@ def test_a_run_writes_metrics_report_responses_checkpoint_and_export(finished):
         for line in (finished / "responses" / "eval-000003.jsonl").read_text().splitlines()
     ]
     assert (
-        len(records) == 48
+        len(records) == 10 * 4
         and {"question", "answer", "response", "accuracy", "truncated"} <= records[0].keys()
     )
     exported = model.Actor.from_pretrained(str(finished / "model"))
@@ -4067,26 +5211,17 @@ def test_a_run_writes_metrics_report_responses_checkpoint_and_export(finished):
     assert report["curves"]["train/kl"][2] == [3, pytest.approx(steps[2]["train/kl"], rel=1e-4)]
 
 
-PLAIN = """
-import sys, model, torch, transformers
-folder, ids = sys.argv[1], torch.tensor([eval(sys.argv[2])])
-network, processor = (getattr(transformers, f"Auto{x}").from_pretrained(folder)
-                      for x in ("ModelForImageTextToText", "Processor"))
-assert processor.chat_template and network.generation_config.eos_token_id == processor.tokenizer.eos_token_id
-print(network(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist())
-"""
-
-
 @pytest.mark.parametrize(
     "flags, ranks", [((), 2), (("--lora_rank", "4", "--learning_rate", "1e-2"), 1)]
 )
-def test_an_exported_checkpoint_scores_as_the_trainer_in_a_fresh_process_and_in_vllm(
-    start, tmp_path, process_group, flags, ranks
+def test_an_exported_checkpoint_scores_as_the_trainer_in_a_fresh_process(
+    seedling, tmp_path, process_group, flags, ranks
 ):
-    copy_start(start, tmp_path)
-    torchrun(*SHORT, "--out", str(tmp_path), *flags, script=HERE / "train.py", ranks=ranks)
-    out, checkpoint = tmp_path / "exported", tmp_path / "tiny" / "checkpoints" / "step-000003"
-    run_python([str(HERE / "model.py"), "export", str(checkpoint), str(out)])
+    checkpoint = (
+        train_whole(seedling, tmp_path, *SHORT, *flags, ranks=ranks) / "checkpoints" / "step-000003"
+    )
+    out = tmp_path / "exported"
+    run_apart("run_model", "export", str(checkpoint), str(out))
     weights = load_file(out / "model.safetensors")
     assert all(
         torch.equal(w, weights[n])
@@ -4102,9 +5237,8 @@ def test_an_exported_checkpoint_scores_as_the_trainer_in_a_fresh_process_and_in_
         for name, rows in load_file(file).items():
             state[name] = torch.cat([state[name], rows]) if name in state else rows
     missing, unknown = trainer.model.load_state_dict(state, strict=False)
-    assert [n for n in unknown if " " not in n] == [
-        "counts"
-    ]  # beside AdamW's moments, "NAME exp_avg"
+    # beside AdamW's moments, "NAME exp_avg", and the run's counts
+    assert [n for n in unknown if " " not in n and not n.startswith("run.")] == []
     assert bool(flags) == any("base_layer" in n for n in missing)
     ids = torch.tensor(
         trainer.processor.tokenizer.encode("How many sides?<think>look</think>\\boxed{4}")
@@ -4116,51 +5250,61 @@ def test_an_exported_checkpoint_scores_as_the_trainer_in_a_fresh_process_and_in_
     assert weights.keys() == base.keys() and any(
         not torch.equal(w, base[n]) for n, w in weights.items()
     )
-    got = run_python(["-c", PLAIN, str(out), str(ids.tolist())], cwd=HERE).splitlines()[-1]
+    got = run_apart("print_plain_scores", str(out), ids.tolist()).splitlines()[-1]
     close(torch.tensor(json.loads(got)), expected, atol=1e-4)
 
     if not flags:
         return
-    run_python(
-        [
-            str(HERE / "model.py"),
-            "export",
-            str(checkpoint),
-            str(tmp_path / "apart"),
-            "--keep_adapter",
-        ]
-    )
+    run_apart("run_model", "export", str(checkpoint), str(tmp_path / "apart"), "--keep_adapter")
     from peft import PeftModel
 
     apart = PeftModel.from_pretrained(
         AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny-model"), tmp_path / "apart")  # fmt: skip
     logits = apart(input_ids=ids[None]).logits[0, :-1]
     close(logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0], expected, atol=1e-4)
-    if importlib.util.find_spec("vllm"):
-        exported = model.Actor.from_pretrained(str(out), pixels=(28 * 28, 28 * 28 * 64))
-        with contextlib.closing(vllm_engine(exported, out)) as engine:
-            assert largest_gap(exported, engine, prompts_with(exported, 0, 1)) < 1e-4
+
+
+def run_model(*arguments):
+    """python model.py ..."""
+    sys.argv = ["model.py", *arguments]
+    model.main()
+
+
+def print_plain_scores(folder, ids):
+    """Log-probs of a text under an exported model, by transformers alone."""
+    ids = torch.tensor([ids])
+    network = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    end = processor.tokenizer.eos_token_id
+    assert processor.chat_template and network.generation_config.eos_token_id == end
+    logprobs = network(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    print(logprobs.gather(-1, ids[0, 1:, None])[:, 0].tolist())
 
 
 @pytest.mark.skipif(not GEO3K.exists(), reason="the Geometry3K sample is not there")
-def test_two_steps_on_real_geometry3k_rows(start, tmp_path):
-    copy_start(start, tmp_path)
-    run_python(
-        [str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--steps", "2", "--data", str(GEO3K / "train.parquet"),
-         "--test_data", str(GEO3K / "validation.parquet"), "--max_pixels", str(28 * 28 * 48), "--min_pixels", "784",
-         "--max_prompt_tokens", "600", "--prompts_per_step", "4", "--eval_every", "2"]
+def test_two_steps_on_real_geometry3k_rows(seedling, tmp_path):
+    folder = train_whole(
+        seedling, tmp_path, *SHORT, "--steps", "2", "--data", str(GEO3K / "train.parquet"), "--test_data",
+        str(GEO3K / "validation.parquet"), "--max_pixels", str(28 * 28 * 48), "--min_pixels", "784",
+        "--max_prompt_tokens", "600", "--prompts_per_step", "4", "--eval_every", "2",
     )  # fmt: skip
-    steps = [row for row in metrics(tmp_path / "tiny") if "train/reward" in row]
+    steps = learning_steps(folder)
     assert len(steps) == 2 and all(row["train/gap"] < 1e-4 for row in steps)
 
 
-def test_grpo_learns(start, tmp_path):
+def test_grpo_learns(tmp_path):
     """The smallest problem there is: one colour question, learnt from a model that only knows the
     format."""
-    copy_start(start, tmp_path)
-    run_python([str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--steps", "30", "--eval_every", "30",
-                "--prompts_per_step", "16", "--minibatch_prompts", "16", "--responses_per_prompt", "8"])  # fmt: skip
-    rewards = [row["train/reward"] for row in metrics(tmp_path / "tiny") if "train/reward" in row]
+    start = tmp_path / "start"
+    figures.make_figures(start / "figures", train=200, test=24)
+    problems = data.load_problems(start / "figures")
+    instruction = train.PRESETS["tiny"]["instruction"]
+    tiny_model.build_warm_tiny(start / "tiny-model", problems, instruction, updates=60)
+    folder = train_whole(
+        start, tmp_path / "run", *SHORT, "--steps", "30", "--eval_every", "30", "--prompts_per_step", "16",
+        "--minibatch_prompts", "16", "--responses_per_prompt", "8", "--rewards", "accuracy=0.9,format=0.1",
+    )  # fmt: skip
+    rewards = [row["train/reward"] for row in learning_steps(folder)]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
 
 
@@ -4177,6 +5321,7 @@ def test_the_readme_defines_every_metric_that_a_run_logs_and_no_other(finished):
     names = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell[1])]
     patterns = {name: re.sub("[A-Z]+", ".+", re.escape(name)) for name in names}
     logged = {name for row in metrics(finished) for name in row} - {"step"}
+    logged = {name for name in logged if "varied" not in name}  # this run's own reward
     for name in logged:
         assert any(re.fullmatch(pattern, name) for pattern in patterns.values()), (
             f"{name} is not in the README"
@@ -4200,7 +5345,7 @@ def fabricate(folder, steps=60, texts=("fine",), groups=1, responses=2, tokens=4
     answer = dict(
         scores=dict(advantage=1.0, reward=1.0, accuracy=1.0, brief=0.5),
         truncated=True,
-        tokens=words,
+        turns=[dict(tokens=words)],
     )
     png = report.thumbnail(Image.new("RGB", (40, 30), "red"))
     group = dict(
@@ -4244,7 +5389,9 @@ def test_the_report_is_one_page_that_loads_nothing_and_holds_text_as_data(tmp_pa
     )
     assert "default-src 'none'" in page
     report = embedded(tmp_path)
-    texts = [token[0] for token in report["steps"][0]["groups"][0]["responses"][0]["tokens"]]
+    texts = [
+        token[0] for token in report["steps"][0]["groups"][0]["responses"][0]["turns"][0]["tokens"]
+    ]
     assert texts == [text.replace("\ud800", "?") for text in HOSTILE]
     assert "train/loss" not in report["curves"]  # JSON has no nan
     assert len(list(tmp_path.iterdir())) == 4  # what it is made from, and itself
@@ -4268,9 +5415,9 @@ def test_rollouts_show_what_the_update_did_to_each_token_of_groups_that_teach(
     monkeypatch.setattr(report, "SHOWN_RESPONSES", 3)
     run, groups = small_run(tiny[False], minibatch_prompts=8, out=str(tmp_path), name="run")
     (tmp_path / "run").mkdir()
-    groups[0].advantages = torch.zeros(4)
-    for g in groups:
-        g.scores = {"reward": [0.25, 0.5, 0.75, 1.0]}
+    rewards = [0.25, 0.5, 0.75, 1.0]
+    groups = [dataclasses.replace(g, scores={"reward": rewards}) for g in groups]
+    groups[0] = dataclasses.replace(groups[0], scores={"reward": [0.5] * 4})
     log = report.Log(run)
     run.step = 1  # step 2 is neither the first nor the last nor evaluated
     train.show_rollouts(run, log, groups)
@@ -4297,10 +5444,11 @@ def test_rollouts_show_what_the_update_did_to_each_token_of_groups_that_teach(
             )
         )
         cut = len(numbers) - 4
+        [turn] = got["turns"]
         if cut > 0:  # the first two and the last two are left
-            assert got["tokens"].pop(2) == [f" [{cut} tokens left out] ", 0, 0]
+            assert turn["tokens"].pop(2) == [f" [{cut} tokens left out] ", 0, 0]
             numbers = numbers[:2] + numbers[-2:]
-        assert [tuple(token[1:]) for token in got["tokens"]] == [
+        assert [tuple(token[1:3]) for token in turn["tokens"]] == [
             pytest.approx(pair, abs=1e-4) for pair in numbers
         ]
 
@@ -4311,7 +5459,7 @@ BROWSER = next(
 )
 
 
-def browse(page):
+def browse(page, address=""):
     """The document of a page after its scripts have run."""
     flags = [
         "--headless",
@@ -4321,7 +5469,7 @@ def browse(page):
         "--dump-dom",
     ]
     return subprocess.run(
-        [BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=60
+        [BROWSER, *flags, page.as_uri() + address], capture_output=True, text=True, timeout=60
     ).stdout
 
 
@@ -4343,7 +5491,7 @@ def test_the_report_renders_in_a_browser_and_hostile_text_is_inert(finished, tmp
     assert (
         dom.count("<article>") == 4
         and dom.count('class="tokens"') == 16
-        and "background-color: rgba(" in dom
+        and re.search('class="(up|down)', dom)
     )
     dom = browse(fabricate(tmp_path, texts=HOSTILE, tokens=len(HOSTILE)) / "report.html")
     assert (
@@ -4367,20 +5515,115 @@ def test_weights_and_biases_is_refused_where_it_is_missing(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
-def test_weights_and_biases_gets_every_metric_of_every_step(start, tmp_path, monkeypatch):
-    copy_start(start, tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    run_python(
-        [str(HERE / "train.py"), *SHORT, "--out", str(tmp_path), "--steps", "2", "--wandb", "grpo"]
-    )
-    [log] = (tmp_path / "tiny" / "wandb").glob("offline-run-*/run-*.wandb")
+def test_weights_and_biases_gets_every_metric_of_every_step(seedling, tmp_path):
+    folder = train_whole(seedling, tmp_path, "--steps", "2", "--wandb", "grpo")
+    [log] = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     seen = log.read_bytes()
-    assert all(
-        name.encode() in seen
-        for row in metrics(tmp_path / "tiny")
-        for name in row
-        if name != "step"
+    assert all(name.encode() in seen for row in metrics(folder) for name in row if name != "step")
+
+
+def test_a_conversation_is_shown_with_what_was_read_and_what_the_picture_gave(actor):
+    ids = torch.tensor(actor.processor.tokenizer.encode("yes"))
+    said = make(actor, "<image>Look again.", picture(1), later=True)
+    count = 2 * len(ids)
+    numbers = torch.stack([torch.arange(count) / 4, -torch.arange(count) / 4, torch.ones(count)])
+    first, read, last = report.shown_turns([ids, said, ids], numbers, actor.processor.tokenizer)
+    assert read["question"] == "<image>Look again."
+    assert [image[:23] for image in read["images"]] == ["data:image/webp;base64,"]
+    tokens = first["tokens"] + last["tokens"]
+    assert "".join(token[0] for token in tokens) == "yesyes"
+    assert [token[1:] for token in tokens] == [[i / 4, -i / 4, 1.0] for i in range(count)]
+    without = report.shown_turns([ids], numbers[:2, : len(ids)], actor.processor.tokenizer)
+    assert all(len(token) == 3 for token in without[0]["tokens"])
+
+
+def fabricate_looks(folder):
+    """A run of three steps: step 2 is well coloured, and its first problem has a picture."""
+    fabricate(folder, steps=4)
+    png = report.thumbnail(Image.new("RGB", (40, 30), "red"))
+    looked = [["three", -0.1, 0.2, 1.5], [" sides", -0.1, -0.2, -1.0]]
+    read = dict(question="Look again.", images=[png])
+    steps = []
+    for step, moved in ((1, 0.001), (2, 0.2), (3, 0.0)):
+        plain = [[text, logprob, moved] for text, logprob, _, _ in looked]
+        groups = []
+        for turns in ([dict(tokens=looked), read, dict(tokens=looked)], [dict(tokens=plain)]):
+            if step != 2:
+                turns = [dict(tokens=plain)]
+            response = dict(scores=dict(advantage=1.0, reward=1.0), truncated=False, turns=turns)
+            facts = dict(where="row 1", question="Sides?", answer="3", images=[])
+            groups.append(facts | dict(responses=[response] * 8))
+        steps.append(json.dumps(dict(step=step, drawn=2, groups=groups)) + "\n")
+    (folder / "rollouts.jsonl").write_text("".join(steps))
+    zeros = [json.dumps({"step": i, "train/imbalance": 0.0}) + "\n" for i in range(1, 4)]
+    (folder / "metrics.jsonl").write_text("".join(zeros))
+    report.write_report(folder)
+    return folder / "report.html"
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+def test_the_page_opens_on_a_coloured_step_and_has_a_second_view_where_there_is_a_picture(tmp_path):
+    page = fabricate_looks(tmp_path)
+    opened = browse(page)
+    assert 'class="error"' not in opened
+    assert re.search(r'class="chosen"[^>]*>step 2<', opened)
+    assert opened.count("<button") == 2 and 'id="groups" class="updates"' in opened
+    # in each of 8 responses the first group has 2 tokens up and 2 down, the second 2 up; and the legend
+    assert opened.count('class="up clear"') == 8 * 2 + 8 * 2 + 1
+    assert opened.count('class="read"') == 8 and opened.count("8 responses, scroll sideways") == 2
+    picture_view = browse(page, "#2/picture")
+    assert 'id="groups" class="picture"' in picture_view
+    assert (
+        picture_view.count('class="down clear"') == 8 * 2 + 1
+    )  # in the group with a picture alone
+    assert picture_view.count(">row 1 · no picture, so nothing to compare") == 1
+    assert "the picture gave 0.25 nats a token" in picture_view  # (1.5 - 1.0) / 2
+    without = browse(page, "#1/picture")  # no token of step 1 has a fourth number
+    assert without.count("<button") == 0 and 'id="groups" class="updates"' in without
+    assert "this page reloads itself every minute" in opened  # step 0 of 4
+    assert ">0.8</text>" in opened and ">-0.2</text>" not in opened  # all zeros: drawn from 0 to 1
+
+
+def test_every_curve_has_a_title_and_says_what_is_healthy_and_broken():
+    template = (HERE / "support" / "report.html").read_text()
+    panels = template.split("const PANELS = [")[1].split("\n];")[0].split("\n  {title: ")[1:]
+    for panel in panels:
+        assert re.search(r'healthy:\s+"[^"]+"', panel) and re.search(r'broken:\s+"[^"]+"', panel), (
+            panel
+        )
+    named = {name for panel in panels for name in re.findall(r'"(train/\w+)"', panel)}
+    table = (HERE / "README.md").read_text().split("| metric |")[1].split("\n## ")[0]
+    assert set(re.findall(r"`(train/\w+)`", table)) <= named
+
+
+def test_without_a_terminal_progress_is_a_plain_line_every_ten_steps(
+    tiny, process_group, tmp_path, capsys
+):
+    run, groups = small_run(
+        tiny[False], out=str(tmp_path), name="run", steps=25, minibatch_prompts=8
     )
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    scores = {"reward": [0.5, 0.5, 0.0, 1.0], "accuracy": [0.0, 0.0, 0.0, 1.0]}
+    groups = [dataclasses.replace(group, scores=scores) for group in groups]
+    log = report.Log(run)
+    capsys.readouterr()
+    for step in log.progress(range(25)):
+        log.step(step + 1, groups, [SimpleNamespace(imbalance=0.0)], [{}], {"learn": 2.0}, {})
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        f"step {step} of 25" for step in (1, 10, 20, 25)
+    ]
+    assert lines[0].startswith("step 1 of 25: reward 0.50 acc 0.25 kl 0.000 len ") and err == ""
+    [row, *_] = report.read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert row["train/turns"] == 1 and row["train/reward"] == 0.5 and row["train/imbalance"] == 0
+
+
+def test_an_evaluation_is_one_short_line():
+    metrics = rollout.summarize([record(1, type="a"), record(0, type="b")], 1)
+    # one right of two: 0.5, with an error of 0.7071 / sqrt(2)
+    assert rollout.describe(metrics) == "accuracy 0.500 +- 0.500, reward 0.000, format 0.000"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4449,6 +5692,11 @@ def test_token_texts_join_to_the_text_whatever_the_tokens(tiny):
     assert set("".join(report.token_texts(tokenizer, half))) == {"\ufffd"}
 
 
+def test_an_evaluation_is_told_in_few_words():
+    got = rollout.summarize([record(1, type="a"), record(0, type="b")], 1)
+    assert rollout.describe(got) == "accuracy 0.500 +- 0.500, reward 0.000, format 0.000"
+
+
 # --------------------------------------------------------------------------------------------------
 # Runs that survive
 
@@ -4478,23 +5726,35 @@ def struck(function, number, event, count):
     return wrapper
 
 
-def faulty_run(job):
-    """train.py with a reward that is never flat, and with a fault. Run by the nursery and by
-    torchrun."""
-    job = json.loads(job)
-    reward.REWARDS["varied"] = lambda problem, response, gold: (
-        random.random()
-    )  # from a global random state
-    if job["watch"]:
-        watch(Path(job["watch"]))
-    if job["fault"].isdigit():  # no file can become longer, as if the disk were full
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(job["fault"]), resource.RLIM_INFINITY))
-    elif job["fault"] == "memory":
+def faulty_run(argv, faults):
+    """train.py with a reward that is never flat, and with faults.
+
+    Faults: `kill`, see strike, on rank `rank`; `file_bytes`, which no file can exceed, as if the
+    disk were full; `memory`, the GPU's is full; `watch`, a file to note this process's needs in.
+    """
+    reward.REWARDS |= dict(varied=varied, rare=rare)
+    if "watch" in faults:
+        watch(Path(faults["watch"]))
+    if "memory" in faults:
         reward.REWARDS["varied"] = out_of_memory
-    elif job["fault"] and os.environ.get("RANK", "0") == job["rank"]:
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            strike(job["fault"])
-    train.main(job["argv"])
+    if "file_bytes" in faults:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (faults["file_bytes"], resource.RLIM_INFINITY))
+    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if "kill" in faults and first_life and int(os.environ.get("RANK", 0)) == faults.get("rank", 0):
+        strike(faults["kill"])
+    sys.argv = [faults.get("script", "train.py"), *argv]
+    if "script" in faults:
+        runpy.run_path(faults["script"], run_name="__main__")
+    else:
+        train.main(argv)
+
+
+def varied(problem, response, gold):
+    return random.random()  # from a global random state
+
+
+def rare(problem, response, gold):
+    return float(random.random() < 0.2)
 
 
 def out_of_memory(problem, response, gold):
@@ -4522,56 +5782,24 @@ def watch(file):
     reward.REWARDS["varied"] = look
 
 
-def nursery():
-    """Import everything once; then, for every job on stdin, fork a child that runs it, and print
-    how it ended."""
-    for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                log = os.open(json.loads(line)["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(log, 1)
-                os.dup2(log, 2)
-                faulty_run(line)
-                code = 0
-            except SystemExit as stop:
-                code = stop.code
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
 STEPS = ("--preset", "tiny", "--engine", "hf", "--prompts_per_step", "2", "--minibatch_prompts", "1", "--steps", "6",
          "--responses_per_prompt", "2", "--max_response_tokens", "4", "--eval_every", "3", "--eval_rows", "2",
          "--kl_coefficient", "0", "--rewards", "accuracy=0.5,varied=1", "--save_every", "2")  # fmt: skip
 
 
-def job(folder, *flags, fault="", rank="0", watch=""):
-    argv = [*STEPS, "--out", str(folder), "--resume", "auto", *flags]
-    return json.dumps(
-        dict(argv=argv, fault=fault, rank=rank, watch=str(watch), log=str(folder / "log.txt"))
-    )
+def own_flags():
+    """The user's own settings: FLAGS="--optimizer mine" pytest test_all.py -k killed_again."""
+    return shlex.split(os.environ.get("FLAGS", ""))
 
 
-@pytest.fixture(scope="session")
-def launch():
-    """A function that runs train.py in a folder, on one process, and returns its exit code and what
-    it printed."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    server = subprocess.Popen([sys.executable, __file__, "nursery"], env=env, text=True, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE)  # fmt: skip
+def argv_of(folder, *flags):
+    """A run of a few small steps in a folder."""
+    return [*STEPS, "--out", str(folder), "--resume", "auto", *own_flags(), *flags]
 
-    def run(folder, *flags, **options):
-        print(job(folder, *flags, **options), file=server.stdin, flush=True)
-        return int(server.stdout.readline()), (folder / "log.txt").read_text()
 
-    yield run
-    server.stdin.close()
-    server.wait()
+def train_apart(folder, *flags, ranks=1, seconds=170, **faults):
+    """train.py in a folder; returns its exit code and what it printed. Faults: see faulty_run."""
+    return launch("faulty_run", argv_of(folder, *flags), faults, ranks=ranks, seconds=seconds)
 
 
 @pytest.fixture(scope="session")
@@ -4580,7 +5808,7 @@ def seedling(tmp_path_factory):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     folder = tmp_path_factory.mktemp("seedling")
-    figures.make_figures(folder / "figures", train=20, test=5)
+    figures.make_figures(folder / "figures", train=20, test=10)
     tiny_model.build_tiny(
         folder / "tiny-model", ["How many sides? <think>I look.</think>\\boxed{4}<|im_end|>"] * 2
     )
@@ -4618,10 +5846,10 @@ def assert_same(got, expected):
 
 
 @pytest.fixture(scope="session")
-def unbroken(launch, seedling, tmp_path_factory):
+def unbroken(seedling, tmp_path_factory):
     """The outcome of a run that nothing happened to."""
     folder = copy_start(seedling, tmp_path_factory.mktemp("unbroken"))
-    code, log = launch(folder)
+    code, log = train_apart(folder)
     assert code == 0, log
     rows, weights, state = outcome(folder)
     assert weights != (folder / "tiny-model" / "model.safetensors").read_bytes()
@@ -4635,63 +5863,59 @@ KILLS = (  # wherever a run can be; the first ones are met one after another by 
     "call support.checkpoint.CheckpointWriter.finish 1", "return support.checkpoint.CheckpointWriter.finish 1", "call support.report.write_report 1",
     "call support.report.Log.write 4", "return support.report.Log.write 2", "call shutil.rmtree 1", "call model.Actor.save 1",
     "call train.build 1", "return train.build 1", "call train.evaluation 1", "call rollout.HFEngine.generate 3",
-    "return rollout.HFEngine.generate 4", "call train.score 3", "call train.plan_minibatches 3", "call train.freeze 2",
+    "return rollout.HFEngine.generate 4", "call train.score 3", "call train.plan_minibatches 3", "call train.score_tokens 2",
     "call train.update 6", "return train.update 8", "call support.report.Log.step 3", "call train.save_checkpoint 2",
-    "return train.save_checkpoint 2", "return safetensors.torch.save 2", "call support.checkpoint.fingerprints 2",
+    "return train.save_checkpoint 2", "return safetensors.torch.save 2", "call support.checkpoint.file_sizes 2",
     "call support.checkpoint.finish_checkpoint 3", "return shutil.rmtree 1", "return support.report.write_report 3",
     "call train.evaluation 3", "return model.Actor.save 1",
 )  # fmt: skip
 CHAIN = KILLS[:10]
 
 
-def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(
-    launch, seedling, unbroken, tmp_path
-):
+def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(seedling, unbroken, tmp_path):
     copy_start(seedling, tmp_path)
     for i, kill in enumerate(CHAIN):
-        code, log = launch(tmp_path, "--save_in_background", str(i % 2 == 0), fault=f"9 {kill}")
+        code, log = train_apart(tmp_path, "--save_in_background", str(i % 2 == 0), kill=f"9 {kill}")
         assert code == -9, f"{kill}\n{log}"
         if "Log.write" in kill:  # a kill in the middle of a line
             with (tmp_path / "tiny" / "metrics.jsonl").open("a") as file:
                 file.write('{"step": 5, "train/rew')
-    code, log = launch(tmp_path)
+    code, log = train_apart(tmp_path)
     assert code == 0 and "resumed from" in log, log
     assert_same(outcome(tmp_path), unbroken)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", KILLS)
-def test_a_run_killed_anywhere_ends_as_if_nothing_had_happened(
-    launch, seedling, unbroken, tmp_path, kill
-):
+def test_a_run_killed_anywhere_ends_as_if_nothing_had_happened(seedling, unbroken, tmp_path, kill):
     copy_start(seedling, tmp_path)
-    code, log = launch(
-        tmp_path, "--save_in_background", str(KILLS.index(kill) % 2 == 1), fault=f"9 {kill}"
+    code, log = train_apart(
+        tmp_path, "--save_in_background", str(KILLS.index(kill) % 2 == 1), kill=f"9 {kill}"
     )
     assert code == -9, log
-    code, log = launch(tmp_path)
+    code, log = train_apart(tmp_path)
     assert code == 0, log
     assert_same(outcome(tmp_path), unbroken)
 
 
 @pytest.mark.slow
-def test_a_killed_run_with_vllm_ends_as_if_nothing_had_happened(launch, seedling, tmp_path):
+def test_a_killed_run_with_vllm_ends_as_if_nothing_had_happened(seedling, tmp_path):
     pytest.importorskip("vllm")
     whole, killed = (copy_start(seedling, tmp_path / name) for name in ("whole", "killed"))
-    code, log = launch(whole, "--engine", "vllm")
+    code, log = train_apart(whole, "--engine", "vllm")
     assert code == 0, log
-    code, log = launch(killed, "--engine", "vllm", fault="9 call train.update 7")
+    code, log = train_apart(killed, "--engine", "vllm", kill="9 call train.update 7")
     assert code == -9, log
-    code, log = launch(killed, "--engine", "vllm")
+    code, log = train_apart(killed, "--engine", "vllm")
     assert code == 0 and "resumed from" in log, log
     assert_same(outcome(killed), outcome(whole))
 
 
 def test_a_signal_ends_the_run_after_the_step_and_a_second_one_at_once(
-    launch, seedling, unbroken, tmp_path
+    seedling, unbroken, tmp_path
 ):
     copy_start(seedling, tmp_path)
-    code, log = launch(tmp_path, fault="15 call train.update 5")
+    code, log = train_apart(tmp_path, kill="15 call train.update 5")
     assert (
         code == 143
         and "step 3: SIGTERM; the checkpoint is written, go on with --resume auto" in log
@@ -4699,43 +5923,37 @@ def test_a_signal_ends_the_run_after_the_step_and_a_second_one_at_once(
     assert (
         tmp_path / "tiny" / "checkpoints" / "step-000003"
     ).is_dir() and "model exported" not in log
-    code, log = launch(tmp_path, fault="2 call train.score 1")
+    code, log = train_apart(tmp_path, kill="2 call train.score 1")
     assert code == 130 and "step 4: SIGINT" in log, log
-    code, log = launch(tmp_path, fault="2 call train.update 1; 2 call train.update 2")
+    code, log = train_apart(tmp_path, kill="2 call train.update 1; 2 call train.update 2")
     assert code == -2 and "SIGINT" not in log, log
-    code, log = launch(tmp_path)
+    code, log = train_apart(tmp_path)
     assert code == 0, log
     assert_same(outcome(tmp_path), unbroken)
 
 
-def test_a_full_disk_stops_the_run_and_loses_no_earlier_checkpoint(
-    launch, seedling, unbroken, tmp_path
-):
+def test_a_full_disk_stops_the_run_and_loses_no_earlier_checkpoint(seedling, unbroken, tmp_path):
     copy_start(seedling, tmp_path)
-    code, log = launch(
-        tmp_path, fault="15 call train.update 4"
+    code, log = train_apart(
+        tmp_path, kill="15 call train.update 4"
     )  # leaves with a checkpoint of step 2
     assert code == 143, log
-    code, log = launch(tmp_path, fault="1000000")  # bytes, and a checkpoint has 7 million
+    code, log = train_apart(tmp_path, file_bytes=1_000_000)  # bytes, and a checkpoint has 7 million
     assert code == 1 and re.search(
         r"step 4: a checkpoint could not be written \(rank 0: .*File too large", log
     ), log
     assert "go on with --resume auto" in log
-    code, log = launch(tmp_path)
+    code, log = train_apart(tmp_path)
     assert code == 0 and "step-000002" in log, log
     assert_same(outcome(tmp_path), unbroken)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
-    launch, seedling, unbroken, tmp_path
-):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(seedling, unbroken, tmp_path):
     copy_start(seedling, tmp_path)
-    launch(tmp_path, fault="15 call train.update 7")
+    train_apart(tmp_path, kill="15 call train.update 7")
     [shard] = (tmp_path / "tiny" / "checkpoints" / "step-000004").glob("*.safetensors")
-    raw = bytearray(shard.read_bytes())
-    raw[-1000] ^= 1  # one bit of one number
-    shard.write_bytes(raw)
-    code, log = launch(tmp_path, "--learning_rate", "6.5e-4", "--steps", "5")
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    code, log = train_apart(tmp_path, "--learning_rate", "6.5e-4", "--steps", "5")
     assert code == 0 and re.search(
         "step-000004 is damaged.*step-000004.1; trying the one before", log
     ), log
@@ -4745,13 +5963,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     )
 
 
-def test_resume_must_have_a_checkpoint(launch, seedling, tmp_path):
-    code, log = launch(copy_start(seedling, tmp_path), "--resume", "must")
+def test_resume_must_have_a_checkpoint(seedling, tmp_path):
+    code, log = train_apart(copy_start(seedling, tmp_path), "--resume", "must")
     assert code == 1 and "--resume must: no whole checkpoint in" in log
 
 
-def test_the_folder_of_a_run_says_what_it_is_made_of(launch, seedling, tmp_path):
-    launch(copy_start(seedling, tmp_path), fault="15 call train.build 1")
+def test_the_folder_of_a_run_says_what_it_is_made_of(seedling, tmp_path):
+    train_apart(copy_start(seedling, tmp_path), kill="15 call train.build 1")
     made = json.loads((tmp_path / "tiny" / "run.json").read_text())
     assert {
         "command",
@@ -4775,18 +5993,15 @@ def test_the_folder_of_a_run_says_what_it_is_made_of(launch, seedling, tmp_path)
 
 def adam_run(folder, out, **changes):
     """small_run with the optimizer that a real run has; writes under `out`."""
-    changes = dict(minibatch_prompts=8, max_sampler_gap=100.0, keep=2) | changes
+    changes = dict(minibatch_prompts=8, max_sampler_gap=100.0, keep=2, learning_rate=1e-3) | changes
     run, groups = small_run(folder, out=str(out), **changes)
-    run.optimizer = torch.optim.AdamW(
-        [p for p in run.actor.model.parameters() if p.requires_grad], lr=1e-3
-    )
-    run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, run.settings.rate)
+    run.optimizer, run.schedule = train.build_optimizer(run.settings, run.actor)
     return run, groups
 
 
 def learn(run, groups):
-    [minibatch] = train.plan_minibatches(run, groups)
-    totals = train.update(run, minibatch, run.step)
+    [minibatch] = minibatches_of(run, groups)
+    totals = train.update(run, minibatch, run.step, None)
     run.step += 1
     return totals
 
@@ -4798,7 +6013,7 @@ def whole_state(run):
 
 
 def go_on_with_two_ranks(folder, out):
-    """Run by torchrun: go on from the checkpoint of one rank, and leave one of two."""
+    """Run with 2 ranks: go on from the checkpoint of one rank, and leave one of two."""
     processes.start_processes()
     run, groups = adam_run(folder, out)
     checkpoint.load_checkpoint(
@@ -4818,7 +6033,7 @@ def test_a_checkpoint_of_one_rank_goes_on_with_two_and_the_reverse(tiny, process
     learn(run, groups)
     checkpoint.save_checkpoint(run)
     saved = whole_state(run)
-    torchrun("go_on_with_two_ranks", str(tiny[False]), str(tmp_path))
+    run_apart("go_on_with_two_ranks", str(tiny[False]), str(tmp_path), ranks=2)
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     assert two["states"][0].keys() == saved.keys()
     assert all(torch.equal(two["states"][0][name], value) for name, value in saved.items())
@@ -4851,23 +6066,30 @@ def test_the_newest_checkpoints_are_kept_and_the_best(tiny, process_group, tmp_p
 
 
 def test_only_what_is_trained_is_saved_and_other_tensors_are_refused(tiny, process_group, tmp_path):
-    run, _ = adam_run(tiny[False], tmp_path)
+    run, groups = adam_run(tiny[False], tmp_path)
+    learn(run, groups)
     checkpoint.save_checkpoint(run)
     path = checkpoint.newest_checkpoint(tmp_path / "tiny" / "checkpoints")
-    for p in list(run.actor.model.parameters())[2:]:
-        p.requires_grad_(False)
+
+    def two_weights(actor):
+        for p in list(actor.model.parameters())[2:]:
+            p.requires_grad_(False)
+
+    run, groups = adam_run(tiny[False], tmp_path, prepare=two_weights)
     with pytest.raises(
         ValueError,
-        match=r"step-000000 holds other tensors than this run trains, such as .*run\.json",
+        match=r"step-000001 holds other tensors than this run, such as .* none here; .*run\.json",
     ):
         checkpoint.load_checkpoint(run, path)
-    checkpoint.save_checkpoint(dataclasses.replace(run, step=1))
-    [shard] = (tmp_path / "tiny" / "checkpoints" / "step-000001").glob("*.safetensors")
-    assert len(load_file(shard)) == 1 + 2 * 4  # counts; weight, AdamW's step and two moments
+    run.step = 1
+    learn(run, groups)
+    checkpoint.save_checkpoint(run)
+    [shard] = (tmp_path / "tiny" / "checkpoints" / "step-000002").glob("*.safetensors")
+    assert len(load_file(shard)) == 5 + 2 * 4  # counts; weight, AdamW's step and two moments
 
 
 @pytest.mark.parametrize(
-    "damage", "cut, bit, missing, another, no manifest, empty manifest, null, bytes".split(", ")
+    "damage", "cut, missing, another, no manifest, empty manifest, null, bytes".split(", ")
 )
 def test_every_damage_to_a_checkpoint_is_seen(tmp_path, process_group, capsys, damage):
     for step in (4, 8):
@@ -4875,14 +6097,12 @@ def test_every_damage_to_a_checkpoint_is_seen(tmp_path, process_group, capsys, d
         folder.mkdir()
         for rank in range(2):
             save_file({"a": torch.randn(100)}, folder / f"shard-0000{rank}.safetensors")
-        (folder / "manifest.json").write_text(json.dumps(checkpoint.fingerprints(folder)))
+        (folder / "manifest.json").write_text(json.dumps(checkpoint.file_sizes(folder)))
     assert checkpoint.newest_checkpoint(tmp_path).name == "step-000008"
     shard, manifest = folder / "shard-00001.safetensors", folder / "manifest.json"
     raw = shard.read_bytes()
     if damage == "cut":
         shard.write_bytes(raw[:-1])
-    elif damage == "bit":
-        shard.write_bytes(raw[:-5] + bytes([raw[-5] ^ 1]) + raw[-4:])
     elif damage == "missing":
         shard.unlink()
     elif damage == "another":  # left there by a run of more ranks
@@ -4909,6 +6129,159 @@ def test_loading_a_checkpoint_runs_no_code_of_whoever_wrote_it(tiny, process_gro
     assert not (tmp_path / "boom").exists()
 
 
+class Momentum(torch.optim.SGD):
+    """An optimizer of one's own."""
+
+    def __init__(self, weights, lr):
+        super().__init__(weights, lr=lr, momentum=0.9)
+
+
+class Hiding(torch.optim.Optimizer):
+    """A wrapper whose inner optimizer keeps its state for itself."""
+
+    def __init__(self, weights):
+        super().__init__(weights, {"lr": 1e-3})
+        self.inner = torch.optim.AdamW(self.param_groups[0]["params"], lr=1e-3)
+
+    def step(self):
+        self.inner.step()
+
+
+def run_with(kind, folder, out, **changes):
+    """adam_run with another optimizer."""
+    if kind in ("adamw", "muon"):
+        return adam_run(folder, out, optimizer=kind, schedule="cosine", **changes)
+    run, groups = adam_run(folder, out, **changes)
+    weights = [(n, p) for n, p in run.actor.model.named_parameters() if p.requires_grad]
+    run.optimizer = Momentum(weights, 1e-3) if kind == "momentum" else Hiding(weights)
+    run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, run.settings.rate)
+    return run, groups
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def checkpoints(out):
+    return Path(out) / "tiny" / "checkpoints"
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "momentum"])
+def test_a_run_goes_on_exactly_with_any_optimizer(tiny, process_group, tmp_path, kind):
+    run, groups = run_with(kind, tiny[False], tmp_path)
+    learn(run, groups)
+    checkpoint.save_checkpoint(run)
+    again, _ = run_with(kind, tiny[False], tmp_path)
+    checkpoint.load_checkpoint(again, checkpoint.newest_checkpoint(checkpoints(tmp_path)))
+    assert same(whole_state(again), whole_state(run))
+    assert again.schedule.get_last_lr() == run.schedule.get_last_lr()
+    for each in (run, again):
+        learn(each, groups)
+    assert same(whole_state(again), whole_state(run))
+    names = {name.split(" ")[-1] for name in whole_state(run) if " " in name}
+    adam = {"step", "exp_avg", "exp_avg_sq"}
+    assert names == {"adamw": adam, "muon": adam | {"momentum_buffer"}}.get(
+        kind, {"momentum_buffer"}
+    )
+
+
+def test_muon_takes_the_language_models_matrices_and_a_learning_rate_serves_both(
+    tiny, process_group
+):
+    frozen_tower = dict(prepare=lambda actor: actor.freeze("tower"))
+    run, _ = small_run(tiny[False], optimizer="muon", minibatch_prompts=8, **frozen_tower)
+    optimizer, schedule = train.build_optimizer(run.settings, run.actor)
+    matrices, rest = (set(group["param_names"]) for group in optimizer.param_groups)
+    layer = "model.language_model.layers.0."
+    assert {layer + "self_attn.q_proj.weight", layer + "mlp.up_proj.weight"} <= matrices
+    assert {layer + "input_layernorm.weight", layer + "self_attn.q_proj.bias"} <= rest
+    assert {"lm_head.weight", "model.language_model.embed_tokens.weight"} <= rest
+    assert not any("visual" in name for name in matrices)
+    assert not any("visual.blocks" in name for name in rest)  # frozen
+    optimizer.step()
+    schedule.step()
+    assert len({group["lr"] for group in optimizer.param_groups}) == 1
+
+
+def test_cosine_and_linear_fall_to_the_final_share_by_hand():
+    # 4 steps of one update each, no warm-up, down to 0.2: after 0, 1, 2 and 3 of 4 updates
+    shape = dict(steps=4, prompts_per_step=2, minibatch_prompts=2, final_learning_rate=0.2)
+    linear = train.Settings(warmup_updates=0, schedule="linear", **shape)
+    assert [linear.rate(done) for done in range(4)] == pytest.approx([1, 0.8, 0.6, 0.4])
+    cosine = train.Settings(warmup_updates=0, schedule="cosine", **shape)
+    # 0.2 + 0.8 (1 + cos(pi done / 4)) / 2
+    assert [cosine.rate(done) for done in range(4)] == pytest.approx([1, 0.882843, 0.6, 0.317157])
+    rising = train.Settings(warmup_updates=1, schedule="cosine", **shape)
+    assert rising.rate(0) == 0.5
+
+
+def test_state_that_a_checkpoint_would_miss_is_an_error_when_it_is_saved(
+    tiny, process_group, tmp_path
+):
+    run, groups = run_with("hiding", tiny[False], tmp_path)
+    learn(run, groups)
+    with pytest.raises(RuntimeError, match=r"is updated, and optimizer.state holds nothing for it"):
+        checkpoint.save_checkpoint(run)
+    run, groups = adam_run(tiny[False], tmp_path)
+    run.optimizer.state[run.optimizer.param_groups[0]["params"][1]]["age"] = 3
+    with pytest.raises(RuntimeError, match=r"holds age = 3 for .* tensors alone"):
+        checkpoint.save_checkpoint(run)
+    first = [next(run.actor.model.named_parameters())]
+    run.optimizer = torch.optim.AdamW(first)
+    with pytest.raises(RuntimeError, match=r"is trained, and not among optimizer.param_groups"):
+        checkpoint.save_checkpoint(run)
+    run.optimizer = torch.optim.AdamW([first[0][1]])
+    with pytest.raises(ValueError, match="make it from named_parameters"):
+        checkpoint.save_checkpoint(run)
+    assert not checkpoints(tmp_path).exists()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "momentum"])
+def test_a_weight_that_was_never_updated_has_no_state_before_and_after(
+    tiny, process_group, tmp_path, kind
+):
+    run, _ = run_with(kind, tiny[False], tmp_path)
+    (idle, _), *others = checkpoint.trained_weights(run.optimizer).items()
+    for _, p in others:
+        p.grad = torch.ones_like(p)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    before = whole_state(run)
+    checkpoint.save_checkpoint(run)
+    assert same(whole_state(run), before)
+    again, _ = run_with(kind, tiny[False], tmp_path)
+    checkpoint.load_checkpoint(again, checkpoint.newest_checkpoint(checkpoints(tmp_path)))
+    assert same(whole_state(again), before)
+    assert not any(name.startswith(idle + " ") for name in before)
+
+
+def test_a_forward_without_gradient_changes_nothing_of_a_checkpoint(tiny, process_group, tmp_path):
+    run, groups = adam_run(tiny[False], tmp_path)
+    learn(run, groups)
+    before = whole_state(run)
+    [minibatch] = minibatches_of(run, groups)
+    with torch.no_grad():
+        run.actor.logprobs(minibatch.packs[0].groups)
+    assert same(whole_state(run), before)
+    assert all(isinstance(p, DTensor) for p in run.actor.model.parameters())
+
+
+def test_state_of_ones_own_is_saved_restored_and_named(tiny, process_group, tmp_path):
+    run, _ = adam_run(tiny[False], tmp_path)
+    run.state["solved"] = torch.tensor([0.25, 0.5])
+    run.state["seen"] = torch.tensor([3, 4])
+    checkpoint.save_checkpoint(run)
+    path = checkpoint.newest_checkpoint(checkpoints(tmp_path))
+    again, _ = adam_run(tiny[False], tmp_path)
+    checkpoint.load_checkpoint(again, path)
+    assert same(again.state, run.state) and again.state["seen"].dtype == torch.int64
+    for state in ({"solved": torch.zeros(3)}, {"unsolved": torch.zeros(2)}):
+        other, _ = adam_run(tiny[False], tmp_path)
+        other.state = state
+        with pytest.raises(ValueError, match=r"such as run\.state (un)?solved: .* there, .* here"):
+            checkpoint.load_checkpoint(other, path)
+
+
 # --- what is not finite, what does not fit
 
 
@@ -4925,9 +6298,11 @@ def test_an_update_that_is_not_finite_is_kept_for_study_and_stops_the_run(
         learn(run, groups)
     after = whole_state(run)
     assert all(
-        torch.equal(after[name], value) for name, value in before.items() if name != "counts"
+        torch.equal(after[name], value)
+        for name, value in before.items()
+        if not name.startswith("run.")
     )
-    assert after["counts"].tolist() == [1, 0, 2, -1, 0]
+    assert (after["run.step"], after["run.updates"], after["run.not_finite"]) == (1, 0, 2)
     kept = torch.load(
         tmp_path / "tiny" / "not-finite" / "step-000001-2-rank-0.pt", weights_only=True
     )
@@ -4941,8 +6316,8 @@ def test_an_update_that_is_not_finite_is_kept_for_study_and_stops_the_run(
     assert where == "train.parquet row 17" and prompt.dtype == torch.long and len(responses) == 4
 
 
-def test_a_full_gpu_names_the_setting_and_how_far_to_lower_it(launch, seedling, tmp_path):
-    code, log = launch(copy_start(seedling, tmp_path), fault="memory")
+def test_a_full_gpu_names_the_setting_and_how_far_to_lower_it(seedling, tmp_path):
+    code, log = train_apart(copy_start(seedling, tmp_path), memory=True)
     assert (
         code == 1 and "set --max_tokens_per_pack to 4096 or --gradient_checkpointing true" in log
     ), log
@@ -4991,17 +6366,17 @@ BAD_IMAGES = {  # what the cell holds, and what the message says of it
     "floats": (encode(Image.new("F", (4, 4)), "TIFF"), "holds floats"),
     "PostScript": (
         POSTSCRIPT,
-        "not a readable image .*cannot identify",
+        "not a readable image: they begin with b'%!PS.*PNG, JPEG",
     ),  # Pillow would start Ghostscript
-    "SVG": (SVG, "not a readable image .*cannot identify"),
+    "SVG": (SVG, "not a readable image: they begin with b'<svg"),
     "long": (red(5700, 28), "5700 x 28, longer than 200 to 1"),
     "number": (7, "int, not bytes, a path"),
     "nothing": ({"bytes": None, "path": None}, "NoneType"),
     "no base64": ("no base64!", "not a file's path, base64"),
     "raw data URL": ("data:image/png,raw", "not a file's path, base64"),
-    "up": ("../secret.png", "leads out of the parquet file's folder"),
-    "absolute": ("/etc/hosts.png", "leads out of the parquet file's folder"),
-    "link out": ("out.png", "leads out of the parquet file's folder"),
+    "up": ("../secret.png", "leads out of the folder"),
+    "absolute": ("/etc/hosts.png", "leads out of the folder"),
+    "link out": ("out.png", "leads out of the folder"),
     "link to itself": ("loop.png", "image 'loop.png'"),
     "folder": ("folder.png", "no plain file"),
     "pipe": ("pipe.png", "no plain file"),  # to read it would wait for ever
@@ -5034,7 +6409,6 @@ BAD_TEXTS = {
     "forged image": (dict(problem="<image><|image_pad|>"), "<\\|image_pad\\|>"),
     "video": (dict(problem="<image><video>"), "<video>"),
     "placeholders": (dict(problem="<image><image>"), "2 <image> in the question but 1 images"),
-    "no placeholder": (dict(problem="What?"), "0 <image> in the question but 1 images"),
     "empty answer": (dict(answer=" "), "the answer or the question is empty"),
     "empty question": (dict(problem=""), "the answer or the question is empty"),
     "huge question": (
@@ -5088,20 +6462,22 @@ def test_a_parquet_file_that_is_not_whole_is_refused_by_name(tmp_path, how):
     elif how == "binary column":
         write(tmp_path, answer=[b"4"])
     with pytest.raises(
-        ValueError, match=r"train\.parquet( is not a whole parquet file|.*'answer' is binary)"
+        ValueError,
+        match=r"train\.parquet( is not a whole parquet file|.*the answer is bytes)|no parquet",
     ):
-        data.load_problems(file)
+        data.load_problems(file)[0]
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about what it finds in the headers
-def test_broken_bytes_of_every_format_are_readable_or_a_value_error():
+@pytest.mark.parametrize("count", few_or_all(500, 4000))
+def test_broken_bytes_of_every_format_are_readable_or_a_value_error(count):
     rng, noise = random.Random(0), Image.effect_noise((24, 31), 50).convert("RGB")
     exif = Image.Exif()
     exif[0x112] = 6
     options = [dict(form="JPEG", exif=exif), dict(form="WEBP", lossless=True)]
     options += [dict(form=form) for form in data.FORMATS]
     files, refused = [encode(noise, **option) for option in options], 0
-    for i in range(4000):
+    for i in range(count):
         raw = bytearray(files[i % len(files)])
         for _ in range(rng.choice((1, 2, 5, 20))):
             place = rng.randrange(rng.choice((len(raw), min(len(raw), 120))))
@@ -5110,12 +6486,12 @@ def test_broken_bytes_of_every_format_are_readable_or_a_value_error():
             data.decode_image(bytes(raw[: rng.choice((None, len(raw) // 2))]))
         except ValueError:
             refused += 1
-    assert 1000 < refused < 4000
+    assert count / 4 < refused < count
 
 
-def test_the_same_file_is_not_trained_on_and_held_out(launch, seedling, tmp_path):
+def test_the_same_file_is_not_trained_on_and_held_out(seedling, tmp_path):
     copy_start(seedling, tmp_path)
-    code, log = launch(tmp_path, "--data", str(tmp_path / "figures" / "train.parquet"))
+    code, log = train_apart(tmp_path, "--data", str(tmp_path / "figures" / "train.parquet"))
     assert code == 1 and re.search(
         r"train\.parquet would be trained on and held out; set --test_data", log
     ), log
@@ -5143,27 +6519,12 @@ def test_code_and_pickles_that_come_with_a_model_are_not_run(seedling, tmp_path)
 # --- several processes, and many steps
 
 
-def torchrun_faulty(folder, *flags, fault="", restarts=0):
-    """Two ranks, of which rank 1 meets the fault. Returns the exit code and what was printed."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "RUN_MARK": str(folder)}
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        f"--max-restarts={restarts}",
-    ]
-    command = [
-        sys.executable,
-        *launcher,
-        __file__,
-        "faulty_run",
-        job(folder, *flags, fault=fault, rank="1"),
-    ]
-    done = subprocess.run(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=170
-    )
-    return done.returncode, done.stdout
+def torchrun_faulty(folder, *flags, restarts=0, **faults):
+    """Two ranks, of which rank 1 meets the faults."""
+    argv, faults = argv_of(folder, *flags), dict(rank=1, **faults)
+    arguments = json.dumps(argv), json.dumps(faults)
+    mark = dict(RUN_MARK=str(folder))
+    return torchrun(__file__, "faulty_run", *arguments, restarts=restarts, **mark)
 
 
 def marked_processes(folder):
@@ -5183,10 +6544,10 @@ def test_two_ranks_go_on_by_themselves_and_after_a_signal_to_one_of_them(seedlin
     )
     code, log = torchrun_faulty(quiet)
     assert code == 0, log
-    code, log = torchrun_faulty(killed, fault="9 call train.update 7", restarts=1)
+    code, log = torchrun_faulty(killed, kill="9 call train.update 7", restarts=1)
     assert code == 0 and "resumed from" in log, log
     assert_same(outcome(killed), outcome(quiet))
-    code, log = torchrun_faulty(asked, fault="15 call train.score 3")
+    code, log = torchrun_faulty(asked, kill="15 call train.score 3")
     assert code == 1 and log.count("step 3: SIGTERM; the checkpoint is written") == 1, log
     assert re.search(r"exitcode\s*: 143", log), log
     code, log = torchrun_faulty(asked)
@@ -5202,7 +6563,7 @@ def test_nothing_is_left_of_a_run_that_loses_a_rank(seedling, tmp_path, engine):
     copy_start(seedling, tmp_path)
     env = dict(tp="2" if engine == "vllm" else "1")
     code, log = torchrun_faulty(
-        tmp_path, "--engine", engine, "--rollout_tp", env["tp"], fault="9 call train.update 3"
+        tmp_path, "--engine", engine, "--rollout_tp", env["tp"], kill="9 call train.update 3"
     )
     ended = time.monotonic()
     assert code == 1 and "-9" in log, log
@@ -5213,12 +6574,12 @@ def test_nothing_is_left_of_a_run_that_loses_a_rank(seedling, tmp_path, engine):
 
 @pytest.mark.slow
 def test_two_thousand_steps_need_no_more_memory_files_threads_or_processes_than_a_few(
-    launch, seedling, tmp_path
+    seedling, tmp_path
 ):
     copy_start(seedling, tmp_path)
-    code, log = launch(
+    code, log = train_apart(
         tmp_path, "--steps", "2000", "--prompts_per_step", "1", "--eval_every", "250", "--save_every", "50",
-        "--max_response_tokens", "2", watch=tmp_path / "seen",
+        "--max_response_tokens", "2", seconds=900, watch=str(tmp_path / "seen"),
     )  # fmt: skip
     assert code == 0, log[-3000:]
     seen = np.loadtxt(tmp_path / "seen")  # megabytes, files, threads, children
@@ -5298,19 +6659,14 @@ def measured_update(actor, groups, variant):
     actor.use_packing(variant.split(",")[0])
     features = actor.image_features([p for p, _ in groups]) if variant.endswith("kept") else None
     actor.model.zero_grad()
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    status = lambda name: (
-        int(re.search(name + r":\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-    )  # noqa: E731
-    before, start = status("VmRSS"), time.perf_counter()
+    before = reset_peak()
+    start = time.perf_counter()
     if variant == "padded, all":
         logprobs = padded_with_all_logits(actor, groups)
     else:
         logprobs, _ = actor.logprobs(groups, features, entropy="none")
     (-logprobs.mean()).backward()
-    return time.perf_counter() - start, status("VmHWM") - before, logprobs.detach()
+    return time.perf_counter() - start, mebibytes("VmHWM") - before, logprobs.detach()
 
 
 @pytest.mark.bench
@@ -5364,5 +6720,16 @@ def test_bench_of_the_update(tiny):
     )
 
 
+@pytest.fixture(scope="session")
+def gpu_table():
+    """Rows (name, number, unit) of what the tests on a GPU measure, printed at the end."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    rows = []
+    yield rows
+    for name, number, unit in rows:
+        print(f"\n{name:60} {number:12.4g} {unit}", end="", file=sys.__stderr__)
+
+
 if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])
+    globals()[sys.argv[1]](*map(json.loads, sys.argv[2:]))

@@ -1,18 +1,30 @@
-"""GRPO for vision-language models: sample, score, freeze, learn, report.
+"""GRPO for vision-language models, in twelve lines and the functions that do them.
 
-    problem -> prompt -> rollouts (a group) -> rewards -> advantages -> loss -> update -> sync
+     1  for each step:                                            train
+     2      take its problems, from (seed, step) alone             data.batch_indices
+     3      problem -> prompt: token ids and pixels                data.Reader
+     4      SAMPLE n responses to each prompt                      sample_groups, engine.generate
+     5      SCORE each response by its named rewards               rollout.score, reward.compute_rewards
+     6      all ranks exchange their groups; advantages            grpo.group_advantages
+     7      cut groups into minibatches, shares, packs             plan_minibatches
+     8      SCORE TOKENS: log-probs before the policy moves        score_tokens
+     9      LEARN: for each minibatch: log-probs of each pack      update, model.Actor.logprobs
+    10          loss = sum_t w_t (clipped surrogate + beta KL)     pack_loss, grpo.policy_loss
+    11          gradient over all packs and ranks; one step        update
+    12      REPORT: the engine gets the weights; metrics           engine.sync, report.Log
 
-    python train.py                                  with no GPU: a tiny Qwen2.5-VL learns generated
-    figures, in minutes torchrun --nproc_per_node=8 train.py             with GPUs: Qwen2.5-VL-7B on
-    Geometry3K
+    python train.py                                 no GPU: a tiny Qwen2.5-VL learns figures
+    torchrun --nproc_per_node=8 train.py            GPUs: Qwen2.5-VL-7B on Geometry3K
+    python train.py --steps 0 --model M --data D    evaluates M and writes its responses
 
 The same code runs on 1 and on N processes: weights, gradients and optimizer state are sharded by
 FSDP2, every rank samples its share of the prompts, and all ranks then know all responses of the
 step (ids are small), so that any group can be learnt from on any rank. A step is one batch of
 rollouts, an update is one optimizer step on a minibatch.
 
-Not here: the model (model.py), sampling (rollout.py), the formulas (grpo.py), grading (reward.py),
-rows (data.py).
+The path of this file ends at `# --- from here on`: the loop, the loss, groups and packs. Not here:
+the model (model.py), sampling (rollout.py), formulas (grpo.py), grading (reward.py), rows
+(data.py).
 
 Legend  N tokens written by the policy, R responses, n responses per prompt
 """
@@ -23,30 +35,46 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import heapq
+import difflib
+import functools
+import gc
 import importlib.util
 import math
 import random
 import re
+import shlex
 import signal
 import sys
+import textwrap
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import data
 import grpo
 import reward
+from data import INSTRUCTION, VideoLimits
 from model import Actor, full, lay_out, prompts_of, turns_of
 from rollout import (
-    ENVIRONMENTS,
     Conversations,
+    Engine,
     HFEngine,
     Rollout,
-    VLLMEngine,
     build_engine,
     describe,
     evaluate,
+    find_environment,
     score,
 )
 from support import report
@@ -59,19 +87,31 @@ from support.checkpoint import (
     save_checkpoint,
 )
 from support.figures import make_codewords, make_figures
-from support.memory import SavedTensors, local_bytes
-from support.processes import all_max, all_sum, gather_objects, say, start_processes
+from support.memory import ModelSize, SavedTensors, fit, local_bytes
+from support.processes import (
+    all_max,
+    all_sum,
+    end_failed,
+    explain_failure,
+    gather_objects,
+    quieten_libraries,
+    say,
+    start_processes,
+)
+from support.tables import parse_columns
 from support.tiny_model import TINY_INSTRUCTION, build_warm_tiny
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import HfArgumentParser, set_seed
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, set_seed
 
 
 def train(run: Run) -> None:
     """The algorithm."""
-    s, log, meter = run.settings, report.Log(run), SavedTensors()
+    s = run.settings
+    log = report.Log(run)
+    meter = SavedTensors()  # counts what the first update keeps for its backward
     if run.step == 0:
         evaluation(run, log)
     for step in log.progress(range(run.step, s.steps)):
@@ -79,33 +119,24 @@ def train(run: Run) -> None:
         # for what may draw from the global random states: a reward, dropout
         set_seed(random.Random(f"{s.seed} {step} {dist.get_rank()}").getrandbits(32))
 
-        # SAMPLE and SCORE: n responses to every problem of the step, their rewards, advantages
-        # within every group
-        groups = []
-        for extra in range(s.dynamic_sampling + 1):
-            groups += sample_groups(run, step * (s.dynamic_sampling + 1) + extra, clock)
-            if sum(not g.is_flat() for g in groups) >= s.prompts_per_step:
-                break
-        drawn = groups
-        chosen = sorted(range(len(drawn)), key=lambda i: drawn[i].is_flat())[: s.prompts_per_step]
-        groups = [
-            drawn[i] for i in sorted(chosen)
-        ]  # those that teach before flat ones, in the order of the problems
+        # SAMPLE and SCORE: n responses to every problem of the step, and their rewards
+        drawn = draw_groups(run, step, clock)
+        groups = with_advantages(choose_groups(drawn, s.prompts_per_step), s.advantage)
         with clock("sleep"):
             run.engine.sleep()
+        run.reader.ahead(own_problems(run, batch_numbers(s, step + 1)[0]))
 
-        # FREEZE: log-probs under the policy as it is before it moves, and under the reference
-        with clock("freeze"):
-            minibatches = plan_minibatches(run, groups)
-            freeze(run, minibatches)
+        # SCORE TOKENS: under the policy as it is before it moves, and under the reference
+        with clock("logprobs"):
+            plans = plan_minibatches(groups, s, dist.get_world_size(), run.actor.packing)
+            minibatches = [load_minibatch(run, plan, i == 0) for i, plan in enumerate(plans)]
 
         # LEARN: one optimizer step for each minibatch
+        updates = []
         with clock("learn"):
-            updates = [
-                update(run, minibatch, step, meter)
-                for _ in range(s.epochs)
-                for minibatch in minibatches
-            ]
+            for _ in range(s.epochs):
+                for minibatch in minibatches:
+                    updates.append(update(run, minibatch, step, meter))
         meter = measure_memory(run, meter, updates[-1])
 
         # REPORT: the engine gets the new weights; rollouts to look at, metrics, evaluation and
@@ -116,83 +147,132 @@ def train(run: Run) -> None:
             synced = run.engine.sync(run.actor)
         run.step = step + 1
         log.step(run.step, drawn, minibatches, updates, clock.seconds, synced)
-        last = run.step == s.steps
-        accuracy = evaluation(run, log) if last or run.step % s.eval_every == 0 else -1.0
-        stop = int(
-            all_max(max(run.signals, default=0))
-        )  # a signal to one rank stops all of them after the same step
-        if stop or last or (s.save_every and run.step % s.save_every == 0):
+        is_last = run.step == s.steps
+        is_due = s.save_every and run.step % s.save_every == 0
+        accuracy = NOT_EVALUATED
+        if is_last or run.step % s.eval_every == 0:
+            accuracy = evaluation(run, log)
+        # a signal to one rank stops all of them after the same step
+        stop = int(all_max(max(run.signals, default=0)))
+        if stop or is_last or is_due:
             save_checkpoint(run, accuracy)
         if stop:
-            finish_checkpoint(run)
-            say(
-                f"step {run.step}: {signal.Signals(stop).name}; the checkpoint is written, go on with --resume auto"
-            )
-            sys.exit(128 + stop)
+            leave(run, stop)
+
+
+def draw_groups(run: Run, step: int, clock: report.Clock) -> list[Group]:
+    """The groups of a step; with dynamic sampling, further batches while too many are flat."""
+    s = run.settings
+    groups = []
+    for batch in batch_numbers(s, step):
+        groups += sample_groups(run, batch, clock)
+        teaching = [group for group in groups if not group.is_flat()]
+        if len(teaching) >= s.prompts_per_step:
+            break
+    return groups
+
+
+def batch_numbers(s: Settings, step: int) -> range:
+    """The batches of problems that a step may draw."""
+    per_step = s.dynamic_sampling + 1
+    return range(step * per_step, (step + 1) * per_step)
+
+
+def own_problems(run: Run, batch: int) -> list[data.Problem]:
+    """This rank's share of a batch of problems: every world-th one."""
+    s = run.settings
+    indices = data.batch_indices(s.seed, batch, s.prompts_per_step, len(run.train_set))
+    return [run.train_set[i] for i in indices[dist.get_rank() :: dist.get_world_size()]]
 
 
 def sample_groups(run: Run, batch: int, clock: report.Clock) -> list[Group]:
-    """Draw and score one batch of problems: every rank does its share, and then all ranks know all
-    groups.
+    """Draw and score one batch of problems: every rank does its share, then all know all groups.
 
     Args:
         batch: number of the batch; it fixes the problems and, with the weights, the responses.
+
+    Returns:
+        One Group per problem, in the order of the problems, the same on every rank.
     """
-    s, rank, world = run.settings, dist.get_rank(), dist.get_world_size()
+    s, n, world = run.settings, run.settings.responses_per_prompt, dist.get_world_size()
+    indices = data.batch_indices(s.seed, batch, s.prompts_per_step, len(run.train_set))
+    problems = own_problems(run, batch)
     with clock("sample"):
-        indices = data.batch_indices(s.seed, batch, s.prompts_per_step, len(run.train_set))
-        mine = indices[rank::world]
-        problems = [run.train_set[i] for i in mine]
         prompts = [run.reader(problem) for problem in problems]
         seed = random.Random(f"{s.seed} {batch}").getrandbits(63)
-        conversations = [[prompt] for prompt in prompts]
-        rollouts = run.engine.generate(conversations, s.responses_per_prompt, seed)
+        rollouts = run.engine.generate([[prompt] for prompt in prompts], n, seed)
     with clock("score"):
         tokenizer = run.actor.processor.tokenizer
-        scores = score(
-            rollouts, problems, s.responses_per_prompt, tokenizer, s.reward_weights, run.grader
-        )
-        advantages = grpo.group_advantages(scores["reward"], s.advantage)
+        scores = score(rollouts, problems, n, tokenizer, s.reward_weights, run.grader)
         vision = torch.tensor(run.actor.banned_ids)
-        groups = [
-            Group(
-                index=index,
-                prompt_tokens=len(prompts[p].ids),
-                image_tokens=int(torch.isin(prompts[p].ids, vision).sum()),
-                rollouts=rollouts[p],
-                scores={name: values[p].tolist() for name, values in scores.items()},
-                advantages=advantages[p],
+        mine = []
+        for p, prompt in enumerate(prompts):
+            mine.append(
+                Group(
+                    index=indices[p * world + dist.get_rank()],
+                    prompt_tokens=len(prompt.ids),
+                    image_tokens=int(torch.isin(prompt.ids, vision).sum()),
+                    rollouts=rollouts[p],
+                    scores={name: values[p].tolist() for name, values in scores.items()},
+                )
             )
-            for p, index in enumerate(mine)
-        ]
-        shares = gather_objects(groups)
-    # in the order of the problems
+        shares = gather_objects(mine)
     return [shares[i % world][i // world] for i in range(s.prompts_per_step)]
 
 
-@torch.no_grad()
-def freeze(run: Run, minibatches: list[Minibatch]) -> None:
-    """Fill in old_logprobs, and ref_logprobs where there is a reference.
+def choose_groups(drawn: list[Group], wanted: int) -> list[Group]:
+    """The groups that a step learns from, in the order of the problems; flat ones only fill up."""
+    teaching = [i for i, group in enumerate(drawn) if not group.is_flat()]
+    flat = [i for i, group in enumerate(drawn) if group.is_flat()]
+    return [drawn[i] for i in sorted((teaching + flat)[:wanted])]
 
-    With a single update per step the policy has not moved when it is scored, so that update's own
-    forward gives the old log-probs and no extra pass is made.
+
+def with_advantages(groups: list[Group], scale: str) -> list[Group]:
+    """Compare the responses of each group. Every rank knows all groups here, so an advantage that
+    needs the whole batch is computed right, and once."""
+    rewards = torch.tensor([group.scores["reward"] for group in groups])  # (P, n)
+    advantages = grpo.group_advantages(rewards, scale)
+    return [replace(group, advantages=advantages[i]) for i, group in enumerate(groups)]
+
+
+@torch.no_grad()
+def score_tokens(run: Run, pack: TrainPack, is_first: bool) -> TrainPack:
+    """The pack with its old_logprobs, with ref_logprobs where there is a reference, and with
+    white_logprobs where tokens that look weigh more.
+
+    The first minibatch's packs get no old_logprobs: the policy has not moved when they are learnt
+    from, so that update's own forward gives them, and no extra pass is made.
     """
-    on_policy = len(minibatches) * run.settings.epochs == 1
-    for pack in (pack for minibatch in minibatches for pack in minibatch.packs):
-        if not on_policy:
-            pack.old_logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
-        if run.reference is not None:
-            with run.reference.without_adapters():
-                pack.ref_logprobs, _ = run.reference.logprobs(
-                    pack.groups, pack.features, entropy="none"
-                )
+    old = ref = white = None
+    if not is_first:
+        old, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
+    if run.reference is not None:
+        with run.reference.without_adapters():
+            ref, _ = run.reference.logprobs(pack.groups, pack.features, entropy="none")
+    if run.settings.look_weight:
+        white = score_white(run, pack)
+    return replace(pack, old_logprobs=old, ref_logprobs=ref, white_logprobs=white)
+
+
+@torch.no_grad()
+def score_white(run: Run, pack: TrainPack) -> Tensor:
+    """(N,) log-probs of the pack's tokens where all its pictures are white: one more forward."""
+    groups = []
+    for prompt, responses in pack.groups:
+        white_responses = []
+        for turns in responses:
+            white_responses.append(
+                [turn if isinstance(turn, Tensor) else run.reader.white(turn) for turn in turns]
+            )
+        groups.append((run.reader.white(prompt), white_responses))
+    logprobs, _ = run.actor.logprobs(groups, entropy="none")
+    return logprobs
 
 
 def update(
-    run: Run, minibatch: Minibatch, step: int, meter: SavedTensors | None = None
+    run: Run, minibatch: Minibatch, step: int, meter: SavedTensors | None
 ) -> dict[str, float]:
-    """One optimizer step. The loss is a sum over tokens with global weights, accumulated pack by
-    pack.
+    """One optimizer step. The loss is a sum over tokens with global weights, pack by pack.
 
     Returns:
         Sums over the minibatch's tokens, over all ranks, beside `tokens`, their count; {} if
@@ -201,46 +281,29 @@ def update(
     Raises:
         RuntimeError: sampler and trainer disagree by more than --max_sampler_gap, or as leave_out.
     """
-    s, world, sums = run.settings, dist.get_world_size(), collections.defaultdict(float)
+    s = run.settings
     if not minibatch.packs:
         return {}
+    entropy_kind = "gradient" if s.entropy_coefficient else "value"
+    sums = collections.Counter()
+    gap_max = 0.0
     for pack in minibatch.packs:
         with meter or contextlib.nullcontext():
-            logprobs, entropy = run.actor.logprobs(pack.groups, pack.features)
-        old = logprobs.detach() if pack.old_logprobs is None else pack.old_logprobs
-        advantages = grpo.spread(pack.advantages, pack.lengths)
-        losses, clipped = grpo.policy_loss(
-            logprobs, old, advantages, pack.lengths, s.clip_low, s.clip_high, s.ratio
-        )  # (N,)
-        losses = losses * grpo.importance_weights(
-            old, pack.sampler_logprobs, pack.lengths, s.importance_cap, s.importance
-        )
-        kl = torch.zeros_like(losses)
-        if pack.ref_logprobs is not None:
-            kl = grpo.kl_estimate(logprobs, pack.ref_logprobs, s.kl_estimator)
-        weights = grpo.token_weights(
-            pack.lengths,
-            s.aggregation,
-            minibatch.tokens,
-            minibatch.responses,
-            s.max_response_tokens,
-        )
-        loss = pack.weight * (weights * (losses + s.kl_coefficient * kl)).sum()
-        (
-            loss * world
-        ).backward()  # FSDP averages gradients over ranks, and this loss is a share of one sum
-        gap = (pack.sampler_logprobs - old).abs()
-        drift = grpo.kl_estimate(pack.sampler_logprobs, old, "k3")
-        for name, values in dict(
-            kl=kl, entropy=entropy, clipped=clipped, gap=gap, sampler_kl=drift
-        ).items():
+            logprobs, entropy = run.actor.logprobs(pack.groups, pack.features, entropy_kind)
+        if pack.old_logprobs is None:  # first forward of the step: the policy has not moved
+            pack.remember(logprobs.detach())
+        loss, measured = pack_loss(s, minibatch, pack, logprobs, entropy)
+        # FSDP averages gradients over ranks, and this loss is a share of one sum
+        (loss * dist.get_world_size()).backward()
+        for name, values in measured.items():
             sums[name] += pack.weight * values.detach().double().sum()
         sums["tokens"] += pack.weight * len(logprobs)
         sums["loss"] += loss.detach()
-        sums["gap_max"] = max(sums["gap_max"], float(gap.max() * pack.weight))
-    gap_max = all_max(sums.pop("gap_max"))
+        gap_max = max(gap_max, pack.weight * measured["gap"].max().item())
     totals = all_sum(sums, run.device)
-    trained = [p for p in run.actor.model.parameters() if p.grad is not None]
+    # the optimizer's own tensors: after a forward FSDP's root may show others in model.parameters()
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    trained = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
     grad_norm = full(norm).item()  # looked at before clipping, which spreads a nan to all gradients
     if not math.isfinite(grad_norm) or not math.isfinite(totals["loss"]):
@@ -249,17 +312,64 @@ def update(
     check_gap(totals["gap"] / totals["tokens"], s.max_sampler_gap, step)
     torch.nn.utils.clip_grads_with_norm_(trained, s.max_grad_norm, norm)
     run.optimizer.step()
-    gradients = local_bytes(p.grad for p in trained)
+    gradient_bytes = local_bytes(p.grad for p in trained)
     run.optimizer.zero_grad()
     run.schedule.step()
-    return totals | {"grad_norm": grad_norm, "gap_max": gap_max, "gradient_bytes": gradients}
+    measured = {"grad_norm": grad_norm, "gap_max": all_max(gap_max)}
+    return totals | measured | {"gradient_bytes": gradient_bytes}
+
+
+def pack_loss(
+    s: Settings, minibatch: Minibatch, pack: TrainPack, logprobs: Tensor, entropy: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a pack adds to the loss of its minibatch. A loss of your own goes here, or into
+    grpo.policy_loss.
+
+    Args:
+        logprobs, entropy: (N,) nats, with gradient (entropy only with --entropy_coefficient).
+
+    Returns:
+        A scalar; and (N,) each, to be summed for the metrics, see the README.
+    """
+    old = pack.old_logprobs
+    losses, clipped = grpo.policy_loss(
+        logprobs,
+        old,
+        pack.advantages,
+        pack.lengths,
+        clip_low=s.clip_low,
+        clip_high=s.clip_high,
+        clip_dual=s.clip_dual,
+        ratio=s.ratio,
+    )
+    losses = losses * grpo.importance_weights(
+        old, pack.sampler_logprobs, pack.lengths, cap=s.importance_cap, level=s.importance
+    )
+    kl = torch.zeros_like(losses)
+    if pack.ref_logprobs is not None:
+        kl = grpo.kl_estimate(logprobs, pack.ref_logprobs, s.kl_estimator)
+    weights = grpo.token_weights(
+        pack.lengths,
+        s.aggregation,
+        total_tokens=minibatch.tokens,
+        total_responses=minibatch.responses,
+        max_response_tokens=s.max_response_tokens,
+    )
+    if pack.white_logprobs is not None:
+        looks = old - pack.white_logprobs
+        weights = weights * grpo.look_weights(looks, pack.lengths, s.look_weight)
+    per_token = losses + s.kl_coefficient * kl - s.entropy_coefficient * entropy
+    loss = pack.weight * (weights * per_token).sum()
+    gap = (pack.sampler_logprobs - old).abs()
+    drift = grpo.kl_estimate(pack.sampler_logprobs, old, "k3")
+    return loss, dict(kl=kl, entropy=entropy, clipped=clipped, gap=gap, sampler_kl=drift)
 
 
 # --------------------------------------------------------------------------------------------------
-# from here on: groups -> minibatches -> packs
+# Groups -> minibatches -> packs
 
 
-@dataclass
+@dataclass(frozen=True)
 class Group:
     """The n rollouts of one problem, as every rank knows them after sampling."""
 
@@ -268,11 +378,19 @@ class Group:
     image_tokens: int  # of images and videos
     rollouts: list[Rollout]
     scores: dict[str, list[float]]  # n for each named reward, and "reward", their weighted sum
-    advantages: Tensor  # (n,)
+    advantages: Tensor | None = None  # (n,), known after the ranks have exchanged their groups
 
     def is_flat(self) -> bool:
-        """Whether all responses earned the same, so that there is nothing to learn."""
-        return not self.advantages.any()
+        """Whether all responses earned the same, so that there is nothing to compare."""
+        return len(set(self.scores["reward"])) == 1
+
+    def teaches(self, s: Settings) -> bool:
+        """Whether learning from this group has any gradient: an advantage, or a term of its own."""
+        return bool(self.advantages.any() or s.kl_coefficient or s.entropy_coefficient)
+
+    @property
+    def response_tokens(self) -> int:
+        return sum(len(rollout.response) for rollout in self.rollouts)
 
     @property
     def cost(self) -> float:
@@ -283,152 +401,165 @@ class Group:
         to an image token, and a token's attention over 30,000 keys costs as much as the rest of its
         layer.
         """
-        lengths = [r.tokens for r in self.rollouts]
-        pairs = self.prompt_tokens**2 / 2 + sum(n * (self.prompt_tokens + n / 2) for n in lengths)
+        lengths = [rollout.tokens for rollout in self.rollouts]
+        pairs = self.prompt_tokens**2 / 2
+        pairs += sum(length * (self.prompt_tokens + length / 2) for length in lengths)
         return self.prompt_tokens + self.image_tokens / 3 + sum(lengths) + pairs / 30_000
 
 
-def deal(costs: list[float], ranks: int) -> list[list[int]]:
-    """Share items out so that all ranks have about the same cost, by the largest differencing
-    method.
+Share = tuple[Group, list[int]]  # a group, and which of its responses
 
-    Karmarkar and Karp 1982: partial deals are kept in a heap, and the two most uneven ones are
-    merged, the heaviest share of one with the lightest of the other.
 
-    Returns:
-        For each rank, the indices of its items, ascending.
+@dataclass(frozen=True)
+class Plan:
+    """One update: the passes of every rank, and the global counts that normalise its loss."""
+
+    passes: list[list[list[Share]]]  # of every rank: its passes, each some shares
+    filler: list[Share]  # a pass that counts nothing, for ranks that have fewer
+    tokens: int
+    responses: int
+    imbalance: float  # dearest rank's cost over the mean, minus 1
+
+
+def plan_minibatches(groups: list[Group], s: Settings, ranks: int, packing: str) -> list[Plan]:
+    """Cut the step's groups into minibatches, deal each over the ranks, and cut every rank's share
+    into passes.
+
+    Every rank plans for all ranks, so no rank has to be asked how many passes it makes. Groups that
+    teach nothing are left out; they still count in the normalisation.
     """
-    heap = [(-cost, i, [(0.0, [])] * (ranks - 1) + [(cost, [i])]) for i, cost in enumerate(costs)]
-    heapq.heapify(heap)
-    while len(heap) > 1:
-        (_, i, a), (_, _, b) = heapq.heappop(heap), heapq.heappop(heap)
-        merged = [(x + y, p + q) for (x, p), (y, q) in zip(a, reversed(b), strict=True)]
-        merged.sort(key=lambda share: share[0])
-        heapq.heappush(heap, (merged[0][0] - merged[-1][0], i, merged))
-    return [sorted(items) for _, items in heap[0][2]] if heap else [[] for _ in range(ranks)]
+    plans = []
+    for i in range(0, len(groups), s.minibatch_prompts):
+        chosen = groups[i : i + s.minibatch_prompts]
+        teaching = [group for group in chosen if group.teaches(s)]
+        passes, loads = [], []
+        for indices in deal([group.cost for group in teaching], ranks):
+            share = [teaching[j] for j in indices]
+            passes.append(cut_into_packs(share, s.max_tokens_per_pack, packing == "shared"))
+            loads.append(sum(group.cost for group in share))
+        plans.append(
+            Plan(
+                passes=passes,
+                filler=[(group, [0]) for group in teaching[:1]],
+                tokens=sum(group.response_tokens for group in chosen),
+                responses=sum(len(group.rollouts) for group in chosen),
+                imbalance=max(loads) * ranks / sum(loads) - 1 if teaching else 0.0,
+            )
+        )
+    return plans
 
 
-def cut_into_packs(
-    groups: list[Group], max_tokens: int, shared: bool = True
-) -> list[list[tuple[Group, list[int]]]]:
+def deal(costs: list[float], ranks: int) -> list[list[int]]:
+    """Share items out so that all ranks have about the same cost: the dearest first, each to the
+    least loaded rank. Returns each rank's items by index, ascending."""
+    loads = [0.0] * ranks
+    shares = [[] for _ in range(ranks)]
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = loads.index(min(loads))
+        loads[least] += costs[i]
+        shares[least].append(i)
+    return [sorted(share) for share in shares]
+
+
+def cut_into_packs(groups: list[Group], max_tokens: int, shared: bool = True) -> list[list[Share]]:
     """Cut groups into forward passes of at most `max_tokens` tokens where possible.
 
     Groups stay whole where they fit and are split along responses where not (each part then repeats
     the prompt); a single response that does not fit gets a pass of its own. Without sharing every
     response brings its prompt.
-
-    Returns:
-        Packs, each a list of (group, indices of its responses).
     """
-    parts = []
+    parts = []  # (tokens, share)
     for group in groups:
-        part, used, repeated = [], group.prompt_tokens, 0 if shared else group.prompt_tokens
+        repeated = 0 if shared else group.prompt_tokens
+        chosen, used = [], group.prompt_tokens
         for i, rollout in enumerate(group.rollouts):
-            if part and used + rollout.tokens + repeated > max_tokens:
-                parts.append((used, group, part))
-                part, used = [], group.prompt_tokens
-            used += rollout.tokens + (repeated if part else 0)
-            part.append(i)
-        parts.append((used, group, part))
-    packs = []  # first fit, largest first
-    for used, group, part in sorted(parts, key=lambda p: -p[0]):
-        for pack in packs:
-            if pack[0] + used <= max_tokens:
-                pack[0] += used
-                pack[1].append((group, part))
-                break
+            if chosen and used + rollout.tokens + repeated > max_tokens:
+                parts.append((used, (group, chosen)))
+                chosen, used = [], group.prompt_tokens
+            used += rollout.tokens + (repeated if chosen else 0)
+            chosen.append(i)
+        parts.append((used, (group, chosen)))
+    parts.sort(key=lambda part: -part[0])
+    packs, filled = [], []  # first fit, largest first
+    for used, share in parts:
+        fitting = [i for i, tokens in enumerate(filled) if tokens + used <= max_tokens]
+        if fitting:
+            packs[fitting[0]].append(share)
+            filled[fitting[0]] += used
         else:
-            packs.append([used, [(group, part)]])
-    return [pack for _, pack in packs]
+            packs.append([share])
+            filled.append(used)
+    return packs
 
 
 @dataclass
 class TrainPack:
     """One forward pass of one rank, with all that its loss needs, flat over its N tokens."""
 
-    groups: list[tuple]  # (prompt, [turns, ...]) pairs for Actor.logprobs
+    groups: list[tuple]  # (prompt, responses) pairs for Actor.logprobs
     lengths: Tensor  # (R,) tokens that the policy wrote in each response
-    advantages: Tensor  # (R,)
+    advantages: Tensor  # (N,)
     sampler_logprobs: Tensor  # (N,) nats, like the next two
-    old_logprobs: Tensor | None = (
-        None  # None: the same forward gives them, because this update is on-policy
-    )
+    old_logprobs: Tensor | None = None  # None until the policy has been asked, see score_tokens
     ref_logprobs: Tensor | None = None
-    features: dict | None = (
-        None  # of a frozen vision tower, computed once for all passes over this pack
-    )
-    weight: float = (
-        1.0  # 0 for a filler, which a rank runs so that all ranks make the same number of passes
-    )
+    white_logprobs: Tensor | None = None  # old_logprobs with white pictures, for --look_weight
+    features: dict | None = None  # of a frozen vision tower, computed once for all passes
+    weight: float = 1.0  # 0 for a filler: all ranks make the same number of passes
+
+    def remember(self, old_logprobs: Tensor) -> None:
+        """Keep what the policy thought when the step began, for the epochs to come."""
+        self.old_logprobs = old_logprobs
 
 
-@dataclass
+@dataclass(frozen=True)
 class Minibatch:
     """This rank's passes of one update, and the global counts by which its loss is normalised."""
 
     packs: list[TrainPack]
     tokens: int
     responses: int
-    imbalance: float  # dearest rank's cost over the mean, minus 1
+    imbalance: float
 
 
-def plan_minibatches(run: Run, groups: list[Group]) -> list[Minibatch]:
-    """Cut the step's groups into minibatches, deal each over the ranks and cut every rank's share
-    into packs.
-
-    Every rank plans for all ranks, so no rank has to be asked how many passes it makes. Groups
-    whose advantages are all 0 are left out where nothing else gives them a gradient; they still
-    count in the normalisation.
-    """
-    s, rank, world = run.settings, dist.get_rank(), dist.get_world_size()
-    minibatches, shared = [], run.actor.packing == "shared"
-    for i in range(0, len(groups), s.minibatch_prompts):
-        chosen = groups[i : i + s.minibatch_prompts]
-        teaching = [g for g in chosen if not g.is_flat() or s.kl_coefficient]
-        costs = [g.cost for g in teaching]
-        shares = deal(costs, world)
-        plans = [
-            cut_into_packs([teaching[j] for j in share], s.max_tokens_per_pack, shared)
-            for share in shares
-        ]
-        passes = max(map(len, plans))
-        packs = [build_pack(run, plan) for plan in plans[rank]]
-        while len(packs) < passes:
-            filler = build_pack(run, [(teaching[0], [0])])
-            packs.append(dataclasses.replace(filler, weight=0.0))
-        loads = [sum(costs[j] for j in share) for share in shares]
-        minibatches.append(
-            Minibatch(
-                packs=packs,
-                tokens=sum(len(r.response) for g in chosen for r in g.rollouts),
-                responses=sum(len(g.rollouts) for g in chosen),
-                imbalance=max(loads) * world / sum(loads) - 1 if teaching else 0.0,
-            )
-        )
-    return minibatches
+def load_minibatch(run: Run, plan: Plan, is_first: bool) -> Minibatch:
+    """This rank's passes of a plan, on its device, each scored as soon as it is there: a GPU works
+    while the prompts of the next pass are made."""
+    own = plan.passes[dist.get_rank()]
+    packs = [score_tokens(run, load_pack(run, shares), is_first) for shares in own]
+    for _ in range(max(map(len, plan.passes)) - len(own)):
+        filler = score_tokens(run, load_pack(run, plan.filler), is_first)
+        packs.append(replace(filler, weight=0.0))
+    return Minibatch(packs, plan.tokens, plan.responses, plan.imbalance)
 
 
-def build_pack(run: Run, plan: list[tuple[Group, list[int]]]) -> TrainPack:
-    """Bring a planned pass onto this rank's device; prompts sampled elsewhere are made again from
-    their rows."""
+def load_pack(run: Run, shares: list[Share], problems: data.Problems | None = None) -> TrainPack:
+    """One pass; prompts that were sampled elsewhere are made again from their rows, those of the
+    training set unless told. An advantage per token would be spread here."""
+    problems = run.train_set if problems is None else problems
     groups, rollouts, advantages = [], [], []
-    for group, chosen in plan:
-        prompt = run.reader(run.train_set[group.index])
+    for group, chosen in shares:
+        prompt = run.reader(problems[group.index])
         picked = [group.rollouts[i] for i in chosen]
         groups.append((prompt, [rollout.read(run.reader) for rollout in picked]))
         rollouts += picked
         advantages.append(group.advantages[chosen])
+    lengths = torch.tensor([len(rollout.response) for rollout in rollouts])
+    sampler_logprobs = torch.cat([rollout.sampler_logprobs for rollout in rollouts])
     return TrainPack(
         groups=groups,
         features=run.actor.image_features(prompts_of(turns_of(groups))),
-        lengths=torch.tensor([len(r.response) for r in rollouts], device=run.device),
-        advantages=torch.cat(advantages).to(run.device),
-        sampler_logprobs=torch.cat([r.sampler_logprobs for r in rollouts]).to(run.device),
+        lengths=lengths.to(run.device),
+        advantages=grpo.spread(torch.cat(advantages), lengths).to(run.device),
+        sampler_logprobs=sampler_logprobs.to(run.device),
     )
 
 
 # --------------------------------------------------------------------------------------------------
-# What stops a run: a gap, what is not finite; and what the first update took
+# --- from here on: what surrounds the algorithm. First what stops a run: a gap, what is not finite,
+# a signal; and what the first update took
+
+
+NOT_EVALUATED = -1.0  # in place of an accuracy
 
 
 def leave_out(run: Run, minibatch: Minibatch, step: int, why: str) -> None:
@@ -438,55 +569,58 @@ def leave_out(run: Run, minibatch: Minibatch, step: int, why: str) -> None:
     RuntimeError if there are now more than --max_not_finite of them.
     """
     run.not_finite += 1
-    file = (
-        run.settings.folder
-        / "not-finite"
-        / f"step-{step:06d}-{run.not_finite}-rank-{dist.get_rank()}.pt"
-    )
-    gradients = {
-        name: p.grad for name, p in run.actor.model.named_parameters() if p.grad is not None
-    }
-    broken = [name for name, gradient in gradients.items() if not full(gradient).isfinite().all()]
-    places = run.actor.positions
-    packs = [
-        {key: value for key, value in vars(pack).items() if isinstance(value, Tensor)}
-        | {
-            "groups": [
-                (
-                    prompt.problem.where,
-                    prompt.ids,
-                    [lay_out(turns, places)[0] for turns in responses],
-                )
-                for prompt, responses in pack.groups
-            ]
-        }
-        for pack in minibatch.packs
-    ]
+    broken = []
+    for name, p in run.actor.model.named_parameters():
+        if p.grad is not None and not full(p.grad).isfinite().all():
+            broken.append(name)
+    name = f"step-{step:06d}-{run.not_finite}-rank-{dist.get_rank()}.pt"
+    file = run.settings.folder / "not-finite" / name
     file.parent.mkdir(parents=True, exist_ok=True)
+    packs = [plain_pack(pack, run.actor.positions) for pack in minibatch.packs]
     torch.save({"why": why, "broken_gradients": broken, "packs": packs}, file)
     run.optimizer.zero_grad()
-    say(
-        message
-        := f"step {step}: {why}; the weights were left as they were, and the minibatch is in {file}"
+    message = (
+        f"step {step}: {why}; the weights were left as they were, and the minibatch is in {file}"
     )
-    if run.not_finite > (limit := run.settings.max_not_finite):
-        causes = "Usual causes: a learning rate too high, or a reward that is not finite"
+    say(message)
+    limit = run.settings.max_not_finite
+    if run.not_finite > limit:
         raise RuntimeError(
-            f"{message}. It was number {run.not_finite}, --max_not_finite is {limit}. {causes}"
+            f"{message}. It was number {run.not_finite}, --max_not_finite is {limit}. Usual causes: "
+            "a learning rate too high, or a reward that is not finite"
         )
+
+
+def plain_pack(pack: TrainPack, positions: Callable) -> dict:
+    """A pack as tensors and texts alone, which torch.load reads with weights_only=True."""
+    plain = {name: value for name, value in vars(pack).items() if isinstance(value, Tensor)}
+    groups = []
+    for prompt, responses in pack.groups:
+        ids = [lay_out(turns, positions)[0] for turns in responses]
+        groups.append((prompt.problem.where, prompt.ids, ids))
+    return plain | {"groups": groups}
 
 
 def check_gap(gap: float, limit: float, step: int) -> None:
     """Stop a run whose rollouts are not its policy's: `gap` and `limit` are mean nats per token."""
     if not gap <= limit:
         raise RuntimeError(
-            f"step {step}: sampler and trainer disagree by {gap:.3f} nats per token (--max_sampler_gap {limit}), so "
-            "the rollouts are not the policy's. Usual causes: weights not synced, another temperature, another image "
-            "resize, or tokens re-encoded from text"
+            f"step {step}: sampler and trainer disagree by {gap:.3f} nats per token "
+            f"(--max_sampler_gap {limit}), so the rollouts are not the policy's. Usual causes: "
+            "weights not synced, another temperature, another image resize, or tokens re-encoded "
+            "from text"
         )
 
 
-def check_against_sampler(engine: HFEngine | VLLMEngine, actor: Actor, prompts: list) -> None:
+def leave(run: Run, number: int) -> None:
+    """End this process as the signal asks, once the checkpoint is whole."""
+    finish_checkpoint(run)
+    name = signal.Signals(number).name
+    say(f"step {run.step}: {name}; the checkpoint is written, go on with --resume auto")
+    sys.exit(128 + number)
+
+
+def check_against_sampler(engine: Engine, actor: Actor, prompts: list) -> None:
     """Before training, sample a few tokens and compare the sampler's log-probs with the trainer's.
 
     check_packing compares with the padded forward, which may be wrong itself; the sampler is
@@ -519,30 +653,24 @@ def check_against_sampler(engine: HFEngine | VLLMEngine, actor: Actor, prompts: 
         )
 
 
-def measure_memory(run: Run, meter: SavedTensors | None, totals: dict) -> None:
-    """Say what the first update took."""
-    if meter and totals:
-        states = [state for moments in run.optimizer.state.values() for state in moments.values()]
-        measured = memory_report(run, totals["gradient_bytes"], local_bytes(states), meter.bytes)
-        peak = (
-            f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} at most"
-            if run.device.type == "cuda"
-            else ""
-        )
-        say(f"memory of rank 0 in GiB, measured: {measured}{peak}")
-
-
-def memory_report(run: Run, gradients: float, optimizer: float, activations: float) -> str:
-    """One line of GiB on rank 0, of bytes."""
+def measure_memory(run: Run, meter: SavedTensors | None, totals: dict) -> SavedTensors | None:
+    """Say once what an update took. Returns the meter for the next update, None when it is done."""
+    if meter is None or not totals:
+        return meter
+    states = [state for moments in run.optimizer.state.values() for state in moments.values()]
     sizes = dict(
         parameters=local_bytes(run.actor.model.parameters()),
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=activations,
+        gradients=totals["gradient_bytes"],
+        optimizer=local_bytes(states),
+        activations=meter.bytes,
     )
     if run.reference not in (None, run.actor):
         sizes["reference"] = local_bytes(run.reference.model.parameters())
-    return ", ".join(f"{name} {size / 2**30:.3f}" for name, size in sizes.items())
+    if run.device.type == "cuda":
+        sizes["most at a time"] = torch.cuda.max_memory_allocated()
+    told = ", ".join(f"{name} {size / 2**30:.3f}" for name, size in sizes.items())
+    say(f"memory of rank 0 in GiB, measured: {told}")
+    return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -557,28 +685,83 @@ def evaluation(run: Run, log: report.Log) -> float:
         Accuracy with the problems' own images.
     """
     s, views = run.settings, data.VIEWS
-    if 0 < run.step < s.steps or len({hash(p.images) for p in run.test_set if p.images}) < 2:
+    images = {hash(problem.images) for problem in run.test_set if problem.images}
+    if 0 < run.step < s.steps or len(images) < 2:
         views = ("own",)
     accuracy = {}
     for view in views:
-        metrics, records = evaluate(
+        metrics, records, rollouts = evaluate(
             run.engine,
             run.test_set,
             run.reader,
-            s.eval_samples,
-            s.seed,
-            s.reward_weights,
-            run.grader,
+            n=s.eval_samples,
+            seed=s.seed,
+            weights=s.reward_weights,
+            grader=run.grader,
             rows=s.eval_rows,
             view=view,
         )
         accuracy[view] = metrics["accuracy"]
+        if view == "own":
+            metrics |= measure_looks(run, rollouts)
         name = "eval" if view == "own" else view
-        log.write(run.step, {f"{name}/{k}": v for k, v in metrics.items()})
+        log.write(run.step, {f"{name}/{metric}": value for metric, value in metrics.items()})
         say(f"step {run.step}: {name}, {len(records)} responses: {describe(metrics)}")
         log.responses(name, records)
+    log.check_looks(run.step)
     log.page()
     return accuracy["own"]
+
+
+LOOKED_AT = 64  # held-out problems
+
+
+@torch.no_grad()
+def measure_looks(run: Run, rollouts: dict[int, Rollout]) -> dict[str, float]:
+    """How much answers owe to the pictures of the first held-out problems that have some.
+
+    Returns:
+        `looks`, mean nats over the tokens that the policy wrote, of log p(token | picture) -
+        log p(token | white picture), and `looks_answer`, over those inside the last box; nothing
+        where there is no picture or no box.
+    """
+    seen = [i for i in sorted(rollouts) if run.test_set[i].images or run.test_set[i].videos]
+    seen = seen[:LOOKED_AT]
+    if not seen:
+        return {}
+    own = seen[dist.get_rank() :: dist.get_world_size()]
+    groups = [looked_at(run, i, rollouts[i]) for i in own]
+    # vLLM may be awake beside this, so the passes are small
+    passes = cut_into_packs(groups, run.settings.max_tokens_per_pack // 4)
+    filler = [(looked_at(run, seen[0], rollouts[seen[0]]), [0])]
+    sums = dict(looks=0.0, tokens=0.0, looks_answer=0.0, answer_tokens=0.0)
+    for i in range(int(all_max(len(passes)))):  # equally many on every rank
+        shares = passes[i] if i < len(passes) else filler
+        pack = load_pack(run, shares, run.test_set)
+        logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
+        looks = (logprobs - score_white(run, pack)).cpu()
+        if i >= len(passes):
+            continue
+        inside = []
+        for group, _ in shares:
+            texts = report.token_texts(run.actor.processor.tokenizer, group.rollouts[0].response)
+            inside += reward.inside_box(texts)
+        inside = torch.tensor(inside)
+        sums["looks"] += looks.sum().item()
+        sums["tokens"] += len(looks)
+        sums["looks_answer"] += looks[inside].sum().item()
+        sums["answer_tokens"] += inside.sum().item()
+    totals = all_sum(sums, run.device)
+    metrics = {"looks": totals["looks"] / totals["tokens"]}
+    if totals["answer_tokens"]:
+        metrics["looks_answer"] = totals["looks_answer"] / totals["answer_tokens"]
+    return metrics
+
+
+def looked_at(run: Run, index: int, rollout: Rollout) -> Group:
+    """A held-out problem and a response to it, to be laid into a pack."""
+    prompt = run.reader(run.test_set[index])
+    return Group(index, len(prompt.ids), 0, [rollout], scores={}, advantages=torch.zeros(1))
 
 
 @torch.no_grad()
@@ -594,10 +777,15 @@ def show_rollouts(run: Run, log: report.Log, groups: list[Group]) -> None:
     shown = []
     for group in sorted(groups, key=Group.is_flat)[: report.SHOWN_GROUPS]:
         chosen = list(range(len(group.rollouts)))[: report.SHOWN_RESPONSES]
-        pack = build_pack(run, [(group, chosen)])
+        pack = load_pack(run, [(group, chosen)])
         logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
         moved = (logprobs - pack.sampler_logprobs).split(pack.lengths.tolist())
-        shown.append(report.shown_group(pack.groups[0][0], group, moved, run.actor.processor))
+        [(prompt, responses)] = pack.groups
+        looks = None
+        if any(turn.images or turn.videos for turn in prompts_of(turns_of(pack.groups))):
+            looks = (logprobs - score_white(run, pack)).split(pack.lengths.tolist())
+        tokenizer = run.actor.processor.tokenizer
+        shown.append(report.shown_group(prompt, responses, group, moved, tokenizer, looks))
     log.rollouts(run.step + 1, len(groups), shown)
 
 
@@ -613,13 +801,15 @@ class Run:
     device: torch.device
     actor: Actor
     reference: Actor | None
-    engine: HFEngine | VLLMEngine
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    engine: Engine
+    optimizer: torch.optim.Optimizer | None  # None, as the schedule: --steps 0 evaluates alone
+    schedule: torch.optim.lr_scheduler.LRScheduler | None
     train_set: data.Problems
     test_set: data.Problems
     grader: reward.Grader
     reader: data.Reader
+    state: dict[str, Tensor] = field(default_factory=dict)  # of your own, saved in checkpoints:
+    # tensors on the CPU, equal on all ranks
     step: int = 0  # steps done
     not_finite: int = 0  # updates left out
     best: tuple[float, int] = (-1.0, 0)  # accuracy and step of the best checkpoint
@@ -628,117 +818,216 @@ class Run:
     saving_group: dist.ProcessGroup | None = None  # for the thread that writes it
 
 
-GENERATED = {  # task -> what draws its problems, their folder, the tiny model's, updates of its warm-up
-    "": (make_figures, "figures", "tiny-model", 150),
-    "codeword": (make_codewords, "codewords", "codeword-model", 30),
-}
+class Together(torch.optim.Optimizer):
+    """Optimizers of different weights as one, which shares their groups and state: schedules and
+    checkpoints look there."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]):
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        for part in parts:
+            part.state = self.state
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
 
 
-def prepare_tiny(s: Settings) -> Settings:
-    """Fill in what the settings leave empty: generated problems, and the tiny model warmed up on
-    them.
+def build_optimizer(
+    s: Settings, actor: Actor
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """What moves the trained weights of an actor that is sharded, and how far.
 
-    Both are made once, under --out, by rank 0; delete the folders to make them again.
+    Weights come with their names, by which checkpoints keep what the optimizer holds. Muon
+    (arXiv:2502.16982) takes the matrices of the language model but its tables of tokens, at the
+    root mean square of an AdamW step, so that one learning rate serves both.
     """
-    make, *names, updates = GENERATED[s.task]
-    problems, model = (Path(s.out) / name for name in names)
-    if dist.get_rank() == 0 and not (s.model and s.data):
-        if not problems.exists():
-            make(problems.with_suffix(".partial"))
-            problems.with_suffix(".partial").rename(problems)
-        if not s.model and not model.exists():
-            rows = data.load_problems(str(problems))
-            say(f"no --model given: building the tiny Qwen2.5-VL in {model} and warming it up")
-            build_warm_tiny(
-                model.with_suffix(".partial"), rows, s.instruction, s.seed, updates=updates
-            )
-            model.with_suffix(".partial").rename(model)
-    dist.barrier()
-    return dataclasses.replace(s, model=s.model or str(model), data=s.data or str(problems))
+    tables = {actor.model.get_input_embeddings().weight, actor.model.get_output_embeddings().weight}
+    matrices, rest = [], []
+    for name, p in actor.model.named_parameters():
+        hidden_matrix = actor.part(name) == "language" and p.ndim == 2 and p not in tables
+        if p.requires_grad and s.optimizer == "muon" and hidden_matrix:
+            matrices.append((name, p))
+        elif p.requires_grad:
+            rest.append((name, p))
+    common = dict(lr=s.learning_rate, weight_decay=s.weight_decay)
+    parts = []
+    if matrices:
+        parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **common))
+    if rest:
+        fused = actor.device.type == "cuda"
+        parts.append(torch.optim.AdamW(rest, betas=(0.9, s.beta2), fused=fused, **common))
+    optimizer = parts[0] if len(parts) == 1 else Together(parts)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, s.rate)
 
 
 def build(s: Settings, device: torch.device) -> Run:
-    """Load, check and shard everything that the loop needs."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    options = dict(
-        pixels=(s.min_pixels, s.max_pixels), temperature=s.temperature, packing=s.packing
+    """Load, check and shard everything that the loop needs, in five steps; where --steps is 0, only
+    what an evaluation needs."""
+    actor = load_actor(s, device)
+    reader, train_set, test_set, rows = load_data(s, actor)
+    # vLLM measures the free memory of the GPU when it starts, so it comes before the trainer's
+    # weights
+    engine = load_engine(s, actor, reader, rows)
+    reference = optimizer = schedule = None
+    if s.steps:
+        engine.sleep()
+        videos = any(row.videos for row in rows)
+        shard_actor(s, actor, device, videos)
+        check_packing(actor, check_prompts(train_set, reader))
+        reference = load_reference(s, actor, device, videos)
+        optimizer, schedule = build_optimizer(s, actor)
+    elif isinstance(without_conversations(engine), HFEngine):
+        actor.model.to(device)
+    judge = reward.Judge(s.judge_url, s.judge_model, s.judge_strict) if s.judge_model else None
+    run = Run(
+        settings=s,
+        device=device,
+        actor=actor,
+        reference=reference,
+        engine=engine,
+        optimizer=optimizer,
+        schedule=schedule,
+        train_set=train_set,
+        test_set=test_set,
+        grader=reward.Grader(rounding=s.rounding, judge=judge),
+        reader=reader,
     )
-    keys = dict(
-        image_key=s.image_key,
-        problem_key=s.problem_key,
-        answer_key=s.answer_key,
-        type_key=s.type_key,
-        source_key=s.source_key,
-        video_key=s.video_key,
-    )
-    places = ((s.data, s.split), (s.test_data or s.data, s.test_split))
-    sets = [data.load_problems(path, split, **keys) for path, split in places]
-    if both := {row[0] for row in sets[0].rows} & {row[0] for row in sets[1].rows}:
-        raise ValueError(
-            f"{min(both)} would be trained on and held out; set --test_data or --test_split"
+    # what is here stays, and need not be looked at again by the collections of every sleep
+    gc.collect()
+    gc.freeze()
+    return run
+
+
+def load_actor(s: Settings, device: torch.device) -> Actor:
+    """The policy, on the CPU and whole, in the dtype that it computes in. ValueError if there is no
+    such model."""
+    with explained_loading(s.model):
+        return Actor.from_pretrained(
+            s.model,
+            s.compute_dtype(device),
+            pixels=(s.min_pixels, s.max_pixels),
+            temperature=s.temperature,
+            packing=s.packing,
         )
-    actor = Actor.from_pretrained(s.model, dtype, **options)
+
+
+@contextlib.contextmanager
+def explained_loading(model: str) -> Iterator[None]:
+    """ValueError where transformers finds no such model, or no file of it."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"--model {model} cannot be loaded: {error}") from error
+
+
+def load_data(
+    s: Settings, actor: Actor
+) -> tuple[data.Reader, data.Problems, data.Problems, list[data.CheckedRow]]:
+    """What makes all prompts, the problems to train on (none for --steps 0), the held-out ones, and
+    what their check has seen in every row of both.
+
+    Raises:
+        ValueError: a file or row is unusable, a file is in both sets, or no row has a source that
+            --rewards names.
+    """
+    environment = find_environment(s.task)
     reader = data.Reader(
         actor.processor,
         s.min_pixels,
         s.max_pixels,
         s.instruction,
         s.video_limits,
-        first=(lambda problem: ENVIRONMENTS[s.task](problem).first) if s.task else None,
-        kept=2 * s.prompts_per_step,
+        first=(lambda problem: environment(problem).first) if environment else None,
+        # a rank's share of a step, and of the next one, whose prompts are made meanwhile
+        kept=2 * math.ceil(s.prompts_per_step / dist.get_world_size()),
     )
-    for i, (path, split) in enumerate(places):
-        sets[i], kept = data.usable_problems(sets[i], reader, s.max_prompt_tokens, s.skip_bad_rows)
-        say(f"{path}, {split}: {kept}")
-    say(
-        f"a question's commonest answer in training would score {chance(*sets):.3f} on the held-out problems"
-    )
-    if sources := set(s.reward_weights) - {""}:
-        if unknown := sources - {p.source for problems in sets for p in problems}:
-            raise ValueError(
-                f"--rewards names sources that no problem has: {sorted(unknown)}; see --source_key"
-            )
-    max_videos = max(len(p.videos) for problems in sets for p in problems)
-    # vLLM measures the free memory of the GPU when it starts, so it comes before the trainer's
-    # weights
+    test_set = open_data(s, s.test_data or s.data, s.test_split)
+    train_set = open_data(s, s.data, s.split) if s.steps else data.Problems([])
+    both = train_set.files & test_set.files
+    if both:
+        raise ValueError(
+            f"{min(both)} would be trained on and held out; set --test_data or --test_split"
+        )
+    limits = (s.max_prompt_tokens, s.skip_bad_rows)
+    test_set, checked = data.usable_problems(test_set, reader, *limits)
+    say(f"held out: {checked}")
+    rows = checked.rows
+    if s.steps:
+        train_set, checked = data.usable_problems(train_set, reader, *limits)
+        say(f"to train on: {checked}")
+        guessed = chance(train_set, test_set)
+        say(f"a question's commonest answer in training would score {guessed:.3f} on held-out ones")
+        rows = checked.rows + rows
+    unknown = set(s.reward_weights) - {""} - {row.source for row in rows}
+    if unknown:
+        raise ValueError(
+            f"--rewards names sources that no problem has: {sorted(unknown)}; name their column "
+            "with --columns source=NAME"
+        )
+    return reader, train_set, test_set, rows
+
+
+def open_data(s: Settings, path: str, split: str) -> data.Problems:
+    """The rows of a data set, and a sentence on what was taken for what."""
+    problems = data.load_problems(path, split, s.columns, s.image_folder)
+    for sentence in data.describe(problems):
+        say(f"{path}, {split}: {sentence}")
+    return problems
+
+
+def chance(train_set, test_set) -> float:
+    """Accuracy of the best answer that never looks: a question's commonest gold in training."""
+    golds = collections.defaultdict(collections.Counter)
+    for problem in train_set:
+        golds[problem.question][problem.answer] += 1
+    commonest = {question: counts.most_common(1)[0][0] for question, counts in golds.items()}
+    return sum(p.answer == commonest.get(p.question) for p in test_set) / len(test_set)
+
+
+def load_engine(
+    s: Settings, actor: Actor, reader: data.Reader, rows: list[data.CheckedRow]
+) -> Engine:
+    """What samples, awake, with the conversations of --task around it; `rows`: of all problems,
+    whose images, beside those that an environment adds, are the most in a conversation."""
+    environment = find_environment(s.task)
     engine, why = build_engine(
         s.engine,
         actor,
         s.model,
         tp=s.rollout_tp,
-        memory_fraction=s.memory_fraction,
+        memory_fraction=s.memory_fraction or 0.6,
         eager=s.eager,
         max_prompt_tokens=s.max_prompt_tokens,
         max_response_tokens=s.max_response_tokens,
-        max_images=max(len(p.images) for problems in sets for p in problems),
-        max_videos=max_videos,
+        max_images=max(row.images for row in rows) + getattr(environment, "images", 0),
+        max_videos=max(row.videos for row in rows),
     )
     say(why)
-    if s.task:
-        engine = Conversations(engine, ENVIRONMENTS[s.task], reader, s.max_prompt_tokens)
-    engine.sleep()
-    adapt(actor, s)
-    actor.shard(device, max_videos > 0)
-    say(actor.report())
-    if actor.packing != "padded":
-        gap = actor.check_packing(check_prompts(sets[0], reader))
-        say(f"packing {actor.packing}: log-probs within {gap:.1g} nats of the padded forward")
-    reference = (
-        actor if s.kl_coefficient and s.lora_rank else None
-    )  # without its adapters it is the base model
-    if s.kl_coefficient and not s.lora_rank:
-        reference = Actor.from_pretrained(s.model, dtype, **options)
-        reference.model.requires_grad_(False)
-        reference.shard(device, max_videos > 0, s.reference_on_cpu)
-    trained = [p for p in actor.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=s.learning_rate, weight_decay=s.weight_decay, betas=(0.9, s.beta2)
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, s.rate)
-    judge = reward.Judge(s.judge_url, s.judge_model, s.judge_strict) if s.judge_model else None
-    grader = reward.Grader(rounding=s.rounding, judge=judge)
-    run = Run(s, device, actor, reference, engine, optimizer, schedule, *sets, grader, reader)
-    return run
+    if environment:
+        return Conversations(engine, environment, reader, s.max_prompt_tokens)
+    return engine
+
+
+def without_conversations(engine: Engine) -> Engine:
+    """The engine itself, where --task has put conversations around it."""
+    return engine.engine if isinstance(engine, Conversations) else engine
+
+
+def shard_actor(s: Settings, actor: Actor, device: torch.device, videos: bool) -> None:
+    """Freeze, add adapters and checkpoint as the settings say, then share the weights out over the
+    ranks; `videos`: any rank may bring some."""
+    frozen = ["tower"] if s.freeze_vision else []
+    if s.freeze_projector:
+        frozen.append("projector")
+    if s.lora_rank:
+        actor.add_lora(s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets)
+    elif frozen:
+        actor.freeze(*frozen)
+    if s.gradient_checkpointing:
+        actor.checkpoint_activations()
+    actor.shard(device, s.compute_dtype(device), videos=videos, shard_ranks=s.shard_ranks)
+    say(actor.summarize_trained())
 
 
 def check_prompts(problems: data.Problems, reader: data.Reader) -> list[data.Prompt]:
@@ -751,135 +1040,263 @@ def check_prompts(problems: data.Problems, reader: data.Reader) -> list[data.Pro
     return [reader(first), reader(second)]
 
 
-def adapt(actor: Actor, s: Settings) -> None:
-    """Freeze, add adapters and checkpoint as the settings say; before sharding."""
+def check_packing(actor: Actor, prompts: list[data.Prompt]) -> None:
+    """RuntimeError if this model's packed forward does not score as its padded one does."""
+    if actor.packing != "padded":
+        gap = actor.check_packing(prompts)
+        say(f"packing {actor.packing}: log-probs within {gap:.1g} nats of the padded forward")
+
+
+def load_reference(s: Settings, actor: Actor, device: torch.device, videos: bool) -> Actor | None:
+    """The policy as it was, for the KL; with LoRA it is the policy itself without its adapters."""
+    if not s.kl_coefficient:
+        return None
     if s.lora_rank:
-        actor.add_lora(s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets)
-    elif s.freeze_vision or s.freeze_projector:
-        actor.freeze(*["tower"] * s.freeze_vision, *["projector"] * s.freeze_projector)
-    if s.gradient_checkpointing:
-        actor.checkpoint_activations()
+        return actor
+    say(f"loading {s.model} once more, as the KL's reference")
+    reference = load_actor(s, device)
+    reference.model.requires_grad_(False)
+    reference.shard(
+        device,
+        s.compute_dtype(device),
+        videos=videos,
+        offload=s.reference_on_cpu,
+        shard_ranks=s.shard_ranks,
+    )
+    return reference
 
 
-def chance(train_set, test_set) -> float:
-    """Accuracy of the best answer that never looks: a question's commonest gold in training."""
-    golds = collections.defaultdict(collections.Counter)
-    for problem in train_set:
-        golds[problem.question][problem.answer] += 1
-    commonest = {question: counts.most_common(1)[0][0] for question, counts in golds.items()}
-    return sum(p.answer == commonest.get(p.question) for p in test_set) / len(test_set)
+# --------------------------------------------------------------------------------------------------
+# What the settings leave empty: the demonstration's problems and model, the sampler's memory
+
+
+# task -> what draws its problems, their folder, the tiny model's, updates of its warm-up
+GENERATED = {
+    "": (make_figures, "figures", "tiny-model", 150),
+    "codeword": (make_codewords, "codewords", "codeword-model", 30),
+}
+
+
+def prepare_tiny(s: Settings) -> Settings:
+    """Fill in --data and --model where they are empty: generated problems, and the tiny model
+    warmed up on them.
+
+    Both are made once, under --out, by rank 0; delete the folders to make them again. ValueError
+    for a --task whose problems are not generated.
+    """
+    if s.model and s.data:
+        return s
+    if s.task not in GENERATED:
+        raise ValueError(
+            f"no problems are generated for --task {s.task}, so no tiny model can be warmed up on "
+            "them; give --model and --data"
+        )
+    make, problems_name, model_name, updates = GENERATED[s.task]
+    problems, model = Path(s.out) / problems_name, Path(s.out) / model_name
+    if dist.get_rank() == 0:
+        if not problems.exists():
+            say(f"no --data given: drawing problems into {problems}")
+            partial = problems.with_suffix(".partial")
+            make(partial)
+            partial.rename(problems)
+        if not s.model and not model.exists():
+            say(
+                f"no --model given: building a tiny Qwen2.5-VL in {model}, and warming it up with "
+                f"{updates} updates on {problems}"
+            )
+            partial = model.with_suffix(".partial")
+            rows = data.load_problems(problems)
+            warm_up = getattr(find_environment(s.task), "warm_up", ("ok",))
+            build_warm_tiny(partial, rows, s.instruction, s.seed, updates=updates, warm_up=warm_up)
+            partial.rename(model)
+    dist.barrier()
+    return dataclasses.replace(s, model=s.model or str(model), data=s.data or str(problems))
+
+
+def fit_memory(s: Settings, device: torch.device) -> Settings:
+    """Fill in --memory_fraction where it is 0. ValueError, before any weight is loaded, for a run
+    that no GPU of this kind can hold; on a CPU all is left as it is."""
+    if device.type != "cuda" or not s.steps:
+        return s
+    gpu = torch.cuda.get_device_properties(device).total_memory
+    with explained_loading(s.model):
+        size = measure_model(s.model)
+    fraction = fit(size, s, dist.get_world_size(), gpu)
+    return dataclasses.replace(s, memory_fraction=round(fraction, 2))
+
+
+def measure_model(name: str) -> ModelSize:
+    """The counts of a model that decide what it takes, from its configuration alone."""
+    config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    actor = Actor(model, AutoProcessor.from_pretrained(name))
+    sizes = {"tower": 0, "projector": 0, "language": 0}
+    for parameter, weight in model.named_parameters():  # tied ones once
+        sizes[actor.part(parameter)] += weight.numel()
+    ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    text = config.get_text_config()
+    return ModelSize(
+        parameters=sum(sizes.values()),
+        vision=sizes["tower"] + sizes["projector"],
+        embeddings=sum(weight.numel() for weight in ends),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+    )
 
 
 # --------------------------------------------------------------------------------------------------
 # Settings
 
 
-def setting(default, help: str):
-    """A field of Settings with its line of --help."""
-    return field(default=default, metadata={"help": help})
+class Range(NamedTuple):
+    """Bounds of a number, both included."""
+
+    least: float
+    most: float = 1e9
+
+    def __str__(self) -> str:
+        end = "" if self.most == 1e9 else f" to {self.most:g}"
+        return f"{'from' if end else 'at least'} {self.least:g}{end}"
+
+
+Count = Annotated[int, Range(1)]
+CountOr0 = Annotated[int, Range(0)]
+Weight = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+Decay = Annotated[float, Range(0, 0.999999)]
+Positive = Annotated[float, Range(1e-6)]
+
+
+def setting(default, help: str, group: str = ""):
+    """A field of Settings with its line of --help; `group` begins a group of settings there."""
+    return field(default=default, metadata={"help": help, "group": group})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The whole command line. --preset changes the defaults; a flag that is given wins over the
-    preset."""
+    """The whole command line, each setting in one place: its type with bounds or choices, its
+    default, its meaning. --preset changes defaults; a flag that is given wins over it."""
 
-    preset: str = setting(
-        "auto", "tiny (CPU, minutes), geo3k (GPUs), or auto: geo3k where there is a GPU, else tiny"
+    preset: Literal["auto", *PRESETS] = setting(
+        "auto", "defaults, see above; auto: geo3k where there is a GPU, else tiny", group="the run"
     )
     name: str = setting("", "folder of this run under --out; empty: the preset's name")
     out: str = setting("runs", "where runs are written")
     seed: int = setting(
         0, "fixes the order of the problems and, on one machine, the responses drawn"
     )
-    # model
-    model: str = setting(
-        "",
-        "directory or hub name of a vision-language model; empty: build and warm up the tiny one",
+    steps: CountOr0 = setting(60, "batches of rollouts; 0: evaluate --model and end")
+    resume: Literal["no", "auto", "must"] = setting(
+        "no", "no: start anew; must: go on from the newest checkpoint; auto: go on if there is one"
     )
-    freeze_vision: bool = setting(False, "do not train the vision tower")
-    freeze_projector: bool = setting(
-        False, "do not train what brings the tower's features to the language model"
+    timeout: Annotated[float, Range(0.01, 1e5)] = setting(
+        30.0, "minutes that a process waits for the others before the run ends"
     )
-    lora_rank: int = setting(
-        0, "train adapters of this rank on the language model's linear layers alone; 0: no LoRA"
-    )
-    lora_alpha: float = setting(
-        32.0, "LoRA's scale; the adapter's product is multiplied by alpha / rank"
-    )
-    lora_dropout: float = setting(0.0, "of the adapters' inputs while learning")
-    lora_targets: str = setting(
-        "all", "layers with an adapter, such as q_proj,v_proj; all: every linear one"
-    )
-    reference_on_cpu: bool = setting(
-        False, "keep the KL's reference in the host's memory: less on the GPU, and slower"
-    )
-    gradient_checkpointing: bool = setting(
-        False, "recompute activations in the backward: less memory, 1/3 more time"
-    )
-    packing: str = setting(
-        "shared", "shared: each prompt once per group; packed: once per response; padded: plain"
-    )
-    max_tokens_per_pack: int = setting(
-        16384, "tokens in one forward pass of one rank; lower it when memory runs out"
-    )
-    # data
-    instruction: str = setting(data.INSTRUCTION, "appended to every question")
+
     data: str = setting(
-        "", "parquet file, folder, glob or hub data set to train on; empty: generated figures"
+        "",
+        "parquet file, folder, glob or hub data set to train on; empty: generated figures",
+        group="data (rows -> problems -> prompts)",
     )
-    test_data: str = setting("", "held-out rows; empty: the same place as --data")
     split: str = setting("train", "split of --data, where it has splits")
+    test_data: str = setting("", "held-out rows; empty: the same place as --data")
     test_split: str = setting("test", "split of --test_data, where it has splits")
-    image_key: str = setting("images", "column of images")
-    problem_key: str = setting("problem", "column of questions, with <image> where an image stands")
-    answer_key: str = setting("answer", "column of gold answers")
-    source_key: str = setting(
-        "data_source", "column of data sources, for --rewards; may be absent: the file's name"
+    columns: str = setting(
+        "",
+        "what columns are called, image=pictures,answer=a.b+c: a dot reaches into a struct, a + "
+        "joins; usual names are found (image, video, problem, answer, choices, type, source)",
     )
-    type_key: str = setting("type", "column of question types, for accuracy by type; may be absent")
-    min_pixels: int = setting(56 * 56, "images with fewer pixels are enlarged")
-    max_pixels: int = setting(1280 * 28 * 28, "images with more pixels are reduced")
-    video_key: str = setting(
-        "videos", "column of videos: files or lists of frames; questions hold <video>"
+    image_folder: str = setting("", "where paths of images begin; empty: at the file of their row")
+    instruction: str = setting(INSTRUCTION, "appended to every question")
+    task: str = setting(
+        "",
+        "environment that prompts begin and go on with, whose reward replaces --rewards: codeword, "
+        "or FILE.py:CLASS",
     )
-    video_fps: float = setting(
-        2.0, "frames per second that are taken from a video, and at which a list of frames runs"
-    )
-    max_frames: int = setting(32, "most frames of a video; longer ones are sampled more thinly")
-    max_frame_pixels: int = setting(128 * 28 * 28, "frames with more pixels are reduced")
-    max_prompt_tokens: int = setting(
+    max_prompt_tokens: Count = setting(
         1024, "problems with longer prompts are left out, never truncated; longer conversations end"
     )
     skip_bad_rows: bool = setting(
         False, "count broken rows and go on, instead of stopping at the first"
     )
-    # sampling
-    task: str = setting(
+    min_pixels: Count = setting(56 * 56, "images with fewer pixels are enlarged")
+    max_pixels: Count = setting(1280 * 28 * 28, "images with more pixels are reduced")
+    video_fps: Annotated[float, Range(0.01, 1e5)] = setting(
+        2.0, "frames per second that are taken from a video, and at which a list of frames runs"
+    )
+    max_frames: Count = setting(32, "most frames of a video; longer ones are sampled more thinly")
+    max_frame_pixels: Count = setting(128 * 28 * 28, "frames with more pixels are reduced")
+
+    model: str = setting(
         "",
-        "environment that prompts begin and go on with, whose reward replaces --rewards: codeword",
+        "directory or hub name of a vision-language model; empty: build and warm up the tiny one",
+        group="model (what is trained, and how it lies in memory)",
     )
-    engine: str = setting(
-        "auto", "vllm, hf (transformers), or auto: vllm where it is installed and usable"
+    dtype: Literal["auto", "bfloat16", "float32"] = setting(
+        "auto",
+        "that training and vLLM compute in, trained weights being kept in float32; auto: bfloat16 "
+        "on a GPU, else float32",
     )
-    rollout_tp: int = setting(1, "ranks that share one vLLM engine (tensor parallelism)")
-    memory_fraction: float = setting(
-        0.6, "of each GPU, for vLLM's weights and cache while it samples"
+    freeze_vision: bool = setting(False, "do not train the vision tower")
+    freeze_projector: bool = setting(
+        False, "do not train what brings the tower's features to the language model"
+    )
+    lora_rank: CountOr0 = setting(
+        0, "train adapters of this rank on the language model's linear layers alone; 0: no LoRA"
+    )
+    lora_alpha: Weight = setting(
+        32.0, "LoRA's scale; the adapter's product is multiplied by alpha / rank"
+    )
+    lora_dropout: Decay = setting(0.0, "of the adapters' inputs while learning")
+    lora_targets: str = setting(
+        "all", "layers with an adapter, such as q_proj,v_proj; all: every linear one"
+    )
+    packing: Literal["shared", "packed", "padded"] = setting(
+        "shared", "shared: each prompt once per group; packed: once per response; padded: plain"
+    )
+    max_tokens_per_pack: Count = setting(
+        16384, "tokens in one forward pass of one rank; lower it when memory runs out"
+    )
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward: less memory, 1/3 more time"
+    )
+    shard_ranks: CountOr0 = setting(
+        0,
+        "consecutive ranks, one machine's, that share one copy of weights and optimizer state; 0: "
+        "all",
+    )
+
+    engine: Literal["auto", "vllm", "hf"] = setting(
+        "auto",
+        "vllm, hf (transformers), or auto: vllm where it is installed and usable",
+        group="SAMPLE (prompts -> responses)",
+    )
+    rollout_tp: Count = setting(1, "ranks that share one vLLM engine (tensor parallelism)")
+    memory_fraction: Fraction = setting(
+        0.0,
+        "of each GPU, for vLLM's weights and cache while it samples; 0: what fits beside training, "
+        "0.6 at most",
     )
     eager: bool = setting(False, "no CUDA graphs in vLLM: slower tokens, a faster start")
-    steps: int = setting(60, "batches of rollouts")
-    prompts_per_step: int = setting(512, "prompts per step, over all ranks")
-    responses_per_prompt: int = setting(5, "the group size n")
-    dynamic_sampling: int = setting(
+    prompts_per_step: Count = setting(512, "prompts per step, over all ranks")
+    responses_per_prompt: Annotated[int, Range(2)] = setting(
+        5, "the group size n: a response is compared with the others to its prompt"
+    )
+    dynamic_sampling: CountOr0 = setting(
         0, "most further batches in a step, drawn to replace flat groups (DAPO)"
     )
-    max_response_tokens: int = setting(
+    max_response_tokens: Count = setting(
         2048, "a response that reaches this is cut and marked truncated"
     )
-    temperature: float = setting(1.0, "of the distribution that is sampled, scored and trained")
-    # reward and loss
+    temperature: Annotated[float, Range(0.01, 100)] = setting(
+        1.0, "of the distribution that is sampled, scored and trained"
+    )
+
     rewards: str = setting(
-        "accuracy=0.9,format=0.1", "named rewards with their weights, by source (see the README)"
+        "accuracy=0.9,format=0.1",
+        "named rewards with their weights, by source (see the README)",
+        group="SCORE (responses -> rewards -> advantages)",
     )
     rounding: bool = setting(True, "accuracy: a decimal gold accepts what rounds to it")
     judge_url: str = setting(
@@ -889,118 +1306,95 @@ class Settings:
     judge_strict: bool = setting(
         True, "stop when the judge fails, retries included; false: a failure earns 0"
     )
-    advantage: str = setting("std", "std: GRPO; none: Dr. GRPO; loo: RLOO")
-    ratio: str = setting("token", "token: GRPO; sequence: GSPO")
-    clip_low: float = setting(0.2, "how far the probability ratio may fall below 1")
-    clip_high: float = setting(
-        0.3, "how far the probability ratio may rise above 1 (DAPO: higher than --clip_low)"
+    advantage: Literal["std", "none", "loo"] = setting(
+        "std", "std: GRPO; none: Dr. GRPO; loo: RLOO"
     )
-    aggregation: str = setting(
-        "token", "mean over tokens (token), over responses (sequence), Dr. GRPO's (constant)"
+
+    kl_coefficient: Weight = setting(
+        0.01,
+        "weight of the KL to the starting policy; 0: no reference is loaded",
+        group="FREEZE (the policy before it moves, and the reference)",
     )
-    kl_coefficient: float = setting(
-        0.01, "weight of the KL to the starting policy; 0: no reference is loaded"
+    kl_estimator: Literal["k1", "k2", "k3"] = setting("k3", "how a token's KL is estimated")
+    reference_on_cpu: bool = setting(
+        False, "keep the KL's reference in the host's memory: less on the GPU, and slower"
     )
-    kl_estimator: str = setting("k3", "k1, k2 or k3")
-    importance: str = setting(
+    importance: Literal["none", "token", "sequence"] = setting(
         "token", "truncated importance sampling against the sampler's gap: none, token, sequence"
     )
-    importance_cap: float = setting(2.0, "largest importance weight")
-    max_sampler_gap: float = setting(
+    importance_cap: Annotated[float, Range(1)] = setting(2.0, "largest importance weight")
+    max_sampler_gap: Positive = setting(
         0.2, "stop if sampler and trainer disagree by more nats per token, on average"
     )
-    # optimizer
-    minibatch_prompts: int = setting(128, "prompts per update, over all ranks")
-    epochs: int = setting(1, "passes over the rollouts of a step")
-    learning_rate: float = setting(1e-6, "of AdamW, after warm-up")
-    warmup_updates: int = setting(0, "updates over which the learning rate rises from 0")
-    final_learning_rate: float = setting(
-        1.0, "share of the learning rate that is left at the end; it falls linearly"
+
+    ratio: Literal["token", "sequence"] = setting(
+        "token", "token: GRPO; sequence: GSPO", group="LEARN (loss -> update)"
     )
-    weight_decay: float = setting(0.01, "of AdamW")
-    beta2: float = setting(0.999, "of AdamW: how slowly it forgets the size of gradients")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
-    # evaluation and files
-    eval_every: int = setting(
-        5, "steps between evaluations; there is one before and one after training in any case"
+    clip_low: Fraction = setting(0.2, "how far the probability ratio may fall below 1")
+    clip_high: Weight = setting(
+        0.3, "how far the probability ratio may rise above 1 (DAPO: higher than --clip_low)"
     )
-    eval_rows: int = setting(0, "held-out rows used; 0: all")
-    eval_samples: int = setting(
+    clip_dual: Weight = setting(
+        3.0,
+        "most loss of a token with a negative advantage, in advantages (arXiv:1912.09729); 0: off",
+    )
+    aggregation: Literal["token", "sequence", "constant"] = setting(
+        "token", "mean over tokens (token), over responses (sequence), Dr. GRPO's (constant)"
+    )
+    entropy_coefficient: Weight = setting(
+        0.0, "weight of the policy's entropy, which is then raised; 0: it has no gradient"
+    )
+    look_weight: Fraction = setting(
+        0.0, "how far tokens that look at the picture weigh more (VPPO); costs one more forward"
+    )
+    minibatch_prompts: Count = setting(128, "prompts per update, over all ranks")
+    epochs: Count = setting(1, "passes over the rollouts of a step")
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw", "adamw, or muon for the language model's matrices and adamw for the rest"
+    )
+    learning_rate: Weight = setting(1e-6, "after warm-up")
+    warmup_updates: CountOr0 = setting(0, "updates over which the learning rate rises from 0")
+    schedule: Literal["linear", "cosine"] = setting("linear", "how the learning rate then falls")
+    final_learning_rate: Fraction = setting(
+        1.0, "share of the learning rate that is left at the end"
+    )
+    weight_decay: Weight = setting(0.01, "of the optimizer")
+    beta2: Decay = setting(0.999, "of AdamW: how slowly it forgets the size of gradients")
+    max_grad_norm: Positive = setting(1.0, "gradients are scaled down to this norm")
+    max_not_finite: CountOr0 = setting(
+        0, "updates left out because a loss or gradient is not finite, before the run stops"
+    )
+
+    eval_every: Count = setting(
+        5,
+        "steps between evaluations; there is one before and one after training in any case",
+        group="REPORT (evaluation and checkpoints)",
+    )
+    eval_rows: CountOr0 = setting(0, "held-out rows used; 0: all")
+    eval_samples: Count = setting(
         1, "responses drawn per held-out row; 1 takes the likeliest tokens instead (greedy)"
     )
-    save_every: int = setting(5, "steps between checkpoints; 0: only the last")
-    keep: int = setting(
+    save_every: CountOr0 = setting(5, "steps between checkpoints; 0: only the last")
+    keep: Count = setting(
         2, "newest checkpoints that are kept, beside the one with the best evaluation"
     )
     save_in_background: bool = setting(
         False, "write checkpoints while training goes on, from a copy in main memory"
     )
-    resume: str = setting(
-        "no", "no: start anew; must: go on from the newest checkpoint; auto: go on if there is one"
-    )
-    max_not_finite: int = setting(
-        0, "updates left out because a loss or gradient is not finite, before the run stops"
-    )
-    timeout: float = setting(
-        30.0, "minutes that a process waits for the others before the run ends"
-    )
     wandb: str = setting("", "project of Weights & Biases to log to; empty: none")
 
     def __post_init__(self):
-        if self.responses_per_prompt < 2:
-            raise ValueError(
-                f"--responses_per_prompt is {self.responses_per_prompt}; a response is compared with the others to its "
-                "prompt, so there must be at least 2"
-            )
+        types = setting_types()
         for f in dataclasses.fields(self):
-            least, most = next(
-                (bounds for bounds, names in LIMITS.items() if f.name in names.split()),
-                (-1e18, 1e18),
-            )
-            if (
-                f.type in (int, float, "int", "float") and not least <= getattr(self, f.name) <= most
-            ):  # nan is in no range
-                meaning = f.metadata["help"]
-                raise ValueError(
-                    f"--{f.name} is {getattr(self, f.name)}, not from {least:g} to {most:g} ({meaning})"
-                )
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"--{name} {getattr(self, name)} is none of {', '.join(choices)}")
-        if not any(weight for named in self.reward_weights.values() for weight in named.values()):
-            raise ValueError(
-                f"--rewards {self.rewards} weighs everything 0, so nothing can be learnt; raise a weight"
-            )
-        judged = any("judge" in named for named in self.reward_weights.values())
-        if judged and not (self.judge_url and self.judge_model):
-            raise ValueError(
-                "--rewards names judge; say whom to ask with --judge_url and --judge_model"
-            )
-        if self.prompts_per_step % self.minibatch_prompts:
-            raise ValueError(
-                f"--prompts_per_step {self.prompts_per_step} is not a multiple of --minibatch_prompts "
-                f"{self.minibatch_prompts}, so the last update of a step would weigh less than the others"
-            )
-        if self.min_pixels > self.max_pixels:
-            raise ValueError(
-                f"--min_pixels {self.min_pixels} is above --max_pixels {self.max_pixels}"
-            )
+            check_setting(f, types[f.name], getattr(self, f.name))
+        check_rewards(self)
+        check_pairs(self)
+        find_environment(self.task)
+        parse_columns(self.columns)
         if self.wandb and importlib.util.find_spec("wandb") is None:
             raise ValueError(
-                f"--wandb {self.wandb} needs the package wandb; pip install wandb, or leave the flag out"
-            )
-        if self.reference_on_cpu and (self.lora_rank or not self.kl_coefficient):
-            why = (
-                "LoRA's is the policy without its adapters"
-                if self.lora_rank
-                else "--kl_coefficient 0 needs none"
-            )
-            raise ValueError(
-                f"--reference_on_cpu moves the reference's weights, and there are none: {why}"
-            )
-        if self.rollout_tp > 1 and self.engine == "hf":
-            raise ValueError(
-                f"--rollout_tp {self.rollout_tp} is vLLM's; leave it out or take --engine vllm"
+                f"--wandb {self.wandb} needs the package wandb; pip install wandb, or leave the flag "
+                "out"
             )
         if self.name and not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(
@@ -1008,16 +1402,24 @@ class Settings:
             )
 
     def rate(self, done: int) -> float:
-        """Share of the learning rate after `done` updates: up over the warm-up, then down to the
-        final share."""
+        """Share of the learning rate after `done` updates: up over the warm-up, and from the first
+        update to the last down to --final_learning_rate."""
         total = self.steps * self.epochs * (self.prompts_per_step // self.minibatch_prompts)
-        return min(1.0, (done + 1) / (self.warmup_updates + 1)) * (
-            1 - (1 - self.final_learning_rate) * done / total
-        )
+        warm = min(1.0, (done + 1) / (self.warmup_updates + 1))
+        fallen = done / total
+        if self.schedule == "cosine":
+            fallen = (1 - math.cos(math.pi * fallen)) / 2
+        return warm * (1 - (1 - self.final_learning_rate) * fallen)
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """What training and vLLM compute in."""
+        if self.dtype == "auto":
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return getattr(torch, self.dtype)
 
     @property
-    def video_limits(self) -> "data.VideoLimits":
-        return data.VideoLimits(self.video_fps, self.max_frames, self.max_frame_pixels)
+    def video_limits(self) -> VideoLimits:
+        return VideoLimits(self.video_fps, self.max_frames, self.max_frame_pixels)
 
     @property
     def reward_weights(self) -> dict[str, dict[str, float]]:
@@ -1025,38 +1427,81 @@ class Settings:
 
     @property
     def folder(self) -> Path:
-        return Path(self.out) / (self.name or self.preset)
+        """Where this run is written; an evaluation does not take a training's place."""
+        name = self.preset if self.steps else f"{self.preset}-evaluation"
+        return Path(self.out) / (self.name or name)
 
 
-CHOICES = dict(
-    task=("", *ENVIRONMENTS),
-    packing=("shared", "packed", "padded"), engine=("auto", "vllm", "hf"), advantage=("std", "none", "loo"),
-    ratio=("token", "sequence"), aggregation=("token", "sequence", "constant"), kl_estimator=("k1", "k2", "k3"),
-    importance=("none", "token", "sequence"), resume=("no", "auto", "must"),
-)  # fmt: skip
+def check_setting(f: dataclasses.Field, allowed, value) -> None:
+    """ValueError for a value that the annotation of its field does not allow."""
+    meaning = f.metadata["help"]
+    if get_origin(allowed) is Literal and value not in get_args(allowed):
+        choices = ", ".join(get_args(allowed))
+        raise ValueError(f"--{f.name} {value} is none of {choices} ({meaning})")
+    if get_origin(allowed) is Annotated:
+        bounds = get_args(allowed)[1]
+        if not bounds.least <= value <= bounds.most:  # nan is in no range
+            raise ValueError(f"--{f.name} is {value}, not {bounds} ({meaning})")
 
 
-LIMITS = {  # least and most of the numbers that have bounds
-    (1, 1e9): "max_tokens_per_pack min_pixels max_pixels max_prompt_tokens rollout_tp steps prompts_per_step "
-    "max_response_tokens minibatch_prompts epochs eval_every eval_samples keep importance_cap max_frames "
-    "max_frame_pixels",
-    (0, 1e9): "dynamic_sampling warmup_updates eval_rows save_every max_not_finite learning_rate weight_decay "
-    "kl_coefficient clip_high lora_rank lora_alpha",
-    (0, 1): "clip_low final_learning_rate", (0, 0.999999): "beta2 lora_dropout", (0.01, 1): "memory_fraction",
-    (0.01, 100): "temperature", (1e-6, 1e9): "max_sampler_gap max_grad_norm", (0.01, 1e5): "timeout video_fps",
-}  # fmt: skip
+def check_rewards(s: Settings) -> None:
+    """ValueError for rewards that nothing can be learnt from, or that nobody would give."""
+    named = [weights for weights in s.reward_weights.values()]
+    if not any(any(weights.values()) for weights in named):
+        raise ValueError(
+            f"--rewards {s.rewards} weighs everything 0, so nothing can be learnt; raise a weight"
+        )
+    judged = any("judge" in weights for weights in named)
+    if judged and not (s.judge_url and s.judge_model):
+        raise ValueError(
+            "--rewards names judge; say whom to ask with --judge_url and --judge_model"
+        )
+
+
+def check_pairs(s: Settings) -> None:
+    """ValueError for settings that exclude each other."""
+    if s.prompts_per_step % s.minibatch_prompts:
+        raise ValueError(
+            f"--prompts_per_step {s.prompts_per_step} is not a multiple of --minibatch_prompts "
+            f"{s.minibatch_prompts}, so the last update of a step would weigh less than the others"
+        )
+    if s.min_pixels > s.max_pixels:
+        raise ValueError(f"--min_pixels {s.min_pixels} is above --max_pixels {s.max_pixels}")
+    if 0 < s.clip_dual < 1:
+        raise ValueError(
+            f"--clip_dual {s.clip_dual} is below 1, where it would cut the loss of a ratio of 1; "
+            "3 is usual, 0 turns it off"
+        )
+    if s.temperature > 2 and s.engine == "vllm":
+        raise ValueError(
+            f"--temperature {s.temperature} is above 2, the most that vLLM takes; lower it, or "
+            "take --engine hf"
+        )
+    if s.reference_on_cpu and (s.lora_rank or not s.kl_coefficient):
+        why = (
+            "LoRA's is the policy without its adapters"
+            if s.lora_rank
+            else "--kl_coefficient 0 needs none"
+        )
+        raise ValueError(
+            f"--reference_on_cpu moves the reference's weights, and there are none: {why}"
+        )
+    if s.rollout_tp > 1 and s.engine == "hf":
+        raise ValueError(
+            f"--rollout_tp {s.rollout_tp} is vLLM's; leave it out or take --engine vllm"
+        )
 
 
 PRESETS = {
     "tiny": dict(
         instruction=TINY_INSTRUCTION, min_pixels=56 * 56, max_pixels=56 * 56, max_prompt_tokens=256,
-        steps=200, prompts_per_step=64, responses_per_prompt=8, minibatch_prompts=32, max_response_tokens=24,
-        max_tokens_per_pack=8192, kl_coefficient=0.02, learning_rate=6e-4, beta2=0.98, warmup_updates=5,
-        final_learning_rate=0.1, eval_every=50, save_every=50,
+        steps=200, prompts_per_step=64, responses_per_prompt=8, minibatch_prompts=32,
+        max_response_tokens=24, max_tokens_per_pack=8192, kl_coefficient=0.02, learning_rate=6e-4,
+        beta2=0.98, warmup_updates=5, final_learning_rate=0.1, eval_every=50, save_every=50,
     ),
     "geo3k": dict(
-        model="Qwen/Qwen2.5-VL-7B-Instruct", data="hiyouga/geometry3k", min_pixels=262144, max_prompt_tokens=2048,
-        gradient_checkpointing=True, save_in_background=True,
+        model="Qwen/Qwen2.5-VL-7B-Instruct", data="hiyouga/geometry3k", min_pixels=262144,
+        max_prompt_tokens=2048, gradient_checkpointing=True, save_in_background=True,
     ),
 }  # fmt: skip
 
@@ -1066,76 +1511,179 @@ PRESETS["codeword"] = PRESETS["tiny"] | dict(
 )
 
 
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+
+def setting_types() -> dict[str, Any]:
+    """Name of a setting -> its annotation."""
+    return get_type_hints(Settings, include_extras=True)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; python train.py --help lists all flags")
+
+
+def make_parser() -> Parser:
+    """The command line's parser: the values of flags that are given, as texts."""
+    about = ["presets, by what they change (a flag that is given wins):"]
+    for name, changes in PRESETS.items():
+        flags = " ".join(f"--{key} {as_flag(value)}" for key, value in changes.items())
+        about += ["", *textwrap.wrap(f"{name}: {flags}", 100, subsequent_indent="    ")]
+    parser = Parser(
+        prog="python train.py",
+        usage="%(prog)s [--FLAG VALUE] ...",
+        description="\n".join([__doc__.split("\n\n")[0], "", *about]),
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, width=100, max_help_position=36
+        ),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    types = setting_types()
+    for f in dataclasses.fields(Settings):
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        values, bounds = describe_values(types[f.name])
+        notes = [bounds] if bounds else []
+        if f.default != "":
+            notes.append(f"default {as_flag(f.default)}")
+        help = f"{f.metadata['help']} [{'; '.join(notes)}]" if notes else f.metadata["help"]
+        options = {"nargs": "?", "const": "true"} if f.type == "bool" else {}
+        group.add_argument(f"--{f.name}", metavar=values, help=help.replace("%", "%%"), **options)
+    return parser
+
+
+def as_flag(value) -> str:
+    """A value as the user types it."""
+    return str(value).lower() if isinstance(value, bool) else shlex.quote(str(value))
+
+
+def describe_values(allowed) -> tuple[str, str]:
+    """What --help writes behind a flag, and its bounds."""
+    if get_origin(allowed) is Literal:
+        return "|".join(get_args(allowed)), ""
+    if get_origin(allowed) is Annotated:
+        kind, bounds = get_args(allowed)
+        return "N" if kind is int else "X", str(bounds)
+    return {bool: "true|false", int: "N", str: "TEXT"}[allowed], ""
+
+
+def read_value(f: dataclasses.Field, allowed, text: str):
+    """A flag's text as a value of its field's type; ValueError if it is none."""
+    if get_origin(allowed) is Annotated:
+        allowed = get_args(allowed)[0]
+    if allowed is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if allowed not in (bool, int, float):
+        return text
+    try:
+        return {int: int, float: float}[allowed](text)
+    except (KeyError, ValueError):
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}[allowed]
+        meaning = f.metadata["help"]
+        raise ValueError(f"--{f.name} is {text!r}, not {kind} ({meaning})") from None
+
+
 def parse_settings(argv: list[str] | None = None) -> tuple[Settings, str]:
     """Read the command line.
 
     Returns:
         The Settings, and a sentence that says which preset they come from and why.
+
+    Raises:
+        ValueError: a flag is unknown, or its value is none that it may have.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(Settings, allow_abbrev=False)
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--preset", default="auto", choices=["auto", *PRESETS])
-    chooser.add_argument("--task", default="")
-    chosen, _ = chooser.parse_known_args(argv)
-    preset, why = chosen.preset, "asked for"
-    if preset == "auto" and chosen.task in PRESETS:
-        preset = chosen.task
+    given, unknown = make_parser().parse_known_args(argv)
+    if unknown:
+        names = [f"--{f.name}" for f in dataclasses.fields(Settings)]
+        wrong = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(wrong, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else "python train.py --help lists all flags"
+        raise ValueError(f"there is no flag {wrong}; {hint}")
+    types, values = setting_types(), {}
+    for f in dataclasses.fields(Settings):
+        if f.name in given:
+            values[f.name] = read_value(f, types[f.name], getattr(given, f.name))
+    preset, why = values.get("preset", "auto"), "asked for"
+    if preset == "auto" and values.get("task") in PRESETS:
+        preset = values["task"]
     if preset == "auto":
         gpu = torch.cuda.is_available()
         preset, why = ("geo3k", "there is a GPU") if gpu else ("tiny", "there is no GPU")
-    parser.set_defaults(**PRESETS[preset])
-    settings = dataclasses.replace(parser.parse_args_into_dataclasses(argv)[0], preset=preset)
-    return settings, f"preset {preset} ({why})"
+    defaults = PRESETS.get(preset, {})
+    return Settings(**defaults | values | {"preset": preset}), f"preset {preset} ({why})"
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings, why = parse_settings(argv)
-    device = start_processes(settings.timeout)
-    say(
-        f"{why}: {dist.get_world_size()} process(es) on {device.type}, results in {settings.folder}"
-    )
+    """Do what the command line says. An error that a user can cause ends in its sentence, once for
+    all ranks, and exit code 1."""
+    quieten_libraries()
     try:
-        if dist.get_world_size() % settings.rollout_tp:
-            raise ValueError(
-                f"--rollout_tp {settings.rollout_tp} must divide the {dist.get_world_size()} processes"
-            )
-        set_seed(settings.seed)
-        checkpoint = gather_objects(open_folder(settings) if dist.get_rank() == 0 else None)[0]
-        settings = prepare_tiny(settings)
-        if dist.get_rank() == 0:
-            record_launch(settings)
-        run = build(settings, device)
-        if checkpoint:
-            load_checkpoint(run, checkpoint)
-        with run.grader, contextlib.closing(run.engine):
+        settings, why = parse_settings(argv)
+        device = start_processes(settings.timeout)
+        say(f"{why}: {dist.get_world_size()} process(es) on {device.type}, in {settings.folder}")
+        start_run(settings, device)
+    except Exception as error:
+        explain_failure(error)
+        end_failed()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start_run(s: Settings, device: torch.device) -> None:
+    """Open the run's folder, build the run, train or evaluate, and export the model."""
+    for flag, ranks in (("rollout_tp", s.rollout_tp), ("shard_ranks", s.shard_ranks or 1)):
+        if dist.get_world_size() % ranks:
+            raise ValueError(f"--{flag} {ranks} must divide the {dist.get_world_size()} processes")
+    set_seed(s.seed)
+    checkpoint = gather_objects(open_folder(s) if dist.get_rank() == 0 else None)[0]
+    s = fit_memory(prepare_tiny(s), device)
+    if dist.get_rank() == 0:
+        record_launch(s)
+    say(f"loading {s.model}")
+    with advice_on_memory(s):
+        run = build(s, device)
+    if checkpoint:
+        load_checkpoint(run, checkpoint)
+    with run.grader, run.engine:
+        if s.steps:
             run.engine.sync(run.actor)
-            sampler = getattr(run.engine, "engine", run.engine)  # without --task's conversations
+            sampler = without_conversations(run.engine)
             check_against_sampler(sampler, run.actor, check_prompts(run.train_set, run.reader))
-            run.signals = catch_signals()
-            try:
+        run.signals = catch_signals()
+        try:
+            with advice_on_memory(s):
                 train(run)
-            finally:
-                finish_checkpoint(run)
-            judge = (
-                f", {run.grader.judge.failures} that the judge failed on"
-                if run.grader.judge
-                else ""
-            )
-            say(
-                f"answers on rank 0 over the time limit: {run.grader.timeouts}, that broke a grading worker: "
-                f"{run.grader.crashes}{judge}"
-            )
-            run.actor.save(settings.folder / "model")
-        say(f"model exported to {settings.folder / 'model'}")
+        except Exception as error:
+            explain_failure(error)  # first: what is being written may take a while
+            raise
+        finally:
+            finish_checkpoint(run)
+        judge = run.grader.judge
+        failed = f", {judge.failures} that the judge failed on" if judge else ""
+        say(
+            f"answers on rank 0 over the time limit: {run.grader.timeouts}, that broke a grading "
+            f"worker: {run.grader.crashes}{failed}"
+        )
+        if s.steps:
+            run.actor.save(s.folder / "model")
+            say(f"model exported to {s.folder / 'model'}")
+
+
+@contextlib.contextmanager
+def advice_on_memory(s: Settings) -> Iterator[None]:
+    """Say which flags help where a GPU's memory is full."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
-            f"a GPU's memory is full; set --max_tokens_per_pack to {settings.max_tokens_per_pack // 2} or "
-            f"--gradient_checkpointing true, and if it happened while sampling, --memory_fraction to "
-            f"{0.8 * settings.memory_fraction:.2f}. {error}"
+            f"a GPU's memory is full; set --max_tokens_per_pack to {s.max_tokens_per_pack // 2} or "
+            "--gradient_checkpointing true, and if it happened while sampling, --memory_fraction "
+            f"to {0.8 * (s.memory_fraction or 0.6):.2f}. {error}"
         ) from error
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

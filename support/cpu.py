@@ -26,7 +26,7 @@ def mend_cpu_imports() -> torch.library.Library | None:
     spec = importlib.util.find_spec("torchvision")  # finds it without importing it
     if spec is None:
         raise RuntimeError(
-            "torchvision is not installed, and transformers needs it: pip install -r requirements.txt"
+            "torchvision is missing, and transformers needs it: pip install -r requirements.txt"
         )
     try:
         torch.ops.load_library(str(Path(spec.origin).parent / "_C.so"))
@@ -41,16 +41,37 @@ def mend_cpu_imports() -> torch.library.Library | None:
 _torchvision_library = mend_cpu_imports()  # before transformers, which imports them
 
 
+def vllm_options(model: str, max_tokens: int) -> dict:
+    """Prepare vLLM's CPU build, and return the arguments of vllm.LLM that it needs.
+
+    Args:
+        model: Hugging Face directory or name.
+        max_tokens: of a prompt with its response.
+    """
+    register_architecture(model)
+    name_shared_memory()
+    return dict(
+        enforce_eager=True,
+        kv_cache_memory_bytes=512 * 2**20,  # in every process
+        skip_mm_profiling=True,  # it measures the tower's memory at the largest image
+        # a prompt cut into chunks would make this runner rewind a request's random state, which
+        # only a GPU's can
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=max_tokens + 8192,
+    )
+
+
 def register_architecture(model: str) -> None:
     """Hand vLLM its own model class. One that it knows by name only it inspects in a new process,
     which costs seconds and imports a torchvision that may not load."""
     from vllm import ModelRegistry
     from vllm.transformers_utils.config import get_config
 
-    for name in set(get_config(model, trust_remote_code=False).architectures) & set(
-        ModelRegistry.models
-    ):
-        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+    config = get_config(model, trust_remote_code=False)
+    for name in config.architectures:
+        if name in ModelRegistry.models:
+            known = ModelRegistry.models[name]
+            ModelRegistry.register_model(name, known.load_model_cls())
 
 
 def name_shared_memory() -> None:
@@ -60,10 +81,14 @@ def name_shared_memory() -> None:
     occupied ("create shm in SHMManager failed. errno: 17"), and two runs on one machine would share
     it.
     """
-    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as shared
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
-    run, make_group_name = [secrets.token_hex(4)], shared.make_group_name
-    dist.broadcast_object_list(run)
-    shared.make_group_name = staticmethod(
-        lambda communicator: run[0] + make_group_name(communicator).lstrip("/")
-    )
+    make_group_name = _CPUSHMDistributed.make_group_name
+    names = [secrets.token_hex(4)]
+    dist.broadcast_object_list(names)
+    run = names[0]
+
+    def make_name_of_run(communicator) -> str:
+        return run + make_group_name(communicator).lstrip("/")
+
+    _CPUSHMDistributed.make_group_name = staticmethod(make_name_of_run)

@@ -1,33 +1,42 @@
-"""Problems drawn for the demonstration: polygons, colours and angles; and codewords over several turns.
+"""Problems drawn for the demonstration: polygons, colours and angles; and codewords over several
+turns.
 
-python -m support.figures OUT --> OUT/train.parquet, OUT/test.parquet
+    python -m support.figures OUT --> OUT/train.parquet, OUT/test.parquet
+
+Path: make_figures, make_codewords; below them how a picture is drawn.
 """
 
 import argparse
+import functools
 import itertools
 import math
-import random
 import zlib
 from pathlib import Path
+from random import Random
 
 from data import png
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageDraw
+from PIL import Image
+from PIL.ImageDraw import Draw, ImageDraw
 
 CANVAS = 224  # pixels; figures are drawn on it and averaged down
 
+# degrees from upright, at most: with every orientation, counting sides takes a tiny model hours
+TILT = 8
 
-TILT = 8  # degrees from upright, at most: with every orientation, counting sides takes a tiny model hours to learn
-
+POLYGONS = (3, 4, 6)  # sides
+SHAPES = (0, 3, 4, 6)  # 0: a disc
 
 COLOURS = {
-    "red": (225, 0, 0), "green": (0, 165, 0), "blue": (0, 60, 255),
-    "yellow": (255, 215, 0), "purple": (150, 0, 190), "black": (0, 0, 0),
-}  # fmt: skip
-
-
+    "red": (225, 0, 0),
+    "green": (0, 165, 0),
+    "blue": (0, 60, 255),
+    "yellow": (255, 215, 0),
+    "purple": (150, 0, 190),
+    "black": (0, 0, 0),
+}
 FIGURES = {  # type -> (answers, wordings)
     "sides": (["3", "4", "6"], ["<image>How many sides?", "<image>Number of sides?"]),
     "colour": (list(COLOURS), ["<image>Which colour?", "<image>Name the colour."]),
@@ -42,9 +51,29 @@ FIGURES = {  # type -> (answers, wordings)
     ),
 }
 
+# a square's colour -> its letter
+CODE = {"red": "a", "green": "b", "blue": "c", "yellow": "d", "black": "e"}
+CODEWORD_TURNS = "<image><image>Next?\n<image>Spell it."
+
+
+# rows as Geometry3K stores them
+IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+SCHEMA = pa.schema(
+    {
+        "images": pa.list_(IMAGE),
+        "problem": pa.string(),
+        "answer": pa.string(),
+        "type": pa.string(),
+    }
+)
+
 
 def make_figures(
-    out: str | Path, train: int = 2000, test: int = 300, seed: int = 0, size: int = 56
+    out: str | Path,
+    train: int = 2000,
+    test: int = 300,
+    seed: int = 0,
+    size: int = 56,
 ) -> None:
     """Write out/train.parquet and out/test.parquet: a visual task that a tiny model learns, with
     nothing to download.
@@ -56,112 +85,37 @@ def make_figures(
     """
     if min(train, test) < 1 or not 16 <= size <= CANVAS:
         raise ValueError(
-            f"train={train}, test={test}, size={size}: a file needs a row, a side 16 to {CANVAS} pixels"
+            f"train={train}, test={test}, size={size}: a file needs a row, a side 16 to {CANVAS} "
+            "pixels"
         )
     for split, total in (("train", train), ("test", test)):
-        rng, rows = random.Random(f"{seed} {split}"), []
-        for number in range(total):
-            kind = list(FIGURES)[number % len(FIGURES)]
-            answers, wordings = FIGURES[kind]
-            answer, pictures = answers[number // len(FIGURES) % len(answers)], []
-            while not pictures or any(
-                (zlib.crc32(picture) % 4 == 0) != (split == "test") for picture in pictures
-            ):
-                pictures = _draw(rng, kind, answer, size)
-            rows.append((pictures, rng.choice(wordings), answer, kind))
+        rng = Random(f"{seed} {split}")
+        rows = [_figure(rng, number, size, split) for number in range(total)]
         rng.shuffle(rows)
-        _write_rows(rows, Path(out) / f"{split}.parquet")
+        _write_rows(rows, out, split)
 
 
-def _write_rows(rows: list[tuple[list[bytes], str, str, str]], file: Path) -> None:
-    """Rows of (images, problem, answer, type) as Geometry3K stores them."""
-    names, image = (
-        ("images", "problem", "answer", "type"),
-        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
-    )
-    images, *texts = zip(*rows, strict=True)
-    cells = [[{"bytes": picture, "path": None} for picture in pictures] for pictures in images]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(
-        pa.table(dict(zip(names, [pa.array(cells, pa.list_(image)), *texts], strict=True))), file
-    )
+def _figure(rng: Random, number: int, size: int, split: str) -> dict:
+    """Row `number` of a split; types take turns, and so do the answers of a type."""
+    kind = list(FIGURES)[number % len(FIGURES)]
+    answers, wordings = FIGURES[kind]
+    answer = answers[number // len(FIGURES) % len(answers)]
+    pictures = _draw(rng, kind, answer, size)
+    while any(_split_of(picture) != split for picture in pictures):
+        pictures = _draw(rng, kind, answer, size)
+    return _row(pictures, rng.choice(wordings), answer, kind)
 
 
-def _draw(rng: random.Random, kind: str, answer: str, size: int) -> list[bytes]:
-    """PNG pictures, size x size, for which `answer` is right."""
-    canvases = [
-        Image.new("RGB", (CANVAS, CANVAS), "white") for _ in range(2 if kind == "sum" else 1)
-    ]
-    pen, last_pen = ImageDraw.Draw(canvases[0]), ImageDraw.Draw(canvases[-1])
-    colour, other = rng.sample(list(COLOURS), 2)
-    if kind == "sides":
-        _polygon(rng, pen, int(answer), colour)
-    elif kind == "colour":
-        _polygon(rng, pen, rng.choice([0, 3, 4, 6]), answer)
-    elif kind == "larger":
-        other = rng.choice([name for name in COLOURS if name != answer])
-        sides, right, down = rng.choice([0, 3, 4, 6]), rng.choice([-1, 1]), rng.choice([-1, 1])
-        _polygon(rng, pen, sides, answer, 50 - 16 * right, 50 - 16 * down, 29)
-        _polygon(rng, pen, sides, other, 50 + 29 * right, 50 + 29 * down, 13)
-    elif kind == "angle":
-        _angle(rng, pen, answer, colour)
-    else:
-        first = rng.choice([sides for sides in (3, 4, 6) if int(answer) - sides in (3, 4, 6)])
-        _polygon(rng, pen, first, colour)
-        _polygon(rng, last_pen, int(answer) - first, other)
-    return [png(canvas.resize((size, size), Image.Resampling.BOX)) for canvas in canvases]
-
-
-def _polygon(
-    rng: random.Random, pen, sides: int, colour: str, x: int = 50, y: int = 50, radius: int = 42
-) -> None:
-    """A regular polygon, a disc for 0 sides, about (x, y); lengths in % of the canvas."""
-    left, top, reach = ((length + rng.uniform(-4, 4)) * CANVAS / 100 for length in (x, y, radius))
-    if sides:
-        pen.regular_polygon((left, top, reach), sides, rng.uniform(-TILT, TILT), COLOURS[colour])
-    else:
-        pen.circle((left, top), reach, COLOURS[colour])
-
-
-def _angle(rng: random.Random, pen, kind: str, colour: str) -> None:
-    """Two rays, 45% of the canvas long; the kinds are 35 degrees apart."""
-    half = (
-        math.radians(
-            {"acute": rng.uniform(25, 55), "right": 90, "obtuse": rng.uniform(125, 155)}[kind]
-        )
-        / 2
-    )
-    turn, length = math.radians(rng.uniform(-TILT, TILT)) - half, 0.45 * CANVAS
-    back = length * math.cos(half) / 2  # from the middle of the canvas to the vertex
-    x, y = (
-        CANVAS * (0.5 + rng.uniform(-0.03, 0.03)) - back * along
-        for along in (math.cos(turn), math.sin(turn))
-    )
-    ends = [
-        (x + length * math.cos(turn + side), y + length * math.sin(turn + side))
-        for side in (-half, half)
-    ]
-    pen.line([ends[0], (x, y), ends[1]], COLOURS[colour], width=round(0.12 * CANVAS), joint="curve")
-
-
-# --------------------------------------------------------------------------------------------------
-# A conversation to learn from
-
-
-CODE = {
-    "red": "a",
-    "green": "b",
-    "blue": "c",
-    "yellow": "d",
-    "black": "e",
-}  # a square's colour -> its letter
-
-
-CODEWORD_TURNS = "<image><image>Next?\n<image>Spell it."
+def _split_of(picture: bytes) -> str:
+    return "test" if zlib.crc32(picture) % 4 == 0 else "train"
 
 
 def make_codewords(
-    out: str | Path, train: int = 500, test: int = 100, seed: int = 0, size: int = 56
+    out: str | Path,
+    train: int = 500,
+    test: int = 100,
+    seed: int = 0,
+    size: int = 56,
 ) -> None:
     """Write out/train.parquet and out/test.parquet for rollout.Codeword: squares over two turns
     that spell a word.
@@ -169,40 +123,147 @@ def make_codewords(
     The code is never told. A fifth of the words of three letters is for `test` alone. Images are
     `size` pixels square.
     """
-    words, colours = (
-        list(itertools.product(CODE.values(), repeat=3)),
-        {code: colour for colour, code in CODE.items()},
+    words = list(itertools.product(CODE.values(), repeat=3))
+    Random(seed).shuffle(words)
+    _spell(words[25:], train, "train", seed, size, out)
+    _spell(words[:25], test, "test", seed, size, out)
+
+
+def _spell(
+    words: list[tuple[str, ...]],
+    total: int,
+    split: str,
+    seed: int,
+    size: int,
+    out: str | Path,
+) -> None:
+    """Write the file of a split: `total` rows of these words, each drawn as its squares."""
+    colours = {letter: colour for colour, letter in CODE.items()}
+    rng = Random(f"{seed} {split}")
+    rows = []
+    for word in itertools.islice(itertools.cycle(words), total):
+        squares = [_square(rng, colours[letter], size) for letter in word]
+        row = _row(squares, CODEWORD_TURNS, " ".join(word), "")
+        rows.append(row)
+    rng.shuffle(rows)
+    _write_rows(rows, out, split)
+
+
+def _row(pictures: list[bytes], problem: str, answer: str, kind: str) -> dict:
+    return {
+        "images": [{"bytes": picture, "path": None} for picture in pictures],
+        "problem": problem,
+        "answer": answer,
+        "type": kind,
+    }
+
+
+def _write_rows(rows: list[dict], out: str | Path, split: str) -> None:
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, folder / f"{split}.parquet")
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def _draw(rng: Random, kind: str, answer: str, size: int) -> list[bytes]:
+    """PNG pictures, size x size, for which `answer` is right."""
+    canvases = [Image.new("RGB", (CANVAS, CANVAS), "white")]
+    if kind == "sum":
+        canvases.append(canvases[0].copy())
+    pens = [Draw(canvas) for canvas in canvases]
+    colour, other = rng.sample(list(COLOURS), 2)
+    if kind == "sides":
+        _polygon(rng, pens[0], int(answer), colour)
+    elif kind == "colour":
+        _polygon(rng, pens[0], rng.choice(SHAPES), answer)
+    elif kind == "larger":
+        _two_polygons(rng, pens[0], answer)
+    elif kind == "angle":
+        _angle(rng, pens[0], answer, colour)
+    else:
+        total = int(answer)
+        first = rng.choice([sides for sides in POLYGONS if total - sides in POLYGONS])
+        _polygon(rng, pens[0], first, colour)
+        _polygon(rng, pens[1], total - first, other)
+    small = [canvas.resize((size, size), Image.Resampling.BOX) for canvas in canvases]
+    return [png(picture) for picture in small]
+
+
+def _two_polygons(rng: Random, pen: ImageDraw, larger: str) -> None:
+    """A large one of the colour `larger`, and a small one of another in the opposite corner."""
+    smaller = rng.choice([name for name in COLOURS if name != larger])
+    sides = rng.choice(SHAPES)
+    right = rng.choice([-1, 1])
+    down = rng.choice([-1, 1])
+    _polygon(rng, pen, sides, larger, 50 - 16 * right, 50 - 16 * down, 29)
+    _polygon(rng, pen, sides, smaller, 50 + 29 * right, 50 + 29 * down, 13)
+
+
+def _polygon(
+    rng: Random,
+    pen: ImageDraw,
+    sides: int,
+    colour: str,
+    x: int = 50,
+    y: int = 50,
+    radius: int = 42,
+) -> None:
+    """A regular polygon, a disc for 0 sides, about (x, y); lengths in % of the canvas."""
+    left = _pixels(rng, x)
+    top = _pixels(rng, y)
+    reach = _pixels(rng, radius)
+    if sides:
+        tilt = rng.uniform(-TILT, TILT)
+        pen.regular_polygon((left, top, reach), sides, tilt, COLOURS[colour])
+    else:
+        pen.circle((left, top), reach, COLOURS[colour])
+
+
+def _pixels(rng: Random, length: int) -> float:
+    """A length in % of the canvas, give or take 4, in pixels."""
+    return (length + rng.uniform(-4, 4)) * CANVAS / 100
+
+
+def _angle(rng: Random, pen: ImageDraw, kind: str, colour: str) -> None:
+    """Two rays, 45% of the canvas long; the kinds are 35 degrees apart."""
+    degrees = {"acute": rng.uniform(25, 55), "right": 90, "obtuse": rng.uniform(125, 155)}
+    half = math.radians(degrees[kind]) / 2
+    turn = math.radians(rng.uniform(-TILT, TILT)) - half
+    length = 0.45 * CANVAS
+    back = length * math.cos(half) / 2  # from the middle of the canvas to the vertex
+    x = CANVAS * (0.5 + rng.uniform(-0.03, 0.03)) - back * math.cos(turn)
+    y = CANVAS * (0.5 + rng.uniform(-0.03, 0.03)) - back * math.sin(turn)
+    first, last = (
+        (x + length * math.cos(ray), y + length * math.sin(ray))
+        for ray in (turn - half, turn + half)
     )
-    random.Random(seed).shuffle(words)
-    for split, total, chosen in (("train", train, words[25:]), ("test", test, words[:25])):
-        rng, rows = random.Random(f"{seed} {split}"), []
-        for word in (chosen[i % len(chosen)] for i in range(total)):
-            squares = [_square(rng, colours[letter], size) for letter in word]
-            rows.append((squares, CODEWORD_TURNS, " ".join(word), ""))
-        rng.shuffle(rows)
-        _write_rows(rows, Path(out) / f"{split}.parquet")
+    width = round(0.12 * CANVAS)
+    pen.line([first, (x, y), last], COLOURS[colour], width, joint="curve")
 
 
-def _square(rng: random.Random, colour: str, size: int) -> bytes:
+def _square(rng: Random, colour: str, size: int) -> bytes:
     """PNG of a square somewhere on white."""
-    canvas, side = Image.new("RGB", (size, size), "white"), rng.randint(size // 2, size * 7 // 8)
-    left, top = rng.randint(0, size - side), rng.randint(0, size - side)
-    ImageDraw.Draw(canvas).rectangle((left, top, left + side, top + side), COLOURS[colour])
+    canvas = Image.new("RGB", (size, size), "white")
+    side = rng.randint(size // 2, size * 7 // 8)
+    left = rng.randint(0, size - side)
+    top = rng.randint(0, size - side)
+    box = (left, top, left + side, top + side)
+    Draw(canvas).rectangle(box, COLOURS[colour])
     return png(canvas)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw a small data set of figures to learn from.")
     parser.add_argument("out", type=Path, help="folder for train.parquet and test.parquet")
-    for name, default, meaning in (
-        ("train", 2000, "rows of train.parquet"),
-        ("test", 300, "rows of test.parquet"),
-        ("seed", 0, "another seed draws other figures"),
-        ("size", 56, "side of a picture, pixels"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=int, default=default, help=f"{meaning}; default {default}"
-        )
+    number = functools.partial(parser.add_argument, type=int)
+    number("--train", default=2000, help="rows of train.parquet; default 2000")
+    number("--test", default=300, help="rows of test.parquet; default 300")
+    number("--seed", default=0, help="another seed draws other figures; default 0")
+    number("--size", default=56, help="side of a picture, pixels; default 56")
     make_figures(**vars(parser.parse_args()))
 
 

@@ -1,12 +1,32 @@
-"""The processes of a run: start them, let them exchange objects and sums, print on one of them."""
+"""The processes of a run: start and end them, let them exchange objects and sums, print on one.
+
+A run ends in one of three ways. All ranks are done and leave together. A signal asked for it: all
+leave after the same step. A rank fails: it says why, before anything else that could wait, and then
+all others end within seconds, wherever they wait, because a collective on a GPU would not return
+for half an hour.
+"""
 
 import datetime
+import logging
 import os
+import sys
+import threading
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Start
 
 
 def start_processes(timeout: float = 30.0) -> torch.device:
@@ -15,30 +35,111 @@ def start_processes(timeout: float = 30.0) -> torch.device:
 
     A rank that waits for another longer than `timeout`, in minutes, gives up, and the run ends.
     """
-    store, rank, world, limit = dist.HashStore(), 0, 1, datetime.timedelta(minutes=timeout)
+    limit = datetime.timedelta(minutes=timeout)
+    store, rank, world = dist.HashStore(), 0, 1
     if "WORLD_SIZE" in os.environ:
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun keeps its store when it restarts the ranks, and with it the addresses of the
             # dead ones
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    options = dict(store=store, rank=rank, world_size=world, timeout=limit)
-    if not torch.cuda.is_available():
-        dist.init_process_group("gloo", **options)
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
+    device = torch.device("cpu")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=limit,
+        device_id=device if device.type == "cuda" else None,
+    )
+    if world > 1:
+        threading.Thread(target=end_with_the_others, args=[run_store()], daemon=True).start()
     return device
 
 
+def run_store() -> dist.Store:
+    """What all ranks can write to and read without waiting for each other."""
+    return dist.distributed_c10d._get_default_store().clone()
+
+
 def this_rank() -> int:
-    """This process's rank; 0 in a notebook, which has started no processes."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's rank; before it has joined others, torchrun's; 0 in a notebook."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+# --------------------------------------------------------------------------------------------------
+# End
+
+
+def explain_failure(error: BaseException) -> None:
+    """Say why the run ends: the first rank that fails does, the others only follow.
+
+    What a user can cause, an error that this project raises, is its sentence. Anything else is a
+    bug, and keeps its traceback.
+    """
+    if dist.is_initialized():
+        first = run_store().add("failures", 1) == 1
+    else:  # all ranks read the same command line
+        first = this_rank() == 0
+    if first:
+        lines = [f"error: {error}\n"] if is_explained(error) else traceback.format_exception(error)
+        sys.stdout.flush()
+        print("".join(lines), end="", file=sys.stderr, flush=True)
+
+
+def is_explained(error: BaseException) -> bool:
+    """Whether a `raise` of this project made the error, and so wrote what is wrong and what to
+    do about it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if type(error) not in (ValueError, RuntimeError) or not frames:
+        return False
+    origin = frames[-1]
+    ours = Path(origin.filename).resolve().is_relative_to(ROOT)
+    return ours and origin.line.startswith("raise ")
+
+
+def end_failed() -> NoReturn:
+    """End this process with exit code 1, and all others with it.
+
+    Nothing of several ranks is torn down: what their GPUs have begun together waits for ranks that
+    will not come.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        sys.exit(1)
+    run_store().set("failed", "")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def end_with_the_others(store: dist.Store) -> None:
+    """End this process once a rank has failed, wherever the main thread waits."""
+    try:
+        while not store.check(["failed"]):
+            time.sleep(1)
+    except RuntimeError:  # the store goes when the run is over, or with the machine that held it
+        return
+    os._exit(1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Exchange
+
+
+def world_size() -> int:
+    """How many processes there are; 1 in a notebook."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def gather_objects(item) -> list:
-    """One item from every rank, on every rank, in rank order."""
+    """One item from every rank, on every rank, in rank order; a notebook has this one alone."""
+    if not dist.is_initialized():
+        return [item]
     items = [None] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items
@@ -46,16 +147,35 @@ def gather_objects(item) -> list:
 
 def all_sum(sums: dict[str, float | Tensor], device) -> dict[str, float]:
     """Sums over all ranks; every rank brings the same names."""
-    totals = torch.tensor([float(v) for v in sums.values()], dtype=torch.float64, device=device)
+    values = [float(value) for value in sums.values()]
+    totals = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(totals)
     return dict(zip(sums, totals.tolist(), strict=True))
 
 
 def all_max(value: float) -> float:
-    return max(gather_objects(value))
+    """The largest of all ranks' values."""
+    largest = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
+
+
+# --------------------------------------------------------------------------------------------------
+# Print
 
 
 def say(*parts) -> None:
     """Print on rank 0, above the progress bar."""
-    if dist.get_rank() == 0:
+    if this_rank() == 0:
         tqdm.write(" ".join(map(str, parts)))
+
+
+def quieten_libraries() -> None:
+    """Leave the console to what this project says: no bars of transformers, and none of its and
+    torch's warnings that a user can do nothing about."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # `model.py export` is
+    generation = logging.getLogger("transformers.generation.configuration_utils")
+    generation.setLevel(logging.ERROR)  # of a flag that greedy decoding does not need

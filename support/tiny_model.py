@@ -1,4 +1,4 @@
-"""The model of the demonstration: a real Qwen2.5-VL of about 1M parameters, warmed up on generated problems.
+"""The model of the demonstration: a real Qwen2.5-VL of about 1M parameters, warmed up.
 
 python -m support.tiny_model OUT --data FIGURES
 """
@@ -7,17 +7,20 @@ import argparse
 import collections
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import data
 from model import Actor
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}"
     "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
     "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
@@ -44,15 +47,7 @@ def tiny_processor(texts: list[str], vocabulary: int = 400):
     )
     bpe.train_from_iterator(texts, trainer)
     learned = json.loads(bpe.to_str())["model"]
-    names = (
-        "endoftext",
-        "im_start",
-        "im_end",
-        "vision_start",
-        "vision_end",
-        "image_pad",
-        "video_pad",
-    )
+    names = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
     special = [f"<|{name}|>" for name in names]
     tokenizer = Qwen2Tokenizer(
         vocab=learned["vocab"],
@@ -76,8 +71,11 @@ def build_tiny(
 
     processor = tiny_processor(texts)
     tokenizer = processor.tokenizer
-    width, heads, token_id = 128, 4, tokenizer.convert_tokens_to_ids
-    std = 0.06  # not the usual 0.02: keeps the activations' scale near 1 at this width, and learns several times faster
+    token_id = tokenizer.convert_tokens_to_ids
+    width, heads = 128, 4
+    # not the usual 0.02: keeps the activations' scale near 1 at this width, and learns several
+    # times faster
+    std = 0.06
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer),
@@ -122,10 +120,10 @@ def build_tiny(
 TINY_INSTRUCTION = " <think></think> \\boxed{}"
 
 
-WARM_UP_TURN = "ok<|im_end|>"  # before the last turn of a conversation
+END = "<|im_end|>"
 
 
-WARM_UP_RESPONSE = "<think>look</think>\\boxed{{{}}}<|im_end|>"
+WARM_UP_RESPONSE = "<think>look</think>\\boxed{{{}}}" + END
 
 
 def build_warm_tiny(
@@ -135,52 +133,68 @@ def build_warm_tiny(
     seed: int = 0,
     noise: float = 0.5,
     updates: int = 150,
+    warm_up: Sequence[str] = ("ok",),
 ) -> Path:
     """Write the tiny model, warmed up on the problems, turn by turn: what RL starts from.
 
     It learns the answer format, and a little more than guessing, by imitation of noisy labels: of a
     share `noise` of them the answer is that of a random problem with the same question.
+
+    Args:
+        updates: optimizer steps.
+        warm_up: what it learns to say before the last turn of a conversation; a text for each turn,
+            the last one for all that follow.
     """
-    texts = [
-        f"{p.question}{instruction}{WARM_UP_TURN}{WARM_UP_RESPONSE.format(p.answer)}"
-        for p in problems
-    ]
+    problems = list(problems)
+    before = "".join(text + END for text in warm_up)
+    texts = []
+    for problem in problems:
+        response = WARM_UP_RESPONSE.format(problem.answer)
+        texts.append(problem.question + instruction + before + response)
     build_tiny(out, [CHAT_TEMPLATE, *texts], seed)
     actor = Actor.from_pretrained(str(out))
-    reader = data.Reader(actor.processor, 56 * 56, 56 * 56, instruction, kept=len(problems))
-
-    def tokens(text):
-        return torch.tensor(actor.processor.tokenizer.encode(text))
-
-    conversations, same_question = [], collections.defaultdict(list)
+    kept = 8 * len(problems)  # the turns of conversations too
+    reader = data.Reader(actor.processor, 56 * 56, 56 * 56, instruction, kept=kept)
+    same_question = collections.defaultdict(list)
     for problem in problems:
-        first, *rest = data.split_turns(problem)
-        later = []
-        for shown in rest:
-            later += [tokens(WARM_UP_TURN), reader.later(shown)]
-        conversations.append((reader(first), later, problem.answer))
-        same_question[first.question].append(problem.answer)
+        same_question[problem.question].append(problem.answer)
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(actor.model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / 20))
-    for _ in (bar := tqdm(range(updates), "warm-up", disable=None)):
+    bar = tqdm(range(updates), "warm-up", disable=None)
+    for _ in bar:
         groups = []
-        for prompt, later, answer in rng.choices(conversations, k=64):
-            label = (
-                rng.choice(same_question[prompt.problem.question])
-                if rng.random() < noise
-                else answer
-            )
-            groups.append((prompt, [[*later, tokens(WARM_UP_RESPONSE.format(label))]]))
-        loss = -actor.logprobs(groups)[0].mean()
+        for problem in rng.choices(problems, k=64):
+            answer = problem.answer
+            if rng.random() < noise:
+                answer = rng.choice(same_question[problem.question])
+            groups.append(imitation(problem, answer, reader, warm_up))
+        logprobs, _ = actor.logprobs(groups)
+        loss = -logprobs.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(actor.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        bar.set_postfix_str(f"loss {loss.item():.3f}")
+        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     actor.model.save_pretrained(out)
     return Path(out)
+
+
+def imitation(problem, answer: str, reader: data.Reader, warm_up: Sequence[str]) -> tuple:
+    """A problem as (prompt, [turns]), with what the model shall say in each turn."""
+    tokenizer = reader.processor.tokenizer
+
+    def tokens(text: str) -> Tensor:
+        return torch.tensor(tokenizer.encode(text))
+
+    first, *rest = data.split_turns(problem)
+    turns = []
+    for number, shown in enumerate(rest):
+        said = warm_up[min(number, len(warm_up) - 1)]
+        turns += [tokens(said + END), reader.later(shown)]
+    turns.append(tokens(WARM_UP_RESPONSE.format(answer)))
+    return reader(first), [turns]
 
 
 def main() -> None:
