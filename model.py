@@ -1034,6 +1034,7 @@ class Actor:
         mesh = shard_mesh(device, shard_ranks)
         offload = offload and device.type == "cuda"
         self.sharded_on = device
+        self.compute = compute or self.dtype
         whole = {
             p
             for name, p in self.model.named_parameters()
@@ -1047,7 +1048,7 @@ class Actor:
                 if p.requires_grad and not isinstance(p, DTensor):
                     p.data = p.data.to("cpu" if offload else device).float()
             precision = MixedPrecisionPolicy(
-                param_dtype=compute or self.dtype,
+                param_dtype=self.compute,
                 reduce_dtype=torch.float32,
                 # pixels become `compute` where they enter; what a tower's blocks are handed in
                 # float32, the angles of their positions, stays so, as in a tower that is not sharded

@@ -2,6 +2,7 @@
 
     pytest test_all.py              everything but the next two
     pytest test_all.py -m slow      kills, restarts and many steps: 5 minutes
+    pytest test_all.py -m gpu       what only a GPU can show, as one table
     pytest test_all.py -m bench -s  the benchmark
 
 Nothing is downloaded and nothing of ours is mocked. Tests that need vLLM, or the Geometry3K sample
@@ -2903,16 +2904,6 @@ def test_a_response_does_not_see_the_others_of_its_pack(actor):
     close(together, alone, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(
-    "dtype, gap", [(torch.bfloat16, 0.02), (torch.float32, 1e-4)]
-)  # float32: no such kernel
-def test_shared_attention_equals_the_padded_forward_on_a_gpu(tiny, dtype, gap):
-    actor = model.Actor.from_pretrained(str(tiny[False]), dtype)
-    actor.model.cuda()
-    assert actor.check_packing(prompts_with(actor, 2, 0)) < gap
-
-
 def test_packs_refuse_what_they_cannot_keep_apart(actor):
     prompt = prompts_with(actor, 0)[0]
     with pytest.raises(ValueError, match="empty response"):
@@ -3308,12 +3299,13 @@ def check_kernels_under_fsdp(folder):
                 logprobs, entropy = actor.logprobs(groups, features, entropy="gradient")
                 assert logprobs.shape == entropy.shape == (848,) and logprobs.dtype == torch.float32
                 assert len(calls) == 5  # 2 layers, and 3 of the tower
+                assert {args[0].dtype for args in calls} == {torch.bfloat16}
                 (logprobs.sum() + entropy.sum()).backward()
                 assert len(calls) == 5 + (2 if frozen else 5)  # recomputed
                 for name, p in actor.model.named_parameters():
                     assert p.requires_grad == (not frozen or actor.part(name) == "language")
                     if p.requires_grad:
-                        assert isinstance(p.grad, model.DTensor) and p.grad.dtype == torch.float32
+                        assert isinstance(p.grad, DTensor) and p.grad.dtype == torch.float32
                         assert p.grad.shape == p.shape, name
     print("all checked")
 
@@ -3355,6 +3347,294 @@ def test_a_sampler_that_computes_another_model_is_refused_before_training(actor,
         train.check_against_sampler(rollout.HFEngine(other, 24), actor, prompts)
     actor.compute = torch.bfloat16  # there that little is rounding
     train.check_against_sampler(rollout.HFEngine(other, 24), actor, prompts)
+
+
+# ---- on a GPU: pytest -m gpu prints one table; here the same bodies run at tiny shapes
+
+
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+
+
+@pytest.fixture(scope="session")
+def table(request):
+    """table(device, what, number=...) adds a row; those of a GPU are printed when all tests have
+    ended."""
+    rows = []
+
+    def add(device, what, **numbers):
+        if device == "cuda":
+            rows.append(f"{what:44}" + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+
+    yield add
+    if rows:
+        terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+        terminal.write_line(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}")
+        for row in rows:
+            terminal.write_line(row)
+
+
+def measured(device, work):
+    """Result of the second call, its milliseconds, and GiB at most (0 on a CPU)."""
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    result = work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    took = 1000 * (time.perf_counter() - start)
+    return result, took, torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+
+
+def off(got, expected):
+    """Distance as a share of the expected norm."""
+    return ((got.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def large_actor(folder, device, layers=8):
+    """A random Qwen2.5-VL of 7B's width, in bfloat16; the tiny one on a CPU. The same each time."""
+    if device == "cpu":
+        return model.Actor.from_pretrained(str(folder), torch.bfloat16)
+    gc.collect()  # the last test's
+    processor = AutoProcessor.from_pretrained(folder)
+    torch.manual_seed(0)
+    with torch.device(device):
+        config = sized_config(folder, "7B", layers, depth=8)
+        network = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    return model.Actor(network.eval(), processor)
+
+
+def large_groups(actor, device, count=5):
+    """Packs of 16,375 tokens for 5 groups."""
+    if device == "cpu":
+        return random_groups(actor, (0, 1), ((3, 5), (2, 4)))
+    return [group for _ in range(count) for group in bench_group(actor, 400, [575] * 5)]
+
+
+def sharded(actor, device, **options):
+    actor.shard(torch.device(device), torch.bfloat16, **options)
+    return actor
+
+
+@each_device
+@pytest.mark.parametrize("window", [None, 64])
+def test_gpu_kernel_and_dense_attention_agree(device, window, table, monkeypatch):
+    # proves on a GPU: causal to the bottom right, window, grouped heads, and all of it backward
+    prompt, responses, size, dtype = 400, (1, 17, 500, 2048), 128, torch.bfloat16
+    if device == "cpu":
+        prompt, responses, size, dtype = 9, (1, 3, 5), 16, torch.float32
+        window = window and 4
+        force_kernels(monkeypatch, plain_varlen)
+    segments, t = [(0, prompt, 0, 0)], prompt
+    for length in responses:
+        segments.append((t, t + length, 0, prompt))
+        t += length
+    layout = model.Layout(segments)
+    for heads, key_heads in ((28, 4), (16, 2)):
+        shapes = [(1, n, t, size) for n in (heads, key_heads, key_heads)]
+        inputs = [torch.randn(shape, device=device) for shape in shapes]
+        grad = torch.randn(1, t, heads, size, device=device)
+
+        def run(kernel, dtype, inputs=inputs, grad=grad):
+            monkeypatch.setattr(model, "kernel_runs", lambda q: kernel)
+            leaves = [x.to(dtype).detach().requires_grad_() for x in inputs]
+            options = dict(scaling=size**-0.5, sliding_window=window, layout=layout)
+            out, _ = model.shared_attention(None, *leaves, None, **options)
+            out.backward(grad.to(dtype))
+            return out.detach(), *(x.grad for x in leaves)
+
+        exact = run(False, torch.float32)
+        dense = list(map(off, run(False, dtype), exact))
+        kernel = list(map(off, run(True, dtype), exact))
+        name = f"attention {heads}/{key_heads} window {window}"
+        table(device, f"{name} dense", **dict(zip(("out", "dq", "dk", "dv"), dense, strict=True)))
+        table(device, f"{name} kernel", **dict(zip(("out", "dq", "dk", "dv"), kernel, strict=True)))
+        assert all(a < 3 * b + 1e-5 for a, b in zip(kernel, dense, strict=True))
+
+
+@pytest.mark.parametrize(
+    "device, size",
+    [("cpu", "tiny"), *(pytest.param("cuda", size, marks=GPU) for size in ("tiny", "large"))],
+)
+def test_gpu_packing_in_bfloat16_is_within_its_floor(device, size, tiny, table):
+    if size == "tiny":
+        actor = model.Actor.from_pretrained(str(tiny[False]), torch.bfloat16)
+        actor.model.to(device)
+    else:
+        actor = large_actor(tiny[False], device)
+    for name, counts in (("different", (2, 0)), ("equal", (1, 1))):
+        prompts = prompts_with(actor, *counts)
+        if name == "equal":
+            prompts[1] = prompts[0]
+        gaps = actor.packing_gaps(prompts)
+        names = ("nats", "slope", "noise", "slope_noise")
+        table(device, f"packing {size}, {name} prompts", **dict(zip(names, gaps, strict=True)))
+    actor.check_packing(prompts_with(actor, 2, 0))
+
+
+@each_device
+def test_gpu_update_at_full_width(device, tiny, table, process_group):
+    actor = large_actor(tiny[False], device)
+    actor.checkpoint_activations()
+    sharded(actor, device)
+    groups = large_groups(actor, device)
+    optimizer = torch.optim.AdamW(actor.model.parameters(), 1e-6, fused=device == "cuda")
+
+    def update():
+        logprobs, _ = actor.logprobs(groups)
+        logprobs.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return logprobs
+
+    logprobs, ms, peak = measured(device, update)
+    assert logprobs.isfinite().all()
+    tokens = sum(len(p.ids) + sum(len(r) for [r] in responses) for p, responses in groups)
+    layers = actor.model.model.language_model.layers
+    weights = sum(model.full(p).numel() for p in layers.parameters() if p.ndim > 1)
+    head = actor.model.get_output_embeddings().weight.numel()
+    operations = 6 * (weights * tokens + head * len(logprobs))  # nothing counted twice
+    rates = dict(tokens_per_s=1000 * tokens / ms, tflops=operations / ms / 1e9)
+    table(device, "update, 7B's width, 8 layers", ms=ms, tokens=tokens, gib=peak, **rates)
+
+
+@each_device
+def test_gpu_tower_in_one_call(device, tiny, table):
+    actor = large_actor(tiny[False], device)
+    tower = actor.model.model.visual
+    grid = torch.tensor([[1, 34, 42]] * 6 if device == "cuda" else [[1, 8, 6]] * 2, device=device)
+    pixels = torch.randn(int(grid.prod(-1).sum()), 1176, device=device, dtype=torch.bfloat16)
+    results = {}
+    for name in ("sdpa", "flash_tower"):
+        actor.model.set_attn_implementation({"vision_config": name})
+
+        def both_ways():
+            out = tower(pixels, grid_thw=grid).pooler_output
+            tower.zero_grad()
+            out.float().square().sum().backward()
+            return out.detach(), tower.patch_embed.proj.weight.grad
+
+        with torch.no_grad():
+            _, ms, _ = measured(device, lambda: tower(pixels, grid_thw=grid))
+        results[name], both_ms, peak = measured(device, both_ways)
+        table(device, f"tower {name}", ms=ms, with_backward_ms=both_ms, gib=peak)
+    errors = list(map(off, results["flash_tower"], results["sdpa"]))
+    table(device, "tower flash_tower against sdpa", out=errors[0], gradient=errors[1])
+    assert max(errors) < 0.05
+
+
+@each_device
+@pytest.mark.parametrize("entropy", ["none", "value", "gradient"])
+def test_gpu_head_against_float32(device, entropy, table):
+    n, width, vocabulary = (4096, 3584, 152064) if device == "cuda" else (40, 16, 300)
+    h = torch.randn(n, width, device=device).bfloat16().requires_grad_()
+    weight = (torch.randn(vocabulary, width, device=device) / width**0.5).bfloat16()
+    weight = weight.requires_grad_()
+    targets = torch.randint(8, vocabulary, (n,), device=device)
+    banned = torch.tensor([7], device=device)
+    request = model.Request(targets, banned, 1.0, None, entropy, 1024)
+
+    def head():
+        logprobs, entropies = model.ChunkedLogprobs.apply(h, weight, request)
+        (logprobs + (entropies if entropy == "gradient" else 0)).sum().backward()
+        grads = h.grad, weight.grad
+        h.grad = weight.grad = None
+        return logprobs.detach(), entropies.detach(), *grads
+
+    got, ms, peak = measured(device, head)
+    wide_h = h.detach().float().requires_grad_()
+    wide_weight = weight.detach().float().requires_grad_()
+    logps = (wide_h @ wide_weight.T).index_fill(-1, banned, -torch.inf).log_softmax(-1)
+    exact = logps.gather(-1, targets[:, None])[:, 0]
+    exact_entropy = torch.special.entr(logps.exp()).sum(-1)
+    (exact + (exact_entropy if entropy == "gradient" else 0)).sum().backward()
+    errors = dict(
+        nats=(got[0] - exact).abs().mean().item(),
+        dh=off(got[2], wide_h.grad),
+        dw=off(got[3], wide_weight.grad),
+    )
+    if entropy != "none":
+        errors["entropy"] = (got[1] - exact_entropy).abs().mean().item()
+    table(device, f"head, entropy {entropy}", ms=ms, gib=peak, **errors)
+    assert max(errors.values()) < 0.05
+
+
+@each_device
+def test_gpu_reference_on_the_cpu_scores_the_same(device, tiny, table, process_group):
+    results = {}
+    for offload in (False, True):
+        actor = large_actor(tiny[False], device)
+        actor.model.requires_grad_(False)
+        sharded(actor, device, offload=offload)
+        groups = large_groups(actor, device, 1)
+        score = functools.partial(actor.logprobs, groups, entropy="none")
+        with torch.no_grad():
+            (scored, _), ms, peak = measured(device, score)
+        results[offload] = scored
+        table(device, f"reference, offload {offload}", ms=ms, gib=peak)
+        del actor, score
+        gc.collect()
+    close(results[True], results[False], atol=1e-3)
+
+
+@each_device
+def test_gpu_sampling_with_gathered_shards_is_scored_alike(device, tiny, table, process_group):
+    actor = sharded(large_actor(tiny[False], device), device)
+    prompts = prompts_with(actor, 1, 0)
+    drawn = draw(rollout.HFEngine(actor, 32), prompts, n=4)
+    with torch.no_grad():
+        logprobs, _ = actor.logprobs(as_groups(prompts, drawn))
+    gap = (logprobs.cpu() - sampled(drawn)).abs()
+    table(device, "transformers' sampler in bf16", nats=gap.mean(), most=gap.max())
+    assert gap.mean() < 0.05
+
+
+@each_device
+def test_gpu_weights_one_at_a_time(device, tiny, table, process_group, tmp_path):
+    actor = sharded(large_actor(tiny[False], device), device)
+
+    def count():
+        return sum(weight.numel() for _, weight in actor.weights(torch.bfloat16))
+
+    numbers, ms, peak = measured(device, count)
+    before = time.perf_counter()
+    state = {name: p.detach() for name, p in actor.model.named_parameters()}
+    saving = torch.distributed.checkpoint.async_save(state, checkpoint_id=str(tmp_path / "saved"))
+    blocked = time.perf_counter() - before
+    saving.result()
+    seconds = time.perf_counter() - before
+    rates = dict(billions=numbers / 1e9, ms=ms, gib=peak)
+    table(device, "weights in bf16", **rates, save_blocks_s=blocked, save_takes_s=seconds)
+    assert numbers == sum(model.full(p).numel() for p in actor.model.parameters())
+
+
+@each_device
+def test_gpu_frozen_and_trained_towers_and_two_backwards(device, tiny, table, process_group):
+    results = []
+    for frozen in (False, True):
+        actor = large_actor(tiny[False], device)
+        if frozen:
+            actor.freeze("tower", "projector")
+        sharded(actor, device)
+        groups = random_groups(actor, (1, 2), ((40, 60), (30, 70)))
+        with torch.no_grad():
+            results.append(actor.logprobs(groups)[0])
+    gradients_of = []
+    for _ in range(2):
+        actor.model.zero_grad()
+        actor.logprobs(groups)[0].mean().backward()
+        gradients_of.append([p.grad for p in actor.model.parameters() if p.requires_grad])
+    same = sum(map(torch.equal, *map(lambda g: map(model.full, g), gradients_of)))
+    gap = (results[0] - results[1]).abs().mean().item()
+    share = same / len(gradients_of[0])
+    table(device, "frozen against trained tower", nats=gap, equal_gradients=share)
+    assert gap < 0.05
+    assert share == 1 or device == "cuda"  # atomics add in any order there
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3879,7 +4159,10 @@ def test_recurrent_layers_keep_the_sequences_of_a_pack_apart():
         return function(x[:, :, rows], weight, None, activation="silu", **more).transpose(1, 2)
 
     everything = torch.arange(156)
-    for run, plain, ours in ((conv, plain_conv, model.packed_conv), (rule, plain_rule, model.packed_delta_rule)):
+    for run, plain, ours in (
+        (conv, plain_conv, model.packed_conv),
+        (rule, plain_rule, model.packed_delta_rule),
+    ):
         got = run(functools.partial(ours, plain), everything, layout=layout)
         expected = []
         for start, end, prompt_start, prompt_end in segments:
@@ -4268,15 +4551,15 @@ def mean_of(rows, name):
 
 
 @pytest.mark.gpu
-def test_the_tiny_preset_learns_and_resumes_on_a_gpu(tmp_path, gpu_table):
+def test_the_tiny_preset_learns_and_resumes_on_a_gpu(tmp_path, table):
     flags = ("--engine", "hf", "--out", str(tmp_path), "--save_in_background", "true")
     rows, _ = run_on_gpu(*flags, "--steps", "40", "--eval_every", "40")
     first, last = mean_of(rows[:5], "train/reward"), mean_of(rows[-5:], "train/reward")
     gap = max(row["train/gap"] for row in rows)
-    gpu_table.append(("tiny, hf: reward of steps 1-5", first, ""))
-    gpu_table.append(("tiny, hf: reward of steps 36-40", last, ""))
-    gpu_table.append(("tiny, hf: largest train/gap", gap, "nats"))
-    gpu_table.append(("tiny, hf: step", mean_of(rows[5:], "seconds/step"), "s"))
+    table("cuda", "tiny, hf: reward of steps 1-5", value=first)
+    table("cuda", "tiny, hf: reward of steps 36-40", value=last)
+    table("cuda", "tiny, hf: largest train/gap", nats=gap)
+    table("cuda", "tiny, hf: step", seconds=mean_of(rows[5:], "seconds/step"))
     assert len(rows) == 40 and last > first + 0.05 and gap < 0.02
     rows, log = run_on_gpu(*flags, "--steps", "42", "--eval_every", "42", "--resume", "must")
     assert "resumed from" in log and [row["step"] for row in rows][-2:] == [41, 42]
@@ -4284,7 +4567,7 @@ def test_the_tiny_preset_learns_and_resumes_on_a_gpu(tmp_path, gpu_table):
 
 
 @pytest.mark.gpu
-def test_fused_adamw_steps_in_no_more_memory_than_it_keeps(process_group, gpu_table):
+def test_fused_adamw_steps_in_no_more_memory_than_it_keeps(process_group, table):
     # 2 B elements as FSDP2 holds them: masters, gradients and two moments in float32 are 30 GiB
     mesh = torch.distributed.device_mesh.init_device_mesh("cuda", (1,))
     peaks = {}
@@ -4305,8 +4588,8 @@ def test_fused_adamw_steps_in_no_more_memory_than_it_keeps(process_group, gpu_ta
         torch.cuda.synchronize()
         peaks[variant] = (torch.cuda.max_memory_allocated() - kept) / 2**30
         milliseconds = 200 * (time.perf_counter() - start)
-        gpu_table.append((f"AdamW {variant}, 2 B elements: step", milliseconds, "ms"))
-        gpu_table.append((f"AdamW {variant}, 2 B elements: temporary", peaks[variant], "GiB"))
+        table("cuda", f"AdamW {variant}, 2 B elements: step", ms=milliseconds)
+        table("cuda", f"AdamW {variant}, 2 B elements: temporary", GiB=peaks[variant])
         # moments that were loaded from a CPU go on
         state = optimizer.state_dict()
         fresh = torch.optim.AdamW(shards, lr=1e-3, **{variant: True})
@@ -4319,7 +4602,7 @@ def test_fused_adamw_steps_in_no_more_memory_than_it_keeps(process_group, gpu_ta
 
 
 @pytest.mark.gpu
-def test_whether_a_gpu_hands_out_zeroed_pages(gpu_table):
+def test_whether_a_gpu_hands_out_zeroed_pages(table):
     # a measurement, no promise: clear_positions is right in both cases
     driver = pytest.importorskip("cuda.bindings.driver")
 
@@ -4350,12 +4633,12 @@ def test_whether_a_gpu_hands_out_zeroed_pages(gpu_table):
         call(driver.cuMemUnmap, address, size)
         call(driver.cuMemRelease, handle)
     call(driver.cuMemAddressFree, address, size)
-    gpu_table.append(("pages of 1 GiB that came back dirty, of 10", dirty, ""))
+    table("cuda", "pages of 1 GiB that came back dirty, of 10", value=dirty)
 
 
 @pytest.mark.gpu
 @needs_vllm
-def test_vllm_sleeps_and_wakes_on_a_gpu(tiny, process_group, gpu_table):
+def test_vllm_sleeps_and_wakes_on_a_gpu(tiny, process_group, table):
     def used():
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info()
@@ -4368,10 +4651,10 @@ def test_vllm_sleeps_and_wakes_on_a_gpu(tiny, process_group, gpu_table):
     changes = dict(dtype=torch.bfloat16, eager=False, memory_fraction=0.3)
     with contextlib.closing(start_vllm(actor, tiny[False], **changes)) as engine:
         actor.model.to("cuda")
-        gpu_table.append(("vLLM awake", used() - before, "GiB"))
+        table("cuda", "vLLM awake", GiB=used() - before)
         for _ in range(3):
             engine.sleep()
-            gpu_table.append(("vLLM asleep, level 2", used() - before, "GiB"))
+            table("cuda", "vLLM asleep, level 2", GiB=used() - before)
             with pytest.raises(RuntimeError, match="while vLLM sleeps"):
                 draw(engine, prompts, 1)
             actor.model.to("cpu")
@@ -4382,20 +4665,20 @@ def test_vllm_sleeps_and_wakes_on_a_gpu(tiny, process_group, gpu_table):
             with torch.no_grad():
                 logprobs, _ = actor.logprobs(as_groups(prompts, drawn))
             gap = (sampled(drawn) - logprobs.cpu()).abs().mean().item()
-            gpu_table.append(("vLLM, bf16: gap after a sleep", gap, "nats"))
+            table("cuda", "vLLM, bf16: gap after a sleep", nats=gap)
             assert gap < 0.05
-        gpu_table.append(("vLLM: waking up", synced["wake_seconds"], "s"))
+        table("cuda", "vLLM: waking up", seconds=synced["wake_seconds"])
 
 
 @pytest.mark.gpu
 @needs_vllm
-def test_the_tiny_preset_trains_with_vllm_on_a_gpu(tmp_path, gpu_table):
+def test_the_tiny_preset_trains_with_vllm_on_a_gpu(tmp_path, table):
     # sleep mode, level 2, CUDA graphs, TP 1
     flags = ("--engine", "vllm", "--out", str(tmp_path), "--memory_fraction", "0.3")
     rows, _ = run_on_gpu(*flags, "--steps", "20", "--eval_every", "20")
     gaps = [row["train/gap"] for row in rows]
-    gpu_table.append(("tiny, vLLM: largest train/gap", max(gaps), "nats"))
-    gpu_table.append(("tiny, vLLM: step", mean_of(rows[5:], "seconds/step"), "s"))
+    table("cuda", "tiny, vLLM: largest train/gap", nats=max(gaps))
+    table("cuda", "tiny, vLLM: step", seconds=mean_of(rows[5:], "seconds/step"))
     assert len(gaps) == 20 and max(gaps) < 0.02
 
 
@@ -6702,9 +6985,7 @@ def test_a_checkpoint_of_one_rank_goes_on_with_more_and_the_reverse(
     learn(run, groups)
     checkpoint.save_checkpoint(run)
     saved = whole_state(run)
-    run_apart(
-        "go_on_with_more_ranks", str(tiny[False]), str(tmp_path), shard_ranks, ranks=ranks
-    )
+    run_apart("go_on_with_more_ranks", str(tiny[False]), str(tmp_path), shard_ranks, ranks=ranks)
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     assert same(two["states"][0], saved)
     # one rank goes on as two did
@@ -7384,17 +7665,6 @@ def test_bench_of_the_update(tiny):
         for tower in ("trained", "frozen")
         for shape in ((400, 128), (800, 200))
     )
-
-
-@pytest.fixture(scope="session")
-def gpu_table():
-    """Rows (name, number, unit) of what the tests on a GPU measure, printed at the end."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    rows = []
-    yield rows
-    for name, number, unit in rows:
-        print(f"\n{name:60} {number:12.4g} {unit}", end="", file=sys.__stderr__)
 
 
 if __name__ == "__main__":
