@@ -1086,7 +1086,9 @@ def test_numbered_images_are_put_in_the_order_in_which_they_are_mentioned(tmp_pa
     assert row.images == (second, first) and row.question == "<image>, <image>; again image 2"
     for question in ("<image 1>", "<image 1><image 3>", "<image 0><image 1>", "<image 1><image>"):
         file = write(tmp_path, **(cells | {"problem": [question]}))
-        with pytest.raises(ValueError, match="row 0: the question mentions images .* has 2 images"):
+        with pytest.raises(
+            ValueError, match=r"row 0: the question mentions images .* has 2 images"
+        ):
             data.load_problems(file, columns="image=a+b")[0]
 
 
@@ -1159,7 +1161,7 @@ BAD_ROWS = {  # a row, --columns, and what the message says
         dict(problem="?", choices=["a", "b"], answer=2), "", "'2' is none of the 2 choices",
     ),
     "choices of text": (dict(problem="?", choices="a or b"), "", "'a or b' are no list"),
-    "choices of structs": (dict(problem="?", choices={"label": ["A"]}), "", "not a list of at most"),
+    "choices of structs": (dict(problem="?", choices={"label": ["A"]}), "", "not a list of at"),
     "27 choices": (dict(problem="?", choices=["x"] * 27), "", "not a list of at most 26 texts"),
     "list of lists": (
         dict(problem="<image>?", images=[["a.png"]]), "", "the images are a list of lists",
@@ -1169,15 +1171,18 @@ BAD_ROWS = {  # a row, --columns, and what the message says
         "", "struct of url, size, not of bytes and path; .*image=COLUMN.FIELD",
     ),
     "web image": (
-        dict(problem="<image>?", image="https://x.org/a.png"), "", "'https://x.org/a.png' is on the web",
+        dict(problem="<image>?", image="https://x.org/a.png"),
+        "", "'https://x.org/a.png' is on the web",
     ),
     "path like base64": (
-        dict(problem="<image>?", image="train/0001"), "", "'train/0001' .*no plain file .*image_folder",
+        dict(problem="<image>?", image="train/0001"),
+        "", "'train/0001' .*no plain file .*image_folder",
     ),
     "percent data URL": (
-        dict(problem="<image>?", image="data:image/png,%89PNG"), "", "does not say ;base64, so it is p",
+        dict(problem="<image>?", image="data:image/png,%89PNG"),
+        "", "does not say ;base64, so it is percent-encoded",
     ),
-    "NaN answer": (dict(problem="?", answer=float("nan")), "", "the answer or the question is empty"),
+    "NaN answer": (dict(problem="?", answer=math.nan), "", "the answer or the question is empty"),
 }  # fmt: skip
 
 
@@ -1287,8 +1292,8 @@ def test_text_that_is_not_utf8_names_its_column(tmp_path):
 
 
 def test_a_split_is_found_behind_any_mark_and_in_any_case(tmp_path):
-    names = ["geo_train.parquet", "TRAIN/0000.parquet", "test-data/my.Val.jsonl", "x-test-1.parquet",
-             "testmini.parquet", "contest.parquet"]  # fmt: skip
+    names = ["geo_train.parquet", "TRAIN/0000.parquet", "test-data/my.Val.jsonl"]
+    names += ["x-test-1.parquet", "testmini.parquet", "contest.parquet"]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_rows(tmp_path / name, dict(problem="?", answer="4"))
