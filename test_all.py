@@ -6141,7 +6141,7 @@ def test_an_evaluation_takes_an_environment_from_a_file(seedling, tmp_path):
     code, log = train_apart(tmp_path, *flags, *places)
     assert code == 0, log
     [row, *_] = metrics(tmp_path / "tiny-evaluation")
-    assert row["eval/reward"] == 1
+    assert row["eval/reward"] == 0  # cut at 4 tokens, and not what --rewards would give
 
 
 BF16 = ("--dtype", "bfloat16", "--steps", "3", "--kl_coefficient", "0.1", "--save_in_background", "true",
@@ -6157,7 +6157,8 @@ def test_bfloat16_trains_as_on_a_gpu(seedling, tmp_path, ranks, flags):
     folder = train_whole(seedling, tmp_path, *BF16, *flags.split(), ranks=ranks)
     steps = learning_steps(folder)
     assert len(steps) == 3 and all(row["train/learnt_tokens"] > 0 for row in steps)
-    assert all(0 < row["train/gap"] < 0.02 for row in steps)  # rounding, which float32 has not
+    gaps = [row["train/gap"] for row in steps]
+    assert 1e-4 < max(gaps) < 0.02  # rounding, which float32 has not
     assert all(row["train/kl"] < 0.5 for row in steps)
     stored = load_file(folder / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
@@ -6688,7 +6689,7 @@ def faulty_run(argv, faults):
     if "watch" in faults:
         watch(Path(faults["watch"]))
     if "memory" in faults:
-        reward.REWARDS["varied"] = out_of_memory
+        train.load_minibatch = out_of_memory
     if "file_bytes" in faults:
         resource.setrlimit(resource.RLIMIT_FSIZE, (faults["file_bytes"], resource.RLIM_INFINITY))
     first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
@@ -6709,7 +6710,7 @@ def rare(problem, response, gold):
     return float(random.random() < 0.2)
 
 
-def out_of_memory(problem, response, gold):
+def out_of_memory(*_):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
