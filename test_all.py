@@ -2759,7 +2759,7 @@ def tiny_glm4v(kit):
         ids[f"{kind}_token_id"] = kit.id_of(f"<|{kind}|>")
         ids[f"{kind}_start_token_id"] = kit.id_of(f"<|begin_of_{kind}|>")
         ids[f"{kind}_end_token_id"] = kit.id_of(f"<|end_of_{kind}|>")
-    text = kit.text | rotary(4, 2, 2, partial_rotary_factor=0.5)
+    text = kit.text | rotary(4, 2, 2, partial_rotary_factor=0.5) | dict(attention_bias=True)
     return processor, dict(text_config=text, vision_config=QWEN_TOWER | sizes, **ids)
 
 
@@ -2780,7 +2780,7 @@ def tiny_gemma4(kit):
     layers = ["sliding_attention", "full_attention", "full_attention"]
     text = kit.text | dict(head_dim=32, global_head_dim=64, sliding_window=8, layer_types=layers)
     text |= dict(hidden_size_per_layer_input=16, vocab_size_per_layer_input=len(kit.tokenizer))
-    text["num_kv_shared_layers"] = 1
+    text |= dict(num_kv_shared_layers=1, pad_token_id=0)  # vLLM takes 0 for an image's tokens
     vision = TOWER | dict(num_key_value_heads=2, head_dim=16, **merging)
     vision |= dict(position_embedding_size=128, default_output_length=70)
     ids = dict(boi_token_id=kit.id_of("<|image>"), eoi_token_id=kit.id_of("<image|>"))
