@@ -791,7 +791,8 @@ class Conversations(Engine):
                     images that arrive then, or None at the end; and a reward, summed over the steps
     and the class may have
         images      most images that it adds to those of the problem (0)
-        warm_up     texts that the tiny model learns to write before its last turn, in order (none)
+        warm_up     what the tiny model learns to write in the turns before its last one: a text
+                    each, the last text for all that follow (("ok",))
 
     Args:
         reader: makes the Prompts of later turns.
@@ -917,7 +918,6 @@ class Codeword:
 ENVIRONMENTS = {"codeword": Codeword}
 
 
-@functools.cache
 @functools.cache  # a file runs once
 def find_environment(task: str) -> type | None:
     """The environment that --task names: one of ENVIRONMENTS, or `path.py:Class`; "" is none.
