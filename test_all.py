@@ -6932,6 +6932,60 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(seedling, unb
     )
 
 
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_that_stops_in_its_first_step_or_saves_every_step_ends_as_if_it_had_not(
+    seedling, unbroken, tmp_path, ranks
+):
+    whole = unbroken
+    if ranks == 2:
+        code, log = train_apart(copy_start(seedling, tmp_path / "whole"), ranks=2)
+        assert code == 0, log
+        whole = outcome(tmp_path / "whole")
+    first = copy_start(seedling, tmp_path / "first")
+    code, log = train_apart(first, kill="15 call train.update 1", ranks=ranks)
+    assert code == 143 and "step 1: SIGTERM; the checkpoint is written" in log, log
+    # step 1 is shown, by a forward without gradient, and saved without an evaluation
+    every = copy_start(seedling, tmp_path / "every")
+    killed = dict(kill="9 return train.save_checkpoint 2", ranks=ranks)
+    code, log = train_apart(every, "--save_every", "1", **killed)
+    assert code == -9, log
+    for folder in (first, every):
+        code, log = train_apart(folder, ranks=ranks)
+        assert code == 0 and "resumed from" in log, log
+        assert_same(outcome(folder), whole)
+
+
+def test_the_curriculum_of_the_readme_goes_on_as_if_nothing_had_happened(seedling, tmp_path):
+    readme = (HERE / "README.md").read_text()
+    block = re.search(r"```python\n(import data, torch, train\n.*?)```", readme, re.DOTALL)
+    script = tmp_path / "curriculum.py"
+    script.write_text(block[1])
+    whole, killed = (copy_start(seedling, tmp_path / name) for name in ("whole", "killed"))
+    code, log = train_apart(whole, script=str(script))
+    assert code == 0, log
+    code, log = train_apart(killed, script=str(script), kill="9 call train.update 10")
+    assert code == -9, log
+    code, log = train_apart(killed, script=str(script))
+    assert code == 0 and "resumed from" in log, log
+    assert_same(outcome(killed), outcome(whole))
+    [shard] = (whole / "tiny" / "checkpoints" / "step-000006").glob("*.safetensors")
+    solved = load_file(shard)["run.state solved"]
+    assert len(solved) == 20 and (solved != 0.5).any()
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_muon_on_two_ranks_ends_as_if_nothing_had_happened(seedling, tmp_path):
+    flags = ("--optimizer", "muon", "--schedule", "cosine")
+    whole, killed = (copy_start(seedling, tmp_path / name) for name in ("whole", "killed"))
+    code, log = train_apart(whole, *flags, ranks=2)
+    assert code == 0, log
+    code, log = train_apart(killed, *flags, ranks=2, kill="9 call train.update 7")
+    assert code == -9, log
+    code, log = train_apart(killed, *flags, ranks=2)
+    assert code == 0 and "resumed from" in log, log
+    assert_same(outcome(killed), outcome(whole))
+
+
 def test_resume_must_have_a_checkpoint(seedling, tmp_path):
     code, log = train_apart(copy_start(seedling, tmp_path), "--resume", "must")
     assert code == 1 and "--resume must: no whole checkpoint in" in log
@@ -7170,6 +7224,38 @@ def test_muon_takes_the_language_models_matrices_and_a_learning_rate_serves_both
     optimizer.step()
     schedule.step()
     assert len({group["lr"] for group in optimizer.param_groups}) == 1
+
+
+def muon_update(folder, out):
+    """Trained weights after one update by Muon; every rank returns them, rank 0 writes them."""
+    run, groups = adam_run(folder, out, optimizer="muon", learning_rate=0.01, warmup_updates=0)
+    learn(run, groups)
+    weights = {name: model.full(p).detach() for name, p in run.actor.model.named_parameters()}
+    if torch.distributed.get_rank() == 0:
+        torch.save(weights, Path(out) / "muon.pt")
+    return weights
+
+
+def muon_update_of_two(folder, out):
+    processes.start_processes()
+    muon_update(folder, out)
+    torch.distributed.destroy_process_group()
+
+
+def test_muon_moves_sharded_matrices_as_whole_ones(tiny, process_group, tmp_path):
+    before = model.Actor.from_pretrained(str(tiny[False])).model.state_dict()
+    whole = muon_update(tiny[False], tmp_path)
+    run_apart("muon_update_of_two", str(tiny[False]), str(tmp_path), ranks=2)
+    sharded = torch.load(tmp_path / "muon.pt", weights_only=True)
+    for name in whole:
+        moved = whole[name] - before[name]
+        other = sharded[name] - before[name]
+        if "q_proj.weight" in name and "language" in name:
+            # orthogonal, at the root mean square of an AdamW step: 0.2 of the learning rate
+            assert moved.square().mean().sqrt() == pytest.approx(0.2 * 0.01, rel=0.3)
+        # bf16 inside: a relative noise of 1e-3 moves the step for a gradient of low rank by 0.16 of
+        # its norm; shards orthogonalised each by itself are 0.53 away
+        assert (other - moved).norm() <= 0.3 * moved.norm() + 1e-6, name
 
 
 def test_cosine_and_linear_fall_to_the_final_share_by_hand():
