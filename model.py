@@ -56,6 +56,7 @@ import inspect
 import json
 import math
 import re
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -86,11 +87,14 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.activations import ACT2FN
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
+    Transpose,
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     rename_source_key,
     revert_weight_conversion,
 )
@@ -692,8 +696,10 @@ class Actor:
             raise ValueError(f"packing is {packing!r}, not one of shared, packed, padded")
         layers = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
         kinds = set(layers) - {"full_attention", "sliding_attention"}
+        if share_recurrent_layers(self.model):
+            kinds.discard("linear_attention")
         if kinds and packing != "padded":
-            # a recurrent state (Qwen3.5) cannot tell the sequences of a row apart
+            # layers that are not known here may not tell the sequences of a row apart
             warnings.warn(
                 f"layers of type {sorted(kinds)} cannot share a row: packing is padded",
                 stacklevel=2,
@@ -1225,15 +1231,22 @@ def merged_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def conversions_of(model: nn.Module) -> list:
-    """How transformers makes this model's weights of the hub's. A loaded model carries it; one that
-    was built here gets the usual one, before FSDP2 gives its class another name."""
-    loaded = getattr(model, "_weight_conversions", None)
-    if loaded is not None:
-        return loaded
-    usual = get_model_conversion_mapping(model, add_legacy=False)
-    # a prefix that some checkpoints lack; transformers writes none either
-    return [conversion for conversion in usual if not isinstance(conversion, PrefixChange)]
+def conversions_of(model: nn.Module) -> list[WeightTransform]:
+    """How transformers makes this model's weights of the hub's.
+
+    A loaded model carries it; one that was built here gets the usual one, before FSDP2 gives its
+    class another name, but for prefixes, which some checkpoints have and others not.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        usual = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [c for c in usual if not isinstance(c, PrefixChange)]
+    for conversion in conversions:
+        for operation in getattr(conversion, "operations", ()):
+            if isinstance(operation, Transpose):
+                # else it leaves alone what has the model's shape, and on the way back all have
+                operation.check_dims = False
+    return conversions
 
 
 def shard_mesh(device: torch.device, shard_ranks: int) -> DeviceMesh:
@@ -1558,6 +1571,104 @@ def family_of(model: nn.Module) -> Family:
             f"{sorted(found.tower)}; add an entry with the names of its vision tower and its projector"
         )
     return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Recurrent layers in a pack
+
+
+def share_recurrent_layers(model: nn.Module) -> bool:
+    """Teach the gated-delta layers of Qwen3.5 and its kin to read packs; whether there are any.
+
+    Such a layer hands the pack's Layout on to two functions of its module, the short convolution
+    and the delta rule (arXiv:2412.06464). Ours take their places, and do what they did where there
+    is no Layout.
+    """
+    kinds = {type(m) for m in model.modules() if type(m).__name__.endswith("GatedDeltaNet")}
+    for module in {sys.modules[kind.__module__] for kind in kinds}:
+        if not hasattr(module, "conv_without_packs"):
+            module.conv_without_packs = module.causal_conv1d_fn
+            module.rule_without_packs = module.torch_chunk_gated_delta_rule
+            module.causal_conv1d_fn = functools.partial(packed_conv, module.conv_without_packs)
+            module.torch_chunk_gated_delta_rule = functools.partial(
+                packed_delta_rule, module.rule_without_packs
+            )
+    return bool(kinds)
+
+
+def packed_conv(plain, x, weight, bias=None, activation=None, layout=None, **rest) -> Tensor:
+    """The causal convolution over each token and those before it in its own sequence: a response's
+    first tokens look back into the prompt.
+
+    Args:
+        plain: the function of transformers.
+        x: (1, channels, T).
+        weight: (channels, K), the last column for the token itself.
+    """
+    if layout is None:
+        return plain(x, weight, bias, activation=activation, **rest)
+    before = tokens_before(layout.segments).to(x.device)
+    seen = F.pad(x, (0, 1)).to(weight.dtype)  # the last column: what is before a sequence begins
+    out = torch.zeros_like(seen)
+    for column in reversed(range(weight.shape[1])):
+        out = out + weight[:, column, None] * seen
+        seen = seen.index_select(2, before)
+    if bias is not None:
+        out = out + bias[:, None]
+    if activation is not None:
+        out = ACT2FN[activation](out)
+    return out[..., :-1].to(x.dtype)
+
+
+def tokens_before(segments: list[tuple[int, int, int, int]]) -> Tensor:
+    """(T + 1,) the token before each one in its sequence; T where there is none, and T's own."""
+    total = max(end for _, end, _, _ in segments)
+    before = torch.arange(-1, total)
+    for start, _, prompt_start, prompt_end in segments:
+        is_prompt = prompt_start == prompt_end
+        before[start] = total if is_prompt else prompt_end - 1
+    return torch.cat([before[:-1], torch.tensor([total])])
+
+
+def packed_delta_rule(plain, q, k, v, *, g, beta, layout=None, **rest):
+    """The gated delta rule of a pack: over all prompts side by side, then over all responses, each
+    from the state in which its prompt has left it.
+
+    Args:
+        plain: the function of transformers.
+        q, k, v: (1, T, heads, head size).
+        g, beta: (1, T, heads) the decay of the state in log space, and how much a token writes.
+    """
+    if layout is None:
+        return plain(q, k, v, g=g, beta=beta, **rest)
+    rest = rest | dict(initial_state=None, output_final_state=True)
+    prompts = [s for s in layout.segments if s[2] == s[3]]
+    responses = [s for s in layout.segments if s[2] != s[3]]
+    number = {prompt[0]: i for i, prompt in enumerate(prompts)}
+    out = torch.empty_like(v[0])
+    states = None
+    for batch in (prompts, responses):
+        if not batch:
+            continue
+        if states is not None:
+            mine = torch.tensor([number[prompt_start] for _, _, prompt_start, _ in batch])
+            rest["initial_state"] = states.index_select(0, mine.to(v.device))
+        rows, real = side_by_side(batch, v.device)
+        # padding neither decays the state nor writes into it
+        still = g[0][rows] * real[..., None]
+        silent = beta[0][rows] * real[..., None]
+        part, states = plain(q[0][rows], k[0][rows], v[0][rows], g=still, beta=silent, **rest)
+        out = out.index_copy(0, rows[real], part[real])
+    return out[None], None
+
+
+def side_by_side(segments: list[tuple[int, int, int, int]], device) -> tuple[Tensor, Tensor]:
+    """Rows (S, L) in the pack of the tokens of segments, padded on the right, and (S, L) bool: no
+    padding."""
+    start, end, _, _ = torch.tensor(segments, device=device).T[..., None]  # (S, 1) each
+    rows = start + torch.arange(int((end - start).max()), device=device)
+    real = rows < end
+    return torch.where(real, rows, start), real
 
 
 # --------------------------------------------------------------------------------------------------

@@ -642,10 +642,12 @@ def not_loaded(model, loaded: set[str]) -> set[str]:
     missing = {name for name, _ in model.named_parameters()} - loaded
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
-        is_partial = info.can_load() and 0 < info.load_numel < info.load_numel_total
+        # buffers are no weights, though vLLM counts them: CLIP numbers its positions in one
+        needed = sum(p.numel() for p in layer.parameters(recurse=False))
+        is_partial = info.can_load() and 0 < info.load_numel < needed
         # an embedding is one tensor, and has rows beyond the vocabulary
         if is_partial and not isinstance(layer, VocabParallelEmbedding):
-            missing.add(f"{name} ({info.load_numel} of {info.load_numel_total} elements)")
+            missing.add(f"{name} ({info.load_numel} of {needed} elements)")
     return missing
 
 
@@ -782,7 +784,8 @@ class Conversations(Engine):
                     images that arrive then, or None at the end; and a reward, summed over the steps
     and the class may have
         images      most images that it adds to those of the problem (0)
-        warm_up     texts that the tiny model learns to write before its last turn, in order (none)
+        warm_up     what the tiny model learns to write in the turns before its last one: a text
+                    each, the last text for all that follow (("ok",))
 
     Args:
         reader: makes the Prompts of later turns.
@@ -908,7 +911,6 @@ class Codeword:
 ENVIRONMENTS = {"codeword": Codeword}
 
 
-@functools.cache
 @functools.cache  # a file runs once
 def find_environment(task: str) -> type | None:
     """The environment that --task names: one of ENVIRONMENTS, or `path.py:Class`; "" is none.

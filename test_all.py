@@ -19,6 +19,7 @@ import functools
 import gc
 import http.server
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -957,6 +958,510 @@ def test_importing_data_needs_no_transformers():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
 
 
+# --- rows as people have them: each shape by its columns, to a prompt and a verdict
+
+USER = {"role": "user", "content": "<image>What?"}
+PICTURE = {"bytes": None, "path": "pictures/red.png"}  # of a folder beside the rows
+CHOICES = ["3", "4", "six"]
+LETTERED = "\nA. 3\nB. 4\nC. six"
+LLAVA = [
+    {"from": "human", "value": "<image>\nWhat?"},
+    {"from": "gpt", "value": "It is 4."},
+]
+SWIFT = [
+    {"role": "system", "content": "Be brief."},
+    USER,
+    {"role": "assistant", "content": "no"},
+]
+TRL_PARTS = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
+
+# name: columns of one row, --columns, the question it becomes, the gold, a right response, reward
+SHAPES = {
+    "Geometry3K": (
+        dict(images=[PICTURE], problem="<image>What?", answer="4"),
+        "", "<image>What?", "4", r"\boxed{4}", "accuracy",
+    ),
+    "verl": (
+        dict(data_source="geo3k", prompt=[USER], images=[PICTURE], ability="math",
+             reward_model={"style": "rule", "ground_truth": "4"}, extra_info={"answer": "5"}),
+        "", "<image>What?", "4", r"\boxed{4}", "accuracy",
+    ),
+    "EasyR1": (
+        dict(pictures=[PICTURE, PICTURE], problem="<image>or<image>?", answer="4"),
+        "image=pictures", "<image>or<image>?", "4", r"\boxed{4}", "accuracy",
+    ),
+    "R1-V": (
+        dict(image=PICTURE, problem="What?", solution="<answer> 4 </answer>"),
+        "", "<image>What?", "<answer> 4 </answer>", None, "accuracy",
+    ),
+    "TRL": (
+        dict(prompt=[{"role": "user", "content": TRL_PARTS}], image=PICTURE, solution="4"),
+        "", "<image>What?", "4", r"\boxed{4}", "accuracy",
+    ),
+    "ms-swift": (
+        dict(messages=SWIFT, images=["pictures/red.png"], solution="4"),
+        "", "<image>What?", "4", r"\boxed{4}", "accuracy",
+    ),
+    "LLaVA": (
+        dict(id="1", image="pictures/red.png", conversations=LLAVA),
+        "answer=conversations", "<image>\nWhat?", "It is 4.", r"\boxed{It is 4.}", "exact",
+    ),
+    "MMMU": (
+        dict(question="See <image 2>, <image 1> and <image 2>.", options=str(CHOICES), answer="B",
+             explanation="", image_1=PICTURE, image_2=PICTURE, image_3=None),
+        "image=image_1+image_2+image_3",
+        f"See <image>, <image> and image 1.{LETTERED}", "B", r"\boxed{B}", "choice",
+    ),
+    "MathVista": (
+        dict(pid="1", question="What?", image="images/1.jpg", decoded_image=PICTURE, query="Hint",
+             choices=CHOICES, answer="six", metadata={"source": "x"}),
+        "image=decoded_image,problem=question,source=metadata.source",
+        f"<image>What?{LETTERED}", "C", r"\boxed{(C) six}", "choice",
+    ),
+    "ChartQA": (
+        dict(image=PICTURE, query="What?", label=["4"], human_or_machine=0),
+        "", "<image>What?", ("4",), r"\boxed{4.1}", "numeric",
+    ),
+    "DocVQA": (
+        dict(questionId="1", question="Who?", image=PICTURE, answers=["Ann", "Ann Lee"]),
+        "answer=answers", "<image>Who?", ("Ann", "Ann Lee"), r"\boxed{ann lee}", "exact",
+    ),
+    "MathVision": (
+        dict(question="In <image1>, what?", options=[], image="images/1.jpg",
+             decoded_image=PICTURE, answer="4", solution="Add."),
+        "image=decoded_image,answer=answer", "In <image>, what?", "4", r"\boxed{4}", "accuracy",
+    ),
+    "ScienceQA": (
+        dict(image=PICTURE, question="What?", choices=CHOICES, answer=1, solution="Add."),
+        "answer=answer", f"<image>What?{LETTERED}", "B", r"\boxed{B}", "choice",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of one image beside the rows; returns where the rows go."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "red.png").write_bytes(red())
+    return tmp_path
+
+
+def write_rows(file, *rows):
+    """Rows as parquet, or as JSON lines, by the file's name; returns the file."""
+    if file.suffix == ".jsonl":
+        file.write_text("\n".join(json.dumps(row) for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(list(rows)), file)
+    return file
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_rows_of_known_data_sets_become_prompts_and_are_graded(pictures, processor, name, suffix):
+    row, columns, question, gold, response, graded = SHAPES[name]
+    file = write_rows(pictures / f"train.{suffix}", row)
+    rows = data.load_problems(file, columns=columns)
+    usable, checked = data.usable_problems(rows, build_reader(processor), 999)
+    assert len(usable) == 1 and not checked.bad
+    loaded = usable[0]
+    assert (loaded.question, loaded.gold) == (question, gold)
+    assert loaded.images == (red(),) * question.count("<image>")
+    text = processor.tokenizer.decode(build_reader(processor)(loaded).short_ids)
+    assert text.count("<|image_pad|>") == len(loaded.images)
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n" if name == "ms-swift" else ""
+    assert text.startswith(f"{system}<|im_start|>user\n") and text.count("system") == bool(system)
+    if response is not None:
+        weights = {"": {graded: 1.0}}
+        answers = [Response(response), Response(r"\boxed{no}")]
+        with Grader() as grader:
+            scores = compute_rewards(answers, [loaded, loaded], weights, grader)
+        assert scores["reward"] == [1.0, 0.0]
+
+
+def test_numbered_images_are_put_in_the_order_in_which_they_are_mentioned(tmp_path):
+    first, second = red(28, 28), red(56, 28)
+    cells = dict(a=[first], b=[second], problem=["<image 2>, <image 1>; again <image1>"])
+    file = write(tmp_path, **cells)
+    row = data.load_problems(file, columns="image=a+b")[0]
+    assert row.images == (second, first) and row.question == "<image>, <image>; again image 2"
+    for question in ("<image 1>", "<image 1><image 3>", "<image 0><image 1>", "<image 1><image>"):
+        file = write(tmp_path, **(cells | {"problem": [question]}))
+        with pytest.raises(ValueError, match="row 0: the question mentions images .* has 2 images"):
+            data.load_problems(file, columns="image=a+b")[0]
+
+
+def test_images_without_a_placeholder_stand_in_front_and_the_rows_are_counted(tmp_path, processor):
+    questions = ["What?", "<image>Why?", "Who?"]
+    file = write(tmp_path, problem=questions, images=[[red()] * 2, [red()], []])
+    rows = data.load_problems(file)
+    assert [p.question for p in rows] == ["<image><image>What?", "<image>Why?", "Who?"]
+    [sentence] = data.describe(rows)
+    assert sentence == "3 rows with 3 images, columns image=images,problem=problem,answer=answer"
+    _, checked = data.usable_problems(rows, build_reader(processor), 999)
+    assert "kept 3 problems with 3 images" in str(checked)
+    assert "in front of 1 questions without a placeholder now stands <image>" in str(checked)
+    assert (checked.most_images, checked.most_videos) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    "answer, choices, letter",
+    [
+        (2, ["a", "b", "c"], "C"),  # an index, from 0
+        (2.0, ["a", "b", "c"], "C"),  # as pandas writes it beside nulls
+        ("1", ["a", "b", "c"], "B"),
+        (2, ["1", "2", "3"], "C"),  # a number is an index where the choices are texts,
+        (2, [1, 2, 3], "B"),  # and a value where they are numbers
+        ("2", ["1", "2", "3"], "B"),
+        (" b ", ["a", "b"], "B"),
+        ("(B)", ["a", "b"], "B"),
+        ("B.", ["B", "A"], "B"),
+        ("A", ["B", "A"], "B"),  # the text of a choice comes before its letter
+    ],
+)
+def test_an_answer_becomes_the_letter_of_its_choice(tmp_path, answer, choices, letter):
+    row = dict(problem="Which?", answer=answer, choices=choices)
+    loaded = data.load_problems(write_rows(tmp_path / "train.jsonl", row))[0]
+    lines = loaded.question.split("\n")
+    assert loaded.answer == letter
+    assert lines == ["Which?", *(f"{'ABC'[i]}. {choice}" for i, choice in enumerate(choices))]
+
+
+def test_choices_can_be_left_out_be_columns_and_have_several_right_ones(tmp_path):
+    row = dict(problem="Which?", answer="x", options=["x", "y"], A="one", B="two", C=None, gold="B")
+    file = write_rows(tmp_path / "train.jsonl", row)
+    assert data.load_problems(file)[0].answer == "A"
+    plain = data.load_problems(file, columns="choices=")[0]
+    assert (plain.question, plain.answer) == ("Which?", "x")
+    joined = data.load_problems(file, columns="choices=A+B+C,answer=gold")[0]
+    assert (joined.question, joined.answer) == ("Which?\nA. one\nB. two", "B")
+    several = data.load_problems(file, columns="answer=gold+answer")[0]
+    assert several.gold == ("B", "A")
+
+
+BAD_ROWS = {  # a row, --columns, and what the message says
+    "two users": (dict(prompt=[USER, USER]), "", "turns are .'user', 'user'.; a problem is one"),
+    "no user": (dict(prompt=[SWIFT[0]]), "", "turns are .'system'.; a problem is one turn"),
+    "a tool": (dict(prompt=[USER, {"role": "tool", "content": "x"}]), "", "'user', 'tool'"),
+    "audio": (
+        dict(prompt=[{"role": "user", "content": [{"type": "audio"}]}]),
+        "", "the chat holds a part of type 'audio'; text, image",
+    ),
+    "chat without roles": (dict(prompt=[["Hi"]]), "", "a list of list; it is text, or a chat"),
+    "chat without an answer": (
+        dict(messages=[USER], answer=None), "answer=messages", "ends with the user's turn, so it",
+    ),
+    "struct question": (dict(problem={"text": "What?"}), "", "problem=COLUMN.text"),
+    "struct answer": (dict(problem="?", answer={"value": "4"}), "", "answer=COLUMN.value"),
+    "answer of no choice": (
+        dict(problem="?", choices=["a", "b"], answer="d"), "", "'d' is none of the 2 choices",
+    ),
+    "index of no choice": (
+        dict(problem="?", choices=["a", "b"], answer=2), "", "'2' is none of the 2 choices",
+    ),
+    "choices of text": (dict(problem="?", choices="a or b"), "", "'a or b' are no list"),
+    "choices of structs": (dict(problem="?", choices={"label": ["A"]}), "", "not a list of at most"),
+    "27 choices": (dict(problem="?", choices=["x"] * 27), "", "not a list of at most 26 texts"),
+    "list of lists": (
+        dict(problem="<image>?", images=[["a.png"]]), "", "the images are a list of lists",
+    ),
+    "struct image": (
+        dict(problem="<image>?", image={"url": "x", "size": 3}),
+        "", "struct of url, size, not of bytes and path; .*image=COLUMN.FIELD",
+    ),
+    "web image": (
+        dict(problem="<image>?", image="https://x.org/a.png"), "", "'https://x.org/a.png' is on the web",
+    ),
+    "path like base64": (
+        dict(problem="<image>?", image="train/0001"), "", "'train/0001' .*no plain file .*image_folder",
+    ),
+    "percent data URL": (
+        dict(problem="<image>?", image="data:image/png,%89PNG"), "", "does not say ;base64, so it is p",
+    ),
+    "NaN answer": (dict(problem="?", answer=float("nan")), "", "the answer or the question is empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_rows_that_cannot_be_meant_say_what_is_wrong_and_what_to_do(tmp_path, processor, name):
+    row, columns, message = BAD_ROWS[name]
+    file = write_rows(tmp_path / "train.jsonl", dict(answer="4") | row)
+    rows = data.load_problems(file, columns=columns)
+    with pytest.raises(ValueError, match=rf"(?s)1 of 1 rows.*train\.jsonl row 0: .*{message}"):
+        data.usable_problems(rows, build_reader(processor), 999)
+
+
+def test_columns_that_are_wrong_missing_twice_or_ambiguous_are_named(tmp_path):
+    file = write_rows(tmp_path / "a.jsonl", dict(question="?", query="?", answer="4", s={"t": "5"}))
+    for columns in ("", "answer=s.t"):
+        message = "more than one column may be the problem .question, query.; .*problem=question$"
+        with pytest.raises(ValueError, match=message):
+            data.load_problems(file, columns=columns)
+    assert data.load_problems(file, columns=" problem=query , answer=s.t")[0].answer == "5"
+    for columns, message in (
+        (
+            "problem=q",
+            r"no column 'q' for problem among \['answer', 'query', 'question', 's', 's.t'",
+        ),
+        ("problem=query,answer=s.x", "no column 's.x' for answer"),
+        ("problem=query,gold=answer", "'gold=answer': write each of image, video, problem, answer"),
+        ("query", "'query': write each of"),
+        ("answer=s,answer=t", "'answer=t': write each of .* at most once"),
+        ("problem=query,answer=", "no column for the answer among"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.load_problems(file, columns=columns)
+    chat = write_rows(tmp_path / "b.jsonl", dict(messages=[USER]))
+    with pytest.raises(ValueError, match="last turn of a chat: answer=messages"):
+        data.load_problems(chat)
+    twins = pa.table([["?"], ["4"], ["5"]], names=["problem", "answer", "answer"])
+    pq.write_table(twins, tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match="the column 'answer' is there twice; rename one"):
+        data.load_problems(tmp_path / "c.parquet")
+
+
+def test_columns_of_files_that_nothing_names_are_warned_of(tmp_path):
+    stored = {"bytes": red(), "path": None}
+    row = dict(
+        problem="?", answer="4", image_1=stored, photos=[stored], checksum=b"1", note={"a": 1}
+    )
+    rows = data.load_problems(write_rows(tmp_path / "train.parquet", row))
+    first, warning = data.describe(rows)
+    assert first == "1 rows with 0 images, columns problem=problem,answer=answer"
+    assert warning.startswith("warning: image_1, photos hold files that nothing names")
+    assert warning.endswith("--columns image=image_1+photos")
+    named = data.load_problems(tmp_path, columns="image=image_1+photos")
+    assert [s.split(",")[0] for s in data.describe(named)] == ["1 rows with 2 images"]
+    assert named[0].images == (red(), red())
+
+
+def test_images_may_lie_in_a_folder_of_their_own_and_be_urls_of_files(pictures):
+    rows = pictures / "rows"
+    rows.mkdir()
+    path = str(pictures / "pictures" / "red.png")
+    (pictures / "pictures" / "0001").write_bytes(red())
+    (pictures / "pictures" / ("0" * 70)).write_bytes(red())  # as long as base64 of an image
+    text = base64.b64encode(red()).decode()
+    for value in (
+        "red.png",
+        path,
+        f"file://{path}",
+        "file://red.png",
+        "0001",
+        "0" * 70,
+        f"DATA:image/png;base64,{text}",
+        f"data:image/png;base64,{text.replace('+', '%2B').replace('=', '%3D')}",
+    ):
+        file = write_rows(rows / "train.jsonl", dict(problem="<image>?", answer="4", image=value))
+        assert data.load_problems(file, image_folder=f"{pictures}/pictures")[0].images == (red(),)
+    file = write_rows(rows / "train.jsonl", dict(problem="?", answer="4", image=f"file://{path}"))
+    with pytest.raises(ValueError, match=r"train\.jsonl row 0: .*leads out .*--image_folder"):
+        data.load_problems(file)[0]
+
+
+def test_json_rows_may_differ_in_type_and_the_broken_ones_are_named(tmp_path):
+    file = tmp_path / "train.jsonl"
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    # a date stays text, a number may stand beside a text, and a chat's content beside parts
+    rows = [
+        dict(prompt="?", answer=4),
+        dict(prompt=[dict(USER, content="!")], answer="2020-01-01"),
+        dict(prompt=parts, answer=2.5),
+        dict(prompt="no answer"),
+    ]
+    file.write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+    loaded = [(p.question, p.answer) for p in data.load_problems(file)]
+    assert loaded == [("?", "4"), ("!", "2020-01-01"), ("Hi", "2.5"), ("no answer", "")]
+    (tmp_path / "list.json").write_text(json.dumps(rows))  # as LLaVA's
+    assert [(p.question, p.answer) for p in data.load_problems(tmp_path / "list.json")] == loaded
+    good = '{"problem": "?", "answer": "4"}\n'
+    for line in ("{", "[1]", '"text"', "[" * 10**5, "\xff"):
+        file.write_bytes((good + line).encode("latin-1"))
+        with pytest.raises(ValueError, match=r"train\.jsonl row 1 (is not JSON|is a )"):
+            data.load_problems(file)
+
+
+def test_text_that_is_not_utf8_names_its_column(tmp_path):
+    raw = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
+    with pytest.raises(ValueError, match=r"train\.parquet row 0: column 'answer' .*not UTF-8"):
+        data.load_problems(write(tmp_path, problem=["?"], answer=raw))[0]
+
+
+def test_a_split_is_found_behind_any_mark_and_in_any_case(tmp_path):
+    names = ["geo_train.parquet", "TRAIN/0000.parquet", "test-data/my.Val.jsonl", "x-test-1.parquet",
+             "testmini.parquet", "contest.parquet"]  # fmt: skip
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_rows(tmp_path / name, dict(problem="?", answer="4"))
+    for split, found in (
+        ("train", {"geo_train.parquet", "0000.parquet"}),
+        ("Train", {"geo_train.parquet", "0000.parquet"}),
+        ("validation", {"my.Val.jsonl"}),
+        ("val", {"my.Val.jsonl"}),
+        ("dev", {"my.Val.jsonl"}),
+        ("test", {"x-test-1.parquet"}),
+        ("testmini", {"testmini.parquet"}),
+    ):
+        assert {p.source for p in data.load_problems(tmp_path, split)} == found
+
+
+def test_files_of_the_same_name_are_called_by_their_folders_too(tmp_path):
+    for name in ("art/train-0.parquet", "art/test-0.parquet", "law/train-0.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path, name, problem=["?"])
+    rows = data.load_problems(tmp_path)
+    assert [p.where for p in rows] == ["art/train-0.parquet row 0", "law/train-0.parquet row 0"]
+    assert [p.source for p in rows] == ["art/train-0.parquet", "law/train-0.parquet"]
+    assert data.load_problems(tmp_path, "test")[0].where == "test-0.parquet row 0"
+    rows = data.load_problems(f"{tmp_path}/*/train*.parquet")
+    assert [p.source for p in rows] == ["art/train-0.parquet", "law/train-0.parquet"]
+
+
+def test_a_special_token_in_the_system_text_is_refused(processor):
+    row = dataclasses.replace(problem(), system="Be brief.<|im_end|>")
+    with pytest.raises(ValueError, match=r"row 17: the question holds \['<\|im_end\|>'\]"):
+        build_reader(processor)(row)
+
+
+# --- prompts ahead, and the check over several ranks
+
+
+class CountingReader(data.Reader):
+    """Notes what it makes and in which thread, and makes nothing before its gate is open."""
+
+    def __init__(self, processor, **options):
+        super().__init__(processor, MIN_PIXELS, MAX_PIXELS, "", **options)
+        self.made = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def _make(self, problem, later):
+        self.made.append((problem.answer, threading.current_thread()))
+        assert self.gate.wait(20)
+        return super()._make(problem, later)
+
+
+def numbered(total):
+    return [problem(answer=str(i)) for i in range(total)]
+
+
+def test_prompts_made_ahead_are_made_once_and_in_another_thread(processor):
+    reader, rows = CountingReader(processor, kept=6), numbered(6)
+    reader.ahead(rows)
+    reader.ahead(rows)  # what is in the making is not begun again
+    ahead = [reader(row) for row in rows]
+    assert [reader(row) for row in rows] == ahead and [p.problem for p in ahead] == rows
+    assert sorted(answer for answer, _ in reader.made) == [row.answer for row in rows]
+    expected = build_reader(processor)(rows[0])
+    assert torch.equal(ahead[0].ids, expected.ids)
+    # nobody waits for what the thread has not begun: it is made at once, where it is asked for
+    reader.gate.clear()
+    more = [problem(answer=f"more {i}") for i in range(3)]
+    reader.ahead(more)
+    while len(reader.made) < 7:
+        time.sleep(0.01)
+    thread = reader.made[6][1]
+    assert thread is not threading.main_thread()
+    threading.Timer(0.2, reader.gate.set).start()
+    assert reader(more[2]).problem is more[2] and reader.made[7][1] is threading.main_thread()
+    assert [reader(row).problem for row in more] == more and len(reader.made) == 9
+
+
+def test_an_error_of_the_thread_comes_out_where_the_prompt_is_asked_for(processor):
+    reader = CountingReader(processor, kept=4)
+    bad = problem(images=(b"torn",))
+    reader.ahead([bad, *numbered(1)])
+    assert len(reader(numbered(1)[0]).ids)
+    with pytest.raises(ValueError, match="row 17: 4 bytes are not a readable image"):
+        reader(bad)
+
+
+def test_prompts_are_kept_within_bounds(processor):
+    reader, rows = CountingReader(processor, kept=2), numbered(4)
+    for index in (0, 1, 0, 2, 0, 1):  # 1 was used before 0, so 2 took its place
+        reader(rows[index])
+    assert [answer for answer, _ in reader.made] == ["0", "1", "2", "1"]
+    # what is asked for ahead comes on top until it is used, and is forgotten if it is not
+    reader.ahead(rows)
+    assert len(reader._used) == 2 and len(reader._coming) == 2
+    reader.ahead([])
+    assert not reader._coming
+    reader(rows[3])
+    assert len(reader._used) == 2
+    forgetful = CountingReader(processor)
+    forgetful(rows[0])
+    assert not forgetful._used
+
+
+def test_many_threads_may_ask_one_reader(processor):
+    reader, rows = CountingReader(processor, kept=8), numbered(8)
+    reader.ahead(rows)
+    got = {}
+
+    def ask(name):
+        got[name] = [reader(row) for row in random.Random(name).sample(rows, 8)]
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(reader.made) == 8 and len({id(p) for prompts in got.values() for p in prompts}) == 8
+
+
+def test_a_run_that_ends_does_not_wait_for_the_prompts_ahead():
+    code = (
+        "import time, data\n"
+        "class Slow(data.Reader):\n"
+        "    def _make(self, problem, later):\n"
+        "        time.sleep(0.5)\n"
+        "reader = Slow(None, 1, 1)\n"
+        "rows = [data.Problem(str(i), '?', (), '4', '', '') for i in range(200)]\n"
+        "reader.ahead(rows)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE, timeout=60)
+
+
+def check_on_two_ranks(file, out):
+    """Run by torchrun: what each rank finds usable, how many prompts it made, and its error."""
+    processes.start_processes()
+    reader = CountingReader(build_processor(), kept=9)
+    rows = data.load_problems(file)
+    usable, checked = data.usable_problems(rows, reader, 40, skip_bad_rows=True)
+    found = [[p.answer for p in usable], checked.longest, checked.overlong, checked.bad]
+    try:
+        data.usable_problems(rows, reader, 40)
+    except ValueError as error:
+        found.append(str(error))
+    shares = processes.gather_objects((found, len(reader.made)))
+    if torch.distributed.get_rank() == 0:
+        torch.save(shares, out)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_share_the_check_and_find_the_same(tmp_path, processor):
+    questions = ["<image>ok", "<image>" + "long " * 20, "<image>ok", "<image><image>", "<image>ok"]
+    file = write(tmp_path, problem=questions, answer=list("abcde"), images=[[red()]] * 5)
+    torchrun("check_on_two_ranks", str(file), str(tmp_path / "two.pt"))
+    (first, made), (second, also_made) = torch.load(tmp_path / "two.pt")
+    assert first == second and first[0] == ["a", "c", "e"] and first[2] == 1
+    assert "2 <image> in the question" in first[3][0] and "1 of 5 rows are broken" in first[4]
+    # rows 0, 2, 4 and 1, 3; what failed is not made again either, as it is kept
+    assert (made, also_made) == (3, 2)
+    # and one process without torchrun finds the same
+    rows = data.load_problems(file)
+    usable, checked = data.usable_problems(rows, build_reader(processor), 40, skip_bad_rows=True)
+    assert [p.answer for p in usable] == first[0]
+    assert [checked.longest, checked.overlong, checked.bad] == first[1:4]
+
+
+def test_a_run_without_videos_needs_no_pyav_and_one_without_the_hub_no_hub():
+    code = (
+        "import sys, data; from support import figures;"
+        "sys.exit(any(name in sys.modules for name in ('av', 'huggingface_hub', 'pyarrow.json')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
+
+
 # --------------------------------------------------------------------------------------------------
 # reward.py
 
@@ -1786,9 +2291,7 @@ def test_weights_for_a_source_that_no_problem_has_stop_the_start(tmp_path, tiny,
     ):
         places = dict(data=file, test_data=held_out)
         settings = train.Settings(model=str(tiny[False]), instruction="", rewards=rewards, **places)
-        with pytest.raises(
-            ValueError, match=rf"no problem has: \['{unknown}'\]; name their column"
-        ):
+        with pytest.raises(ValueError, match=rf"no problem has: \['{unknown}'\].*--columns source"):
             train.build(settings, torch.device("cpu"))
 
 
@@ -2211,17 +2714,23 @@ LAYOUT_CASES = {  # the model, what is done to it, what it scores, and images an
 }  # fmt: skip
 
 
+def assert_same_in_every_layout(actor, groups):
+    """Log-probs and all gradients; returns the padded forward's log-probs."""
+    expected, expected_gradients = gradients(actor, groups, "padded")
+    for packing in ("packed", "shared"):
+        got, got_gradients = gradients(actor, groups, packing)
+        close(got, expected, atol=1e-5)
+        assert_same_gradients(got_gradients, expected_gradients)
+    return expected
+
+
 @pytest.mark.parametrize("case", LAYOUT_CASES)
 def test_every_layout_gives_the_same_logprobs_and_gradients(tiny, family_folder, case):
     name, prepare, groups_of, kept = LAYOUT_CASES[case]
     folder = {"untied": tiny[False], "tied": tiny[True]}.get(name) or family_folder(name)
     actor = prepare(model.Actor.from_pretrained(str(folder)))
     groups = groups_of(actor)
-    expected, expected_gradients = gradients(actor, groups, "padded")
-    for packing in ("packed", "shared"):
-        got, got_gradients = gradients(actor, groups, packing)
-        close(got, expected, atol=1e-5)
-        assert_same_gradients(got_gradients, expected_gradients)
+    expected = assert_same_in_every_layout(actor, groups)
     features = actor.image_features(model.prompts_of(model.turns_of(groups)))
     if kept:
         counts = Counter({kind: len(held.pooler_output) for kind, held in features.items()})
@@ -2559,7 +3068,7 @@ def test_the_softcap_bends_logits_by_hand():
     close(logprobs, torch.tensor([-math.log(1 + math.exp(-2))]))
 
 
-def tiny_gemma4(processor):
+def gemma4_with_everything(processor):
     """A random model with everything that Gemma 4 brings: images that see forwards in sliding
     layers alone, softcapped logits, inputs for every layer, larger heads in full layers."""
     text = dict(
@@ -2602,7 +3111,7 @@ def gemma4_prompt(images):
 def test_softcaps_and_images_that_see_forwards_in_windows_alone_follow_the_config(
     actor, monkeypatch
 ):
-    gemma = tiny_gemma4(actor.processor)
+    gemma = gemma4_with_everything(actor.processor)
     assert gemma.softcap == 3 and gemma.whole_images == "windows"
     generator = torch.Generator().manual_seed(0)
     groups = []
@@ -2764,8 +3273,7 @@ def watched_varlen(calls):
 
 
 def test_the_kernel_path_runs_forward_and_backward_at_full_width_under_fsdp(tiny):
-    printed = run_python([__file__, "check_kernels_under_fsdp", str(tiny[False])], cwd=HERE)
-    assert printed.splitlines()[-1] == "all checked"
+    assert "all checked" in run_apart("check_kernels_under_fsdp", str(tiny[False]))
 
 
 def check_kernels_under_fsdp(folder):
@@ -2851,22 +3359,16 @@ GPU = [
 each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def table(request):
-    """table(device, what, number=...) adds a row; those of a GPU are printed when all tests have
-    ended."""
-    rows = []
+    """table(device, what, number=...) adds rows to gpu_table, and does nothing on a CPU."""
 
     def add(device, what, **numbers):
         if device == "cuda":
-            rows.append(f"{what:44}" + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+            rows = request.getfixturevalue("gpu_table")
+            rows += [(what, float(number), name) for name, number in numbers.items()]
 
-    yield add
-    if rows:
-        terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-        terminal.write_line(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}")
-        for row in rows:
-            terminal.write_line(row)
+    return add
 
 
 def measured(device, work):
@@ -3058,19 +3560,20 @@ def test_gpu_head_against_float32(device, entropy, table):
 
 @each_device
 def test_gpu_reference_on_the_cpu_scores_the_same(device, tiny, table, process_group):
-    results = {}
-    for offload in (False, True):
+    def score(offload):
         actor = large_actor(tiny[False], device)
         actor.model.requires_grad_(False)
         sharded(actor, device, offload=offload)
         groups = large_groups(actor, device, 1)
         with torch.no_grad():
-            scored, ms, peak = measured(device, lambda: actor.logprobs(groups, entropy="none")[0])  # noqa: B023
-        results[offload] = scored
+            scored, ms, peak = measured(device, lambda: actor.logprobs(groups, entropy="none")[0])
         table(device, f"reference, offload {offload}", ms=ms, gib=peak)
-        del actor
-        gc.collect()
-    close(results[True], results[False], atol=1e-3)
+        return scored
+
+    torch.manual_seed(0)
+    expected = score(offload=False)
+    torch.manual_seed(0)
+    close(score(offload=True), expected, atol=1e-3)
 
 
 @each_device
@@ -3283,7 +3786,7 @@ def tiny_qwen3_vl_moe(kit):
     experts = dict(
         num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
     )
-    text = kit.text | rotary(8, 4, 4, mrope_interleaved=False) | experts
+    text = kit.text | rotary(8, 4, 4, mrope_interleaved=True) | experts
     return qwen3_processor(kit), dict(text_config=text, vision_config=vision, **kit.qwen_ids())
 
 
@@ -3383,7 +3886,7 @@ def tiny_gemma4(kit):
     images = hf.Gemma4ImageProcessor(**merging, max_soft_tokens=70)
     parts = hf.Gemma4AudioFeatureExtractor(), images, kit.tokenizer, hf.Gemma4VideoProcessor()
     layers = ["sliding_attention", "full_attention", "full_attention"]
-    text = kit.text | dict(head_dim=16, global_head_dim=32, sliding_window=8, layer_types=layers)
+    text = kit.text | dict(head_dim=32, global_head_dim=64, sliding_window=8, layer_types=layers)
     text |= dict(hidden_size_per_layer_input=16, vocab_size_per_layer_input=len(kit.tokenizer))
     text["num_kv_shared_layers"] = 1
     vision = TOWER | dict(num_key_value_heads=2, head_dim=16, **merging)
@@ -3414,21 +3917,27 @@ def tiny_family(name: str, folder: Path) -> Path:
     network.generation_config.pad_token_id = kit.tokenizer.pad_token_id
     network.save_pretrained(folder)
     processor.save_pretrained(folder)
-    if name == "llava":  # as on the hub, where the tower still has a module around it
-        file, named = folder / "model.safetensors", {}
-        for key, value in load_file(file).items():
-            named[key.replace("vision_tower.", "vision_tower.vision_model.")] = value
-        save_file(named, file, metadata={"format": "pt"})
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    if name in ("llava", "llava_onevision", "gemma3"):  # on the hub a module is around the tower
+        weights = {k.replace("tower.", "tower.vision_model."): v for k, v in weights.items()}
+    if name == "qwen3_vl_moe":  # and the experts are transposed
+        for key in [key for key in weights if ".experts." in key]:
+            weights[key] = weights[key].transpose(1, 2).contiguous()
+    save_file(weights, file, metadata={"format": "pt"})
     return Path(folder)
 
 
 PIXELS = {  # what the forward takes beside text, for a prompt with images of 84 x 56 and 56 x 112 pixels
     **{name: dict(pixel_values=(56, 1176), image_grid_thw=(2, 3), mm_token_type_ids=None)
-       for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")},
+       for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v")},
     "internvl": dict(pixel_values=(6, 3, 56, 56)),
     "llava_onevision": dict(pixel_values=(2, 5, 3, 28, 28), image_sizes=(2, 2), batch_num_images=(2,)),
     "idefics3": dict(pixel_values=(1, 8, 3, 56, 56), pixel_attention_mask=(1, 8, 56, 56)),
     "gemma3": dict(pixel_values=(2, 3, 56, 56), token_type_ids=None),
+    "llava": dict(pixel_values=(2, 3, 56, 56)),
+    "mistral3": dict(pixel_values=(2, 3, 112, 84), image_sizes=(2, 2)),
+    "gemma4": dict(pixel_values=(2, 280, 48), image_position_ids=(2, 280, 2), mm_token_type_ids=None),
 }  # fmt: skip
 
 
@@ -3447,8 +3956,9 @@ def plain_logprobs(actor, groups):
             types = {k: torch.nn.functional.pad(v, (0, len(response))) for k, v in prompt.inputs.items()
                      if model.is_per_token(k)}  # fmt: skip
             ids = torch.cat([prompt.ids, response])[None]
+            inputs = model.extract_multi_modal_inputs(actor.model, prompt.inputs | types)
             logits = actor.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False,
-                                 **prompt.inputs | types).logits[0, len(prompt.ids) - 1 : -1]  # fmt: skip
+                                 **inputs).logits[0, len(prompt.ids) - 1 : -1]  # fmt: skip
             logits = logits.index_fill(-1, torch.tensor(actor.banned_ids), -torch.inf)
             rows.append(logits.log_softmax(-1).gather(-1, response[:, None])[:, 0])
     return torch.cat(rows)
@@ -3480,10 +3990,10 @@ def test_a_family_is_scored_as_its_plain_forward_does_and_its_frozen_tower_stays
         got.mean().backward()
         assert_same_gradients({n: p.grad for n, p in actor.model.named_parameters() if p.grad is not None}, slopes,
                               tolerance=1e-4)  # fmt: skip
-    assert actor.packing == ("padded" if name == "qwen3_5" else "shared")
+    assert actor.packing == "shared"
     assert actor.freeze("tower", "projector") > 0
     features = actor.image_features([p for p, _ in groups])
-    assert (features is None) == (name == "qwen3_5")  # its images are needed once per response
+    assert features is not None
     assert torch.equal(actor.logprobs(groups, features)[0], actor.logprobs(groups)[0])
 
     prompts = [p for p, _ in groups]
@@ -3534,6 +4044,7 @@ def test_an_unknown_family_works_by_the_usual_names_or_says_what_to_add(actor, m
 @pytest.mark.parametrize("name, most, tokens", [
     ("internvl", 56 * 56, 4), ("internvl", 4 * 56 * 56, 20), ("llava_onevision", 28 * 56, 10),
     ("idefics3", 56 * 56, 4), ("idefics3", 4 * 56 * 56, 20), ("gemma3", 56 * 56, 16), ("qwen3_vl", 4 * 28 * 28, 4),
+    ("glm4v", 4 * 28 * 28, 4), ("llava", 56 * 56, 16), ("mistral3", 56 * 60, 4), ("gemma4", 70 * 64, 64),
 ])  # fmt: skip
 def test_an_image_has_no_more_tokens_than_its_bound_allows(name, most, tokens, family_folder):
     actor = model.Actor.from_pretrained(str(family_folder(name)), pixels=(28 * 28, most))
@@ -3544,6 +4055,136 @@ def test_an_image_has_no_more_tokens_than_its_bound_allows(name, most, tokens, f
     )
     assert (prompt.ids == image_id).sum() == tokens
     actor.logprobs([(prompt, [[torch.tensor([5, 6])]])])
+
+
+@pytest.mark.parametrize("name, message", [
+    ("gemma3", r"--max_pixels 3135 cannot be obeyed by gemma3: its image processor makes 3136 pixels"),
+    ("llava", "--max_pixels 3135 cannot be obeyed by llava"),
+    ("gemma4", "--max_pixels 3135 cannot be obeyed by gemma4: its images have at least 4480 pixels"),
+])  # fmt: skip
+def test_a_bound_on_pixels_that_a_family_cannot_obey_is_refused(name, message, family_folder):
+    with pytest.raises(ValueError, match=message):
+        model.Actor.from_pretrained(str(family_folder(name)), pixels=(28 * 28, 56 * 56 - 1))
+
+
+MEDIA_INPUTS = {  # of the forwards of all image-text-to-text classes, those that a processor makes
+    "actions", "aspect_ratio_ids", "aspect_ratio_mask", "audio_feature_lengths", "audio_input_ids",
+    "audio_input_ids_mask", "batch_num_images", "bbox", "feature_attention_mask", "flattened_patches", "height",
+    "high_res_pixel_values", "image_embeds", "image_grid_hw", "image_grid_thw", "image_merge_sizes", "image_patches",
+    "image_position_ids", "image_sizes", "image_sizes_videos", "input_features", "input_features_mask", "noise",
+    "num_frames_per_video", "num_local_patches", "pixel_attention_mask", "pixel_mask", "pixel_values",
+    "pixel_values_images", "pixel_values_local", "pixel_values_videos", "protein_attention_mask", "protein_input_ids",
+    "qformer_attention_mask", "qformer_input_ids", "second_per_grid_ts", "spatial_shapes", "state", "target_sizes",
+    "target_sizes_videos", "timestep", "video_compression_mask", "video_grid_thw", "video_merge_sizes",
+    "video_position_ids", "video_second_per_grid", "visual_bbox", "width",
+}  # fmt: skip
+
+
+def test_every_input_of_every_class_of_transformers_is_known():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    known = MEDIA_INPUTS | model.PER_TOKEN | model.TEXT_INPUTS | model.SETTINGS | {"self"}
+    classes = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+    new = {}
+    for name in sorted(classes):
+        forward = inspect.signature(getattr(hf, name).forward)
+        unknown = forward.parameters.keys() - known
+        if unknown:
+            new[name] = sorted(unknown)
+    assert len(classes) > 80 and new == {}, "media, per token, text or a setting?"
+    for name in ("cross_attention_mask", "image_attention_mask", "image_embeds_position_mask"):
+        assert model.is_per_token(name) and not model.is_per_token("image_position_ids")
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_weights_have_the_hubs_names_and_layouts_from_a_loaded_model_and_its_export(
+    name, family_folder, tmp_path
+):
+    hub = load_file(family_folder(name) / "model.safetensors")
+    actor = model.Actor.from_pretrained(str(family_folder(name)))
+    weights = dict(actor.weights(torch.float32))
+    assert hub.keys() <= weights.keys()
+    assert weights.keys() - hub.keys() <= {"lm_head.weight"}  # tied: once in a file
+    assert all(torch.equal(weights[key], value) for key, value in hub.items())
+    actor.save(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == hub.keys()
+    assert all(torch.equal(saved[key], value) for key, value in hub.items())
+
+
+def test_a_weight_of_the_hubs_that_transformers_has_cut_up_comes_when_its_last_part_is_there(actor):
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    parts = [f"self_attn.{x}_proj.weight" for x in "qkv"]
+    cut = WeightConverter("self_attn.qkv_proj.weight", parts, [Chunk(dim=0)])
+    actor.model._weight_conversions = [cut]
+    weights = dict(actor.weights(torch.float32))
+    for i, layer in enumerate(actor.model.model.language_model.layers):
+        whole = weights[f"model.language_model.layers.{i}.self_attn.qkv_proj.weight"]
+        attention = layer.self_attn
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        assert torch.equal(whole, torch.cat([x.weight for x in projections]))
+    assert not any("q_proj.weight" in name for name in weights)
+
+
+def test_recurrent_layers_keep_the_sequences_of_a_pack_apart():
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
+
+    # two prompts, one shorter than the convolution looks back, with three responses and one
+    segments = [(0, 70, 0, 0), (70, 75, 0, 70), (75, 76, 0, 70), (76, 150, 0, 70), (150, 152, 150, 150),
+                (152, 156, 150, 152)]  # fmt: skip
+    layout, generator = model.Layout(segments), torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).requires_grad_()
+
+    x, weight = random(1, 6, 156), random(6, 4)
+    q, k, v = random(1, 156, 2, 4), random(1, 156, 2, 4), random(1, 156, 2, 5)
+    decay, writes = random(1, 156, 2), random(1, 156, 2)
+    plain_conv = getattr(qwen, "conv_without_packs", qwen.causal_conv1d_fn)
+    plain_rule = getattr(qwen, "rule_without_packs", qwen.torch_chunk_gated_delta_rule)
+
+    def rule(function, rows, **more):
+        g, beta = -decay[:, rows].exp(), writes[:, rows].sigmoid()
+        out, _ = function(q[:, rows], k[:, rows], v[:, rows], g=g, beta=beta, **more)
+        return out
+
+    def conv(function, rows, **more):
+        return function(x[:, :, rows], weight, None, activation="silu", **more).transpose(1, 2)
+
+    everything = torch.arange(156)
+    for run, plain, ours in ((conv, plain_conv, model.packed_conv), (rule, plain_rule, model.packed_delta_rule)):
+        got = run(functools.partial(ours, plain), everything, layout=layout)
+        expected = []
+        for start, end, prompt_start, prompt_end in segments:
+            rows = torch.cat([torch.arange(prompt_start, prompt_end), torch.arange(start, end)])
+            expected.append(run(plain, rows)[:, prompt_end - prompt_start :])
+        expected = torch.cat(expected, 1)
+        close(got, expected, atol=1e-5)
+        inputs = (x, weight) if run is conv else (q, k, v, decay, writes)
+        scores = torch.linspace(-1, 1, got.numel()).view_as(got)
+        slopes = [torch.autograd.grad((scores * out).sum(), inputs) for out in (got, expected)]
+        for slope, wanted in zip(*slopes, strict=True):
+            close(slope, wanted, atol=1e-4)
+
+
+def test_a_forward_without_gradient_leaves_the_weights_sharded(actor, process_group):
+    groups = random_groups(actor)
+    actor.shard(torch.device("cpu"))
+    before = [id(p) for p in actor.model.parameters()]
+    with torch.no_grad():
+        actor.logprobs(groups)
+    assert [id(p) for p in actor.model.parameters()] == before  # those that the optimizer holds
+    assert all(isinstance(p, model.DTensor) for p in actor.model.parameters())
+    draw(rollout.HFEngine(actor, 3), [groups[1][0]], 2)
+    assert [id(p) for p in actor.model.parameters()] == before
+    actor.logprobs(groups)[0].sum().backward()
+    assert [id(p) for p in actor.model.parameters()] == before
+
+
+def test_ranks_that_do_not_divide_the_processes_are_refused(process_group):
+    with pytest.raises(ValueError, match="--shard_ranks 2 does not divide the 1 processes"):
+        model.shard_mesh(torch.device("cpu"), 2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4007,7 +4648,8 @@ def test_vllm_sleeps_and_wakes_on_a_gpu(tiny, process_group, gpu_table):
             gpu_table.append(("vLLM asleep, level 2", used() - before, "GiB"))
             with pytest.raises(RuntimeError, match="while vLLM sleeps"):
                 draw(engine, prompts, 1)
-            perturb(actor.model.cpu() and actor)
+            actor.model.to("cpu")
+            perturb(actor, scale=0.01)
             actor.model.to("cuda")
             synced = engine.sync(actor)
             drawn = draw(engine, prompts, 4)
@@ -4700,31 +5342,41 @@ def test_every_setting_is_read_somewhere_and_has_help():
         assert read or f.name == "preset", f"--{f.name} is dead"
 
 
-def test_unknown_flags_are_refused():
-    for unknown in ("--learning_rat", "--nothing"):
-        with pytest.raises(ValueError, match=unknown):
+def test_unknown_flags_are_named_with_the_nearest_known_one():
+    for unknown, message in (
+        ("--learning_rat", "no flag --learning_rat; did you mean --learning_rate"),
+        ("--learning-rate", "no flag --learning-rate; did you mean --learning_rate"),
+        ("--qqq", "no flag --qqq; python train.py --help lists all"),
+    ):
+        with pytest.raises(ValueError, match=message):
             train.parse_settings(["--preset", "tiny", unknown, "1"])
 
 
 def test_every_number_among_the_settings_has_bounds_but_the_seed():
-    bounded = [*" ".join(train.LIMITS.values()).split(), "responses_per_prompt"]
-    assert sorted(bounded) == sorted(
-        f.name
-        for f in dataclasses.fields(train.Settings)
-        if f.type in (int, float, "int", "float") and f.name != "seed"
-    )
+    bare = [name for name, allowed in train.setting_types().items() if allowed in (int, float)]
+    assert bare == ["seed"]
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--responses_per_prompt 1", "--responses_per_prompt is 1; .*compared with the others"),
+    ("--responses_per_prompt 1", "--responses_per_prompt is 1, not at least 2 .*compared with the others"),
     ("--minibatch_prompts 48", "64 is not a multiple of --minibatch_prompts 48"),
     ("--temperature 0", "--temperature is 0.0, not from 0.01 to 100"),
     ("--temperature nan", "--temperature is nan"),
     ("--learning_rate inf", "--learning_rate is inf"),
-    ("--learning_rate=-0.1", "--learning_rate is -0.1, not from 0"),
-    ("--steps 0", "--steps is 0, not from 1 to .*batches of rollouts"),
-    ("--keep 0", "--keep is 0, not from 1 .*newest checkpoints"),
-    ("--memory_fraction 60", "--memory_fraction is 60.0, not from 0.01 to 1 "),
+    ("--learning_rate=-0.1", "--learning_rate is -0.1, not at least 0"),
+    ("--steps=-1", "--steps is -1, not at least 0 .*batches of rollouts"),
+    ("--steps 1e3", "--steps is '1e3', not a whole number .*batches of rollouts"),
+    ("--clip_low little", "--clip_low is 'little', not a number .*may fall below 1"),
+    ("--eager maybe", "--eager is 'maybe', not true or false .*CUDA graphs"),
+    ("--steps", "--steps: expected one argument"),
+    ("--keep 0", "--keep is 0, not at least 1 .*newest checkpoints"),
+    ("--memory_fraction 60", "--memory_fraction is 60.0, not from 0 to 1 "),
+    ("--clip_dual 0.5", "--clip_dual 0.5 is below 1"),
+    ("--temperature 2.5 --engine vllm", "--temperature 2.5 is above 2, the most that vLLM takes"),
+    ("--preset large", "--preset large is none of auto, tiny, geo3k, codeword"),
+    ("--dtype float16", "--dtype float16 is none of auto, bfloat16, float32"),
+    ("--task nothing", "unknown --task 'nothing'"),
+    ("--columns picture=images", "--columns 'picture=images'"),
     ("--clip_low 1.5", "--clip_low is 1.5"),
     ("--beta2 1", "--beta2 is 1.0"),
     ("--importance_cap 0.5", "--importance_cap is 0.5"),
@@ -4825,7 +5477,7 @@ def small_run(folder, groups_seed=0, prepare=lambda actor: None, **changes):
         settings.model, temperature=settings.temperature, packing=settings.packing
     )
     prepare(actor)
-    actor.shard(torch.device("cpu"))
+    actor.shard(torch.device("cpu"), shard_ranks=settings.shard_ranks)
     optimizer = torch.optim.SGD([p for p in actor.model.parameters() if p.requires_grad], lr=1e6)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1.0)
     rows = [problem("<image>" * (i % 3) + "What?" * (1 + i % 4), tuple(picture(j + i) for j in range(i % 3)))
@@ -4975,7 +5627,7 @@ def test_sharding_keeps_trained_weights_in_float32_and_changes_no_logprob(
     actor = model.Actor.from_pretrained(str(tiny[True]), torch.bfloat16)
     if frozen:
         actor.freeze("tower", "projector")
-    actor.shard(torch.device("cpu"))
+    actor.shard(torch.device("cpu"), torch.float32)
     for name, p in actor.model.named_parameters():
         assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
     close(actor.logprobs(groups)[0], plain.logprobs(groups)[0], atol=1e-5)
@@ -5041,10 +5693,17 @@ def save_one_update(folder, out, prepare):
 
 
 def nursery():
-    """Import everything once; then, for every job on stdin, fork its ranks and print how they ended.
+    """Import everything once; then, for every job on stdin, fork its ranks and print how they
+    ended.
 
     A job names a function of this file, which a rank calls. Any rank that fails ends the others.
     """
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # transformers imports a part only when it is used
+        model.Actor.from_pretrained(str(tiny_model.build_tiny(Path(folder), ["a b"])))
+    gc.collect()
+    gc.freeze()  # pages stay shared with the ranks
     for line in sys.stdin:
         job = json.loads(line)
         Path(job["log"]).write_text("")
@@ -5096,6 +5755,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
+    "TOKENIZERS_PARALLELISM": "false",
     "CUDA_VISIBLE_DEVICES": "",
 }
 
@@ -5301,11 +5961,289 @@ def test_grpo_learns(tmp_path):
     instruction = train.PRESETS["tiny"]["instruction"]
     tiny_model.build_warm_tiny(start / "tiny-model", problems, instruction, updates=60)
     folder = train_whole(
-        start, tmp_path / "run", *SHORT, "--steps", "30", "--eval_every", "30", "--prompts_per_step", "16",
+        start, tmp_path / "run", *SHORT, "--steps", "20", "--eval_every", "20", "--prompts_per_step", "16",
         "--minibatch_prompts", "16", "--responses_per_prompt", "8", "--rewards", "accuracy=0.9,format=0.1",
     )  # fmt: skip
     rewards = [row["train/reward"] for row in learning_steps(folder)]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
+
+
+def test_help_shows_every_flag_once_in_its_group_with_choices_bounds_and_default():
+    text = train.make_parser().format_help()
+    for f in dataclasses.fields(train.Settings):
+        assert len(re.findall(rf"^  (--{f.name})\b", text, re.M)) == 1, f.name
+    titles = re.findall(r"^(?:the run|data|model|[A-Z]+)\b.*:$", text, re.M)
+    words = [title.split()[0].strip(":") for title in titles]
+    assert words == ["the", "data", "model", "SAMPLE", "SCORE", "FREEZE", "LEARN", "REPORT"]
+    flat = " ".join(text.split())
+    assert (
+        "--steps N batches of rollouts; 0: evaluate --model and end [at least 0; default 60]"
+        in flat
+    )
+    assert "--kl_estimator k1|k2|k3" in flat and "--eager [true|false]" in flat
+    assert flat.index("presets, by what they change") < flat.index("tiny: --instruction")
+    assert flat.index("tiny: --instruction") < flat.index("the run: --preset auto|tiny|")
+    assert "--gradient_checkpointing true --save_in_background true" in flat  # as one types them
+
+
+def test_a_switch_is_on_where_it_is_named():
+    settings, _ = train.parse_settings(["--preset", "tiny", "--eager", "--rounding", "false"])
+    assert settings.eager and not settings.rounding
+
+
+def test_the_compute_dtype_follows_the_device_unless_it_is_given():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    auto, half = train.Settings(), train.Settings(dtype="bfloat16")
+    assert (auto.compute_dtype(cpu), auto.compute_dtype(gpu)) == (torch.float32, torch.bfloat16)
+    assert (half.compute_dtype(cpu), half.compute_dtype(gpu)) == (torch.bfloat16, torch.bfloat16)
+    assert train.Settings(dtype="float32").compute_dtype(gpu) == torch.float32
+
+
+def test_an_error_of_the_user_is_one_sentence_before_anything_is_loaded(tmp_path):
+    code, log = train_apart(tmp_path, "--clip_low", "2")
+    expected = (
+        "error: --clip_low is 2.0, not from 0 to 1 (how far the probability ratio may fall below 1)"
+    )
+    assert (code, log.strip().splitlines()) == (1, [expected])
+    code, log = train_apart(tmp_path, "--model", str(tmp_path / "none"), "--data", str(tmp_path))
+    assert code == 1 and "Traceback" not in log
+    assert f"error: --model {tmp_path / 'none'} cannot be loaded: " in log
+
+
+def test_an_error_of_the_user_is_said_once_by_two_ranks(seedling, tmp_path):
+    copy_start(seedling, tmp_path)
+    code, log = train_apart(tmp_path, "--test_split", "train", ranks=2)
+    assert code == 1 and "Traceback" not in log, log
+    assert log.count("would be trained on and held out") == 1
+
+
+def test_only_what_a_raise_of_ours_explains_loses_its_traceback():
+    def caught(call):
+        with pytest.raises((ValueError, RuntimeError)) as raised:
+            call()
+        return raised.value
+
+    assert processes.is_explained(caught(lambda: reward.parse_weights("nothing=1")))
+    for bug in (lambda: int("x"), lambda: torch.ones(2) @ torch.ones(3), lambda: json.loads("{")):
+        assert not processes.is_explained(caught(bug))
+
+
+PLANTED = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from support import processes
+processes.start_processes()
+try:
+    if processes.this_rank() == 1:
+        raise KeyError("planted")
+    time.sleep(100)  # as a collective on a GPU, which waits and cannot be interrupted
+except Exception as error:
+    processes.explain_failure(error)
+    processes.end_failed()
+"""
+
+
+def test_a_rank_that_fails_leaves_its_traceback_and_takes_the_others_down_within_seconds():
+    with socket.create_server(("localhost", 0)) as free:
+        place = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
+    ranks = []
+    for rank in range(2):
+        env = os.environ | ENVIRONMENT | place | dict(RANK=str(rank), WORLD_SIZE="2")
+        command = [sys.executable, "-c", PLANTED, str(HERE)]
+        ranks.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    _, first = ranks[1].communicate(timeout=90)
+    start = time.monotonic()
+    _, other = ranks[0].communicate(timeout=90)
+    assert time.monotonic() - start < 10
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert first.count("KeyError: 'planted'") == 1 and "Traceback" in first
+    assert other == ""
+
+
+def test_a_name_never_moves_what_is_no_run(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.parquet").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    for name, places, message in (
+        ("data", {}, "data holds something that is no run"),
+        ("run", dict(data=str(tmp_path / "run" / "rows.parquet")), "--data .* lies in .*run's own"),
+        ("run", dict(model=str(tmp_path / "run" / "model")), "--model .* choose another --name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.open_folder(train.Settings(out=str(tmp_path), name=name, **places))
+    assert sorted(tmp_path.rglob("*")) == before
+    checkpoint.open_folder(train.Settings(out=str(tmp_path), name="run"))
+    assert (tmp_path / "run.1" / "run.json").exists()
+
+
+def responses_in(folder, name="eval-000000"):
+    return [json.loads(line) for line in (folder / "responses" / f"{name}.jsonl").open()]
+
+
+def test_no_steps_evaluate_a_model_and_write_its_responses(finished, tmp_path):
+    flags = [*SHORT, "--eval_samples", "4", "--minibatch_prompts", "8", "--steps", "0"]
+    figures_of = str(finished.parent / "figures")
+    places = ["--model", str(finished / "model"), "--data", figures_of, "--test_data", figures_of]
+    folders = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        code, log = train_apart(out, *flags, *places, ranks=ranks)
+        assert code == 0, log
+        assert "Loading weights" not in log and "Warning" not in log and "not valid" not in log
+        folder = out / "tiny-evaluation"
+        assert not (folder / "checkpoints").exists() and not (folder / "model").exists()
+        assert [row["step"] for row in metrics(folder)] == [0, 0, 0]
+        assert {"eval/accuracy", "blank/accuracy", "shuffled/accuracy"} <= {
+            name for row in metrics(folder) for name in row
+        }
+        folders.append(folder)
+    texts = [[row["response"] for row in responses_in(folder)] for folder in folders]
+    rows = responses_in(finished, "eval-000003")  # by the run that has exported this model
+    assert texts[0] == [row["response"] for row in rows] and len(rows) == 40
+    assert len(texts[1]) == 40
+
+
+BOUNCE = """
+import dataclasses, data
+class Bounce:
+    images = 1
+    def __init__(self, problem):
+        self.first = self.problem = problem
+    def step(self, text):
+        shown, self.problem = self.problem, None
+        return (dataclasses.replace(shown, question="<image>" * len(shown.images) + "And again?"), 0.0) if shown else (None, 1.0)
+"""
+
+
+def test_an_evaluation_takes_an_environment_from_a_file(seedling, tmp_path):
+    copy_start(seedling, tmp_path)
+    (tmp_path / "bounce.py").write_text(BOUNCE)
+    flags = ["--steps", "0", "--task", f"{tmp_path / 'bounce.py'}:Bounce"]
+    code, log = train_apart(tmp_path, *flags)
+    assert code == 1 and "give --model and --data" in log and "Traceback" not in log, log
+    places = ["--model", str(tmp_path / "tiny-model"), "--data", str(tmp_path / "figures")]
+    code, log = train_apart(tmp_path, *flags, *places)
+    assert code == 0, log
+    [row, *_] = metrics(tmp_path / "tiny-evaluation")
+    assert row["eval/reward"] == 1
+
+
+BF16 = ("--dtype", "bfloat16", "--steps", "3", "--kl_coefficient", "0.1", "--save_in_background", "true",
+        "--save_every", "1", "--learning_rate", "1e-3")  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks, flags", [
+    (1, "--freeze_vision true"),
+    (2, "--lora_rank 4"),
+    pytest.param(2, "--engine vllm", marks=needs_vllm),
+])  # fmt: skip
+def test_bfloat16_trains_as_on_a_gpu(seedling, tmp_path, ranks, flags):
+    folder = train_whole(seedling, tmp_path, *BF16, *flags.split(), ranks=ranks)
+    steps = learning_steps(folder)
+    assert len(steps) == 3 and all(row["train/learnt_tokens"] > 0 for row in steps)
+    assert all(0 < row["train/gap"] < 0.02 for row in steps)  # rounding, which float32 has not
+    assert all(row["train/kl"] < 0.5 for row in steps)
+    stored = load_file(folder / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    [shard, *_] = sorted((folder / "checkpoints" / "step-000003").glob("*.safetensors"))
+    kept = [tensor for name, tensor in load_file(shard).items() if not name.startswith("run.")]
+    assert {tensor.dtype for tensor in kept} == {torch.float32}  # masters and moments
+
+
+def unsynced_run(argv):
+    """train.py with vLLM, which after the first sync goes on with its old weights."""
+    sync = rollout.VLLMEngine.sync
+    synced = []
+
+    def sync_once(engine, actor):
+        if not synced:
+            sync(engine, actor)
+        synced.append(engine)
+        return {}
+
+    rollout.VLLMEngine.sync = sync_once
+    reward.REWARDS["varied"] = varied
+    train.main(argv)
+
+
+@needs_vllm
+def test_in_bfloat16_the_gate_still_catches_a_missed_sync(seedling, tmp_path):
+    argv = argv_of(
+        copy_start(seedling, tmp_path), *BF16, "--engine", "vllm", "--learning_rate", "0.02"
+    )
+    code, log = launch("unsynced_run", argv)
+    assert code == 1 and re.search(r"error: step [12]: sampler and trainer disagree by", log), log
+
+
+QWEN25 = {  # counts of Qwen2.5-VL's configurations
+    "3B": memory.ModelSize(3_754_622_976, 668_712_960, 151936 * 2048, 36, 2048),
+    "7B": memory.ModelSize(8_292_166_656, 676_550_144, 2 * 152064 * 3584, 28, 3584),
+    "32B": memory.ModelSize(33_452_718_336, 690_000_000, 2 * 152064 * 5120, 64, 5120),
+    "72B": memory.ModelSize(73_410_777_344, 700_000_000, 2 * 152064 * 8192, 80, 8192),
+}
+
+
+def test_the_memory_of_a_run_is_near_what_was_measured():
+    # GiB by torch's MemTracker under FSDP2: forward and backward, masters and gradients included,
+    # without AdamW, reference and runtime
+    for name, shards, tokens, checkpointing, measured in (
+        ("7B", 8, 16001, True, 17.4),
+        ("7B", 8, 31889, True, 24.8),
+        ("7B", 8, 16001, False, 122.0),
+        ("7B", 4, 16001, True, 24.1),
+        ("3B", 1, 16001, True, 29.3),
+        ("3B", 4, 16001, True, 11.4),
+    ):
+        size = QWEN25[name]
+        settings = train.Settings(
+            kl_coefficient=0.0, max_tokens_per_pack=tokens, gradient_checkpointing=checkpointing
+        )
+        learning, _ = memory.gpu_bytes(size, settings, shards)
+        moments = 2 * 4 * size.parameters / shards
+        got = (learning - moments - memory.RUNTIME) / memory.GIB
+        assert 0.97 * measured < got < 1.15 * measured, (name, shards, got)
+
+
+def test_what_fits_gets_its_memory_fraction_and_the_rest_is_refused_with_the_flags_that_help():
+    gpu = 79.1 * memory.GIB
+    for name, gpus, expected in (
+        ("3B", 1, 0.28),  # 49 + 4 resting beside it
+        ("3B", 2, 0.58),
+        ("3B", 4, 0.6),
+        ("7B", 4, 0.55),
+        ("7B", 8, 0.6),
+        ("7B", 1, "it fits with --lora_rank 16"),
+        ("7B", 2, "it fits with --lora_rank 16"),
+        ("32B", 8, "it fits with --rollout_tp 4 --lora_rank 16"),
+        ("32B", 16, "it fits with --rollout_tp 4"),
+        ("72B", 16, "it fits with --rollout_tp 4 --lora_rank 16"),
+        ("72B", 32, "it fits with --max_tokens_per_pack 8192 --rollout_tp 4"),
+    ):
+        settings = train.Settings(model=name, gradient_checkpointing=True)
+        if isinstance(expected, float):
+            got = memory.fit(QWEN25[name], settings, gpus, gpu)
+            assert abs(got - expected) < 0.01, (name, gpus, got)
+        else:
+            with pytest.raises(ValueError, match=rf"{name} does not fit on {gpus} GPU.*{expected}"):
+                memory.fit(QWEN25[name], settings, gpus, gpu)
+    given = train.Settings(model="7B", gradient_checkpointing=True, memory_fraction=0.6)
+    with pytest.raises(ValueError, match="it fits with --memory_fraction 0"):
+        memory.fit(QWEN25["7B"], given, 4, gpu)
+    with pytest.raises(ValueError, match="it fits with --gradient_checkpointing true"):
+        memory.fit(QWEN25["7B"], train.Settings(model="7B"), 8, gpu)
+
+
+def test_a_model_is_measured_by_its_configuration_alone(tiny):
+    size = train.measure_model(str(tiny[False]))
+    whole = model.Actor.from_pretrained(str(tiny[False])).model
+    assert size.parameters == sum(p.numel() for p in whole.parameters())
+    assert size.vision == sum(p.numel() for p in whole.model.visual.parameters())
+    assert size.embeddings == 2 * whole.lm_head.weight.numel()
+    assert (size.layers, size.hidden) == (4, 128)
+    tied = train.measure_model(str(tiny[True]))
+    assert size.parameters - tied.parameters == tied.embeddings == size.embeddings / 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6012,10 +6950,10 @@ def whole_state(run):
     }
 
 
-def go_on_with_two_ranks(folder, out):
-    """Run with 2 ranks: go on from the checkpoint of one rank, and leave one of two."""
+def go_on_with_more_ranks(folder, out, shard_ranks):
+    """Run with several ranks: go on from the checkpoint of one rank, and leave one of theirs."""
     processes.start_processes()
-    run, groups = adam_run(folder, out)
+    run, groups = adam_run(folder, out, shard_ranks=shard_ranks)
     checkpoint.load_checkpoint(
         run, checkpoint.newest_checkpoint(Path(out) / "tiny" / "checkpoints")
     )
@@ -6023,37 +6961,39 @@ def go_on_with_two_ranks(folder, out):
     loss = learn(run, groups)["loss"]
     checkpoint.save_checkpoint(run)
     states.append(whole_state(run))
+    for name, tensor in run.actor.weights(torch.float32):  # what the engine and an export get
+        assert torch.equal(tensor, states[-1].get(name, tensor)), name
     if torch.distributed.get_rank() == 0:
         torch.save({"loss": loss, "states": states}, Path(out) / "two.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_a_checkpoint_of_one_rank_goes_on_with_two_and_the_reverse(tiny, process_group, tmp_path):
+@pytest.mark.parametrize("ranks, shard_ranks", [(2, 0), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_a_checkpoint_of_one_rank_goes_on_with_more_and_the_reverse(
+    tiny, process_group, tmp_path, ranks, shard_ranks
+):
     run, groups = adam_run(tiny[False], tmp_path)
     learn(run, groups)
     checkpoint.save_checkpoint(run)
     saved = whole_state(run)
-    run_apart("go_on_with_two_ranks", str(tiny[False]), str(tmp_path), ranks=2)
+    run_apart(
+        "go_on_with_more_ranks", str(tiny[False]), str(tmp_path), shard_ranks, ranks=ranks
+    )
     two = torch.load(tmp_path / "two.pt", weights_only=True)
-    assert two["states"][0].keys() == saved.keys()
-    assert all(torch.equal(two["states"][0][name], value) for name, value in saved.items())
-    assert learn(run, groups)["loss"] == pytest.approx(
-        two["loss"], rel=1e-5
-    )  # one rank goes on as two did
+    assert same(two["states"][0], saved)
+    # one rank goes on as two did
+    assert learn(run, groups)["loss"] == pytest.approx(two["loss"], rel=1e-5)
     again, _ = adam_run(tiny[False], tmp_path)
     checkpoint.load_checkpoint(
         again, checkpoint.newest_checkpoint(tmp_path / "tiny" / "checkpoints")
     )
     assert again.step == 2 and again.schedule.get_last_lr() == run.schedule.get_last_lr()
-    assert all(
-        torch.equal(whole_state(again)[name], value) for name, value in two["states"][1].items()
-    )
+    assert same(whole_state(again), two["states"][1])
     learn(again, groups)
     learn(run, groups)
-    for name, p in run.actor.model.named_parameters():
-        close(
-            model.full(p), model.full(dict(again.actor.model.named_parameters())[name]), atol=2e-4
-        )
+    weights = zip(run.actor.model.parameters(), again.actor.model.parameters(), strict=True)
+    for one, other in weights:
+        close(model.full(one), model.full(other), atol=2e-4)
 
 
 def test_the_newest_checkpoints_are_kept_and_the_best(tiny, process_group, tmp_path):

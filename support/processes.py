@@ -6,6 +6,7 @@ all others end within seconds, wherever they wait, because a collective on a GPU
 for half an hour.
 """
 
+import contextlib
 import datetime
 import logging
 import os
@@ -23,6 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+POLL = 0.5  # seconds between looks at whether another rank has failed
 
 
 # --------------------------------------------------------------------------------------------------
@@ -82,10 +86,12 @@ def explain_failure(error: BaseException) -> None:
     What a user can cause, an error that this project raises, is its sentence. Anything else is a
     bug, and keeps its traceback.
     """
+    first = this_rank() == 0  # of those that read the same command line
     if dist.is_initialized():
-        first = run_store().add("failures", 1) == 1
-    else:  # all ranks read the same command line
-        first = this_rank() == 0
+        try:
+            first = run_store().add("failures", 1) == 1
+        except RuntimeError:  # it went with the process that held it
+            first = True
     if first:
         lines = [f"error: {error}\n"] if is_explained(error) else traceback.format_exception(error)
         sys.stdout.flush()
@@ -111,9 +117,11 @@ def end_failed() -> NoReturn:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         sys.exit(1)
-    run_store().set("failed", "")
+    with contextlib.suppress(RuntimeError):  # the store may be gone
+        run_store().set("failed", "")
     sys.stdout.flush()
     sys.stderr.flush()
+    time.sleep(2 * POLL)  # this process may hold the store in which the others look
     os._exit(1)
 
 
@@ -121,7 +129,7 @@ def end_with_the_others(store: dist.Store) -> None:
     """End this process once a rank has failed, wherever the main thread waits."""
     try:
         while not store.check(["failed"]):
-            time.sleep(1)
+            time.sleep(POLL)
     except RuntimeError:  # the store goes when the run is over, or with the machine that held it
         return
     os._exit(1)
@@ -176,6 +184,8 @@ def quieten_libraries() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # `model.py export` is
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # an export needs none
+    # of in-place changes to a model's output, of which there are none
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     generation = logging.getLogger("transformers.generation.configuration_utils")
     generation.setLevel(logging.ERROR)  # of a flag that greedy decoding does not need

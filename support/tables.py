@@ -131,26 +131,28 @@ def name_columns(
     """
     chosen = {}
     for ours, usual in USUAL.items():
-        theirs = named.get(ours, [name for name in usual if name in present])
-        missing = [name for name in theirs if name not in present]
+        chosen[ours] = named.get(ours, [name for name in usual if name in present])
+        missing = [name for name in chosen[ours] if name not in present]
         if missing:
             raise ValueError(
                 f"{file}: no column {missing[0]!r} for {ours} among {sorted(present)}; correct "
                 "--columns"
             )
-        if ours not in named and len(theirs) > 1:
-            raise ValueError(
-                f"{file}: the columns {' and '.join(theirs)} may all be the {ours}; choose with "
-                f"--columns {ours}={theirs[0]}"
-            )
-        if ours in NEEDED and not theirs:
-            chats = {"messages", "conversations"} & set(present)
-            hint = f" (the last turn of a chat: {ours}={min(chats)})" if chats else ""
+    several = [ours for ours, names in chosen.items() if len(names) > 1 and ours not in named]
+    if several:
+        what = " and ".join(f"the {ours} ({', '.join(chosen[ours])})" for ours in several)
+        flag = ",".join(f"{ours}={chosen[ours][0]}" for ours in several)
+        raise ValueError(
+            f"{file}: more than one column may be {what}; choose, as in --columns {flag}"
+        )
+    for ours in NEEDED:
+        if not chosen[ours]:
+            chats = sorted({"messages", "conversations"} & set(present))
+            hint = f" (the last turn of a chat: {ours}={chats[0]})" if chats else ""
             raise ValueError(
                 f"{file}: no column for the {ours} among {sorted(present)}; name it with "
                 f"--columns {ours}=NAME{hint}"
             )
-        chosen[ours] = theirs
     return chosen
 
 
