@@ -84,8 +84,8 @@ def draw() -> str:
         parts.append(words(24, below + 22 * i, note))
     height = below + 22 * len(NOTES)
     style = "font-family:system-ui,sans-serif;font-size:14px"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 520 {height}" style="{style}">'
-    paper = f'<rect width="520" height="{height}" rx="8" fill="#ffffff"/>'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 580 {height}" style="{style}">'
+    paper = f'<rect width="580" height="{height}" rx="8" fill="#ffffff"/>'
     return "\n".join([head, paper, *parts, "</svg>"]) + "\n"
 
 
