@@ -124,7 +124,8 @@ def train(run: Run) -> None:
         groups = with_advantages(choose_groups(drawn, s.prompts_per_step), s.advantage)
         with clock("sleep"):
             run.engine.sleep()
-        run.reader.ahead(own_problems(run, batch_numbers(s, step + 1)[0]))
+        if step + 1 < s.steps:
+            run.reader.ahead(own_problems(run, batch_numbers(s, step + 1)[0]))
 
         # SCORE TOKENS: under the policy as it is before it moves, and under the reference
         with clock("logprobs"):
@@ -941,7 +942,8 @@ def load_data(
         s.video_limits,
         first=(lambda problem: environment(problem).first) if environment else None,
         # a rank's share of a step, and of the next one, whose prompts are made meanwhile
-        kept=2 * math.ceil(s.prompts_per_step / dist.get_world_size()),
+        # of this step and the next: those sampled here, those learnt from here, and later turns
+        kept=4 * math.ceil(s.prompts_per_step / dist.get_world_size()),
     )
     test_set = open_data(s, s.test_data or s.data, s.test_split)
     train_set = open_data(s, s.data, s.split) if s.steps else data.Problems([])
