@@ -719,7 +719,7 @@ class Actor:
         pixels: tuple[int, int] | None = None,
         **options,
     ) -> Actor:
-        """Load model and processor from a directory or the hub, on the CPU, and run none of its code.
+        """Load model and processor from a directory or the hub, on the CPU; none of its code runs.
 
         Args:
             pixels: least and most of an image, see bound_images; None: the processor's own.

@@ -4549,7 +4549,8 @@ def test_vllm_follows_the_trainer_through_every_kind_of_update(tiny, vllm, tied)
 @pytest.mark.xdist_group("vllm")
 @pytest.mark.parametrize("name", [
     "qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in (
-        "internvl", "idefics3", "llava", "llava_onevision", "qwen3_vl_moe", "glm4v", "mistral3", "gemma4", "gemma3"))
+        "internvl", "idefics3", "llava", "llava_onevision", "qwen3_vl_moe", "glm4v", "mistral3",
+        "gemma4", "gemma3"))
 ])  # fmt: skip
 def test_vllm_follows_other_families(name, family_folder, vllm):
     most = 70 * 64 if name == "gemma4" else MAX_PIXELS  # which enlarges images to its bound
