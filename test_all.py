@@ -5886,7 +5886,8 @@ def test_bfloat16_trains_as_on_a_gpu(seedling, tmp_path, ranks, flags):
     folder = train_whole(seedling, tmp_path, *BF16, *flags.split(), ranks=ranks)
     steps = learning_steps(folder)
     assert len(steps) == 3 and all(row["train/learnt_tokens"] > 0 for row in steps)
-    assert all(0 < row["train/gap"] < 0.02 for row in steps)  # rounding, which float32 has not
+    # rounding, which float32 has not; a step of a dozen tokens may have none
+    assert 0 < max(row["train/gap"] for row in steps) < 0.02
     assert all(row["train/kl"] < 0.5 for row in steps)
     stored = load_file(folder / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
