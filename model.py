@@ -65,7 +65,7 @@ from pathlib import Path
 
 import data
 from support import cpu  # noqa: F401  it mends two imports of transformers, so it comes first
-from support.processes import this_rank
+from support.processes import quieten_libraries, this_rank
 
 import torch
 import torch.distributed as dist
@@ -1036,6 +1036,7 @@ class Actor:
         mesh = shard_mesh(device, shard_ranks)
         offload = offload and device.type == "cuda"
         self.sharded_on = device
+        self.compute = compute or self.dtype
         whole = {
             p
             for name, p in self.model.named_parameters()
@@ -1049,7 +1050,7 @@ class Actor:
                 if p.requires_grad and not isinstance(p, DTensor):
                     p.data = p.data.to("cpu" if offload else device).float()
             precision = MixedPrecisionPolicy(
-                param_dtype=compute or self.dtype,
+                param_dtype=self.compute,
                 reduce_dtype=torch.float32,
                 # pixels become `compute` where they enter; what a block is handed in float32, such
                 # as the angles of positions, stays so, and sharding changes no bit
@@ -1791,6 +1792,7 @@ def main() -> None:
         "--keep_adapter", action="store_true", help="write a LoRA adapter by itself, not merged"
     )
     args = parser.parse_args()
+    quieten_libraries()
     export(args.checkpoint, args.out, merge=not args.keep_adapter)
 
 
