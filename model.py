@@ -1705,10 +1705,11 @@ def make_trace(turns: list[tuple[data.Prompt, Tensor]], image_axis: int = 0) -> 
 def _without(prompt: data.Prompt, trace: list[Turn], image_axis: int) -> data.Prompt:
     """What a Prompt adds to the conversation that it begins with."""
     earlier = prompts_of(trace)
+    cut = functools.partial(_cut, len(earlier) + 1)
     seen_ids = torch.cat([t if isinstance(t, Tensor) else t.ids for t in trace])
     seen_short_ids = torch.cat([t if isinstance(t, Tensor) else t.short_ids for t in trace])
-    ids = _cut("ids", prompt.ids, seen_ids)
-    short_ids = _cut("short_ids", prompt.short_ids, seen_short_ids)
+    ids = cut("ids", prompt.ids, seen_ids)
+    short_ids = cut("short_ids", prompt.short_ids, seen_short_ids)
 
     # images and videos stand in the order of their placeholders; their pixels are compared below
     images = prompt.images[sum(len(p.images) for p in earlier) :]
@@ -1720,7 +1721,7 @@ def _without(prompt: data.Prompt, trace: list[Turn], image_axis: int) -> data.Pr
         if is_per_token(name):
             inputs[name] = value[:, len(seen_ids) :]
         elif name in seen:
-            inputs[name] = _cut(name, value, seen[name], image_axis)
+            inputs[name] = cut(name, value, seen[name], image_axis)
         else:
             inputs[name] = value
     inputs = {name: value for name, value in inputs.items() if value.numel()}
@@ -1729,13 +1730,13 @@ def _without(prompt: data.Prompt, trace: list[Turn], image_axis: int) -> data.Pr
     )
 
 
-def _cut(name: str, whole: Tensor, seen: Tensor, axis: int = 0) -> Tensor:
+def _cut(turn: int, name: str, whole: Tensor, seen: Tensor, axis: int = 0) -> Tensor:
     """What `whole` holds behind `seen` on one axis; on the others LLaVA fills up to the image of
     most tiles. ValueError if it does not begin with `seen`."""
     same_place = whole[tuple(map(slice, seen.shape))]
     if not torch.equal(same_place, seen):
         raise ValueError(
-            f"a turn begins like the conversation, but its {name} are not those of earlier turns; "
+            f"turn {turn} begins like the conversation, but its {name} are not those of earlier turns; "
             "go on from the token ids that were sampled and the images that were shown, never from "
             "text"
         )
