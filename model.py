@@ -65,7 +65,7 @@ from pathlib import Path
 
 import data
 from support import cpu  # noqa: F401  it mends two imports of transformers, so it comes first
-from support.processes import this_rank
+from support.processes import quieten_libraries, this_rank
 
 import torch
 import torch.distributed as dist
@@ -715,7 +715,7 @@ class Actor:
         pixels: tuple[int, int] | None = None,
         **options,
     ) -> Actor:
-        """Load model and processor from a directory or the hub, on the CPU. Remote code is never run.
+        """Load model and processor from a directory or the hub, on the CPU, and run none of its code.
 
         Args:
             pixels: least and most of an image, see bound_images; None: the processor's own.
@@ -896,7 +896,7 @@ class Actor:
         return features or None
 
     def prompt(self, question: str, images=(), instruction: str = "", videos=()) -> data.Prompt:
-        """A Prompt of a question with `<image>` and `<video>` in it; a data.Reader makes those of rows.
+        """A Prompt of a question with `<image>` and `<video>` in it.
 
         Args:
             images: a picture for each `<image>`.
@@ -937,8 +937,9 @@ class Actor:
             weights = [p for name, p in self.model.named_parameters() if self.part(name) == part]
             if not any(p.requires_grad for p in weights):
                 raise RuntimeError(
-                    f"freezing the {part} froze nothing: no trained parameter of {type(self.model).__name__} "
-                    f"has one of {sorted(getattr(self.family, part))} on its path; correct its entry in FAMILIES"
+                    f"freezing the {part} froze nothing: no trained parameter of "
+                    f"{type(self.model).__name__} has one of {sorted(getattr(self.family, part))} "
+                    "on its path; correct its entry in FAMILIES"
                 )
             for p in weights:
                 p.requires_grad_(False)
@@ -974,7 +975,8 @@ class Actor:
         if not chosen:
             known = ", ".join(sorted(set(last_names.values())))
             raise ValueError(
-                f"--lora_targets {targets} names no linear layer of the language model; it has {known}"
+                f"--lora_targets {targets} names no linear layer of the language model; it has "
+                f"{known}"
             )
         self.model.requires_grad_(False)
         self.lora = LoraConfig(
@@ -1022,9 +1024,9 @@ class Actor:
         Args:
             compute: dtype that the blocks compute in; None: the one that the model was loaded in.
             videos: any rank may bring some.
-            offload: the shards stay in the host's memory, and each block comes to the GPU when it is
-                used; slower.
-            shard_ranks: so many consecutive ranks, one node's, hold a copy together, and every other
+            offload: the shards stay in the host's memory, and each block comes to the GPU when it
+                is used; slower.
+            shard_ranks: so many consecutive ranks, one node's, hold a copy together, and the next
                 so many another one; 0: all ranks hold one. ValueError if it does not divide them.
         """
         mesh = shard_mesh(device, shard_ranks)
@@ -1046,8 +1048,8 @@ class Actor:
             precision = MixedPrecisionPolicy(
                 param_dtype=self.compute,
                 reduce_dtype=torch.float32,
-                # pixels become `compute` where they enter; what a tower's blocks are handed in
-                # float32, the angles of their positions, stays so, as in a tower that is not sharded
+                # pixels become `compute` where they enter; what a block is handed in float32, such
+                # as the angles of positions, stays so, and sharding changes no bit
                 cast_forward_inputs=module is self.model,
             )
             fully_shard(
@@ -1185,7 +1187,8 @@ class Actor:
         """
         if not merge and self.lora is None:
             raise ValueError(
-                "the adapter alone was asked for, but nothing was trained by LoRA; write the whole model"
+                "the adapter alone was asked for, but nothing was trained by LoRA; write the whole "
+                "model"
             )
         if merge:
             self._save_model(Path(folder))
@@ -1412,7 +1415,7 @@ TEXT_INPUTS = {
 }  # fmt: skip
 
 
-SETTINGS = {  # how a forward works, and what a model makes of its own inputs; no processor returns them
+SETTINGS = {  # of a forward, and what a model makes of its inputs; no processor returns them
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
     "vision_feature_layer", "vision_feature_layers", "vision_feature_select_strategy",
     "vision_aspect_ratio", "downsample_mode", "interpolate_pos_encoding", "use_audio_in_video",
@@ -1481,7 +1484,7 @@ def bound_edge(vision, least: int, most: int) -> dict:
 
 
 def bound_square(vision, least: int, most: int) -> dict:
-    """Pixtral bounds the longer side alone, and rounds sides up to patches, two of which are merged."""
+    """Pixtral bounds the longer side alone, and rounds sides up to patches, merged two by two."""
     patch = 2 * vision.patch_size["height"]
     return {"size": {"longest_edge": max(patch, math.isqrt(most) // patch * patch)}}
 
@@ -1496,7 +1499,7 @@ def bound_tokens(vision, least: int, most: int) -> dict:
 
 
 def bound_nothing(vision, least: int, most: int) -> dict:
-    """For processors that make every image the same size: looks at what they make of a large one."""
+    """For processors that make all images the same size: looks what they make of a large one."""
     if counts_pixels(vision):
         return bound_pixels(vision, least, most)
     side = min(4096, 2 * math.isqrt(most) + 1)
@@ -1573,7 +1576,8 @@ def family_of(model: nn.Module) -> Family:
     if not any(found.tower & set(name.split(".")) for name, _ in model.named_parameters()):
         raise ValueError(
             f"{kind} is not in FAMILIES, and no module of {type(model).__name__} is called one of "
-            f"{sorted(found.tower)}; add an entry with the names of its vision tower and its projector"
+            f"{sorted(found.tower)}; add an entry with the names of its vision tower and its "
+            "projector"
         )
     return found
 
@@ -1711,7 +1715,7 @@ def _without(prompt: data.Prompt, trace: list[Turn], image_axis: int) -> data.Pr
     ids = _cut("ids", prompt.ids, seen_ids)
     short_ids = _cut("short_ids", prompt.short_ids, seen_short_ids)
 
-    # images and videos stand in the order of their placeholders, and their pixels tell if they are the same
+    # images and videos stand in the order of their placeholders; their pixels are compared below
     images = prompt.images[sum(len(p.images) for p in earlier) :]
     videos = prompt.videos[sum(len(p.videos) for p in earlier) :]
 
@@ -1736,8 +1740,9 @@ def _cut(name: str, whole: Tensor, seen: Tensor, axis: int = 0) -> Tensor:
     same_place = whole[tuple(map(slice, seen.shape))]
     if not torch.equal(same_place, seen):
         raise ValueError(
-            f"a turn begins like the conversation, but its {name} are not those of earlier turns; go "
-            "on from the token ids that were sampled and the images that were shown, never from text"
+            f"a turn begins like the conversation, but its {name} are not those of earlier turns; "
+            "go on from the token ids that were sampled and the images that were shown, never from "
+            "text"
         )
     return whole.tensor_split([seen.shape[axis]], axis)[1]
 
@@ -1757,7 +1762,8 @@ def export(checkpoint: str | Path, out: str | Path, merge: bool = True) -> None:
     record = checkpoint.parents[1] / "run.json"
     if not record.is_file() or not (checkpoint / "manifest.json").is_file():
         raise ValueError(
-            f"{checkpoint} is no checkpoint of a run; give RUN/checkpoints/step-N, beside RUN/run.json"
+            f"{checkpoint} is no checkpoint of a run; give RUN/checkpoints/step-N, beside "
+            "RUN/run.json"
         )
     s = json.loads(record.read_text())
     actor = Actor.from_pretrained(s["model"], torch.float32, (s["min_pixels"], s["max_pixels"]))
@@ -1790,6 +1796,7 @@ def main() -> None:
         "--keep_adapter", action="store_true", help="write a LoRA adapter by itself, not merged"
     )
     args = parser.parse_args()
+    quieten_libraries()
     export(args.checkpoint, args.out, merge=not args.keep_adapter)
 
 

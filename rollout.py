@@ -39,7 +39,7 @@ from typing import NamedTuple
 import data
 import reward
 from model import Actor, Turn, lay_out, left_pad, prompts_of
-from support.cpu import vllm_options
+from support.cpu import pack_experts_again, vllm_options
 from support.processes import gather_objects, this_rank
 from support.report import thumbnail
 
@@ -604,6 +604,8 @@ def load_weights(worker, weights: Iterator[tuple[str, Tensor]]) -> None:
                 "same architecture?"
             )
 
+    if not torch.cuda.is_available():
+        pack_experts_again(model)
     model.load_weights = load_all
     try:
         worker.reload_weights(weights_iterator=weights)
@@ -622,16 +624,21 @@ def media_options(actor: Actor, videos: bool) -> dict:
     Images have been resized within the actor's bounds, so vLLM's own resize leaves them as they
     are.
     """
-    if not videos:
-        return {"mm_processor_kwargs": actor.image_bounds}
-    return {
-        "mm_processor_kwargs": {
-            "images_kwargs": actor.image_bounds,
+    from vllm.transformers_utils.processor import HashableList
+
+    bounds = dict(actor.image_bounds)
+    if "image_grid_pinpoints" in bounds:  # LLaVA's, a list of lists, of which vLLM wants a hash
+        bounds["image_grid_pinpoints"] = list(map(HashableList, bounds["image_grid_pinpoints"]))
+    in_config = {name: value for name, value in bounds.items() if hasattr(actor.model.config, name)}
+    options = {"mm_processor_kwargs": bounds, "hf_overrides": in_config}
+    if videos:
+        options["mm_processor_kwargs"] = {
+            "images_kwargs": bounds,
             "videos_kwargs": data.AS_THEY_ARE,
-        },
+        }
         # on the device vLLM would take the image processor's mean and std for videos too
-        "mm_device_do_normalize": False,
-    }
+        options["mm_device_do_normalize"] = False
+    return options
 
 
 def not_loaded(model, loaded: set[str]) -> set[str]:

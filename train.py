@@ -4,7 +4,7 @@
      2      take its problems, from (seed, step) alone             data.batch_indices
      3      problem -> prompt: token ids and pixels                data.Reader
      4      SAMPLE n responses to each prompt                      sample_groups, engine.generate
-     5      SCORE each response by its named rewards               rollout.score, reward.compute_rewards
+     5      SCORE each response by its named rewards               reward.compute_rewards
      6      all ranks exchange their groups; advantages            grpo.group_advantages
      7      cut groups into minibatches, shares, packs             plan_minibatches
      8      SCORE TOKENS: log-probs before the policy moves        score_tokens
@@ -124,7 +124,8 @@ def train(run: Run) -> None:
         groups = with_advantages(choose_groups(drawn, s.prompts_per_step), s.advantage)
         with clock("sleep"):
             run.engine.sleep()
-        run.reader.ahead(own_problems(run, batch_numbers(s, step + 1)[0]))
+        if step + 1 < s.steps:
+            run.reader.ahead(own_problems(run, batch_numbers(s, step + 1)[0]))
 
         # SCORE TOKENS: under the policy as it is before it moves, and under the reference
         with clock("logprobs"):
@@ -586,8 +587,8 @@ def leave_out(run: Run, minibatch: Minibatch, step: int, why: str) -> None:
     limit = run.settings.max_not_finite
     if run.not_finite > limit:
         raise RuntimeError(
-            f"{message}. It was number {run.not_finite}, --max_not_finite is {limit}. Usual causes: "
-            "a learning rate too high, or a reward that is not finite"
+            f"{message}. It was number {run.not_finite}, --max_not_finite is {limit}. Usual "
+            "causes: a learning rate too high, or a reward that is not finite"
         )
 
 
@@ -941,7 +942,8 @@ def load_data(
         s.video_limits,
         first=(lambda problem: environment(problem).first) if environment else None,
         # a rank's share of a step, and of the next one, whose prompts are made meanwhile
-        kept=2 * math.ceil(s.prompts_per_step / dist.get_world_size()),
+        # of this step and the next: those sampled here, those learnt from here, and later turns
+        kept=4 * math.ceil(s.prompts_per_step / dist.get_world_size()),
     )
     test_set = open_data(s, s.test_data or s.data, s.test_split)
     train_set = open_data(s, s.data, s.split) if s.steps else data.Problems([])

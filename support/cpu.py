@@ -92,3 +92,13 @@ def name_shared_memory() -> None:
         return run + make_group_name(communicator).lstrip("/")
 
     _CPUSHMDistributed.make_group_name = staticmethod(make_name_of_run)
+
+
+def pack_experts_again(model) -> None:
+    """Let vLLM pack new weights of experts for the CPU. It packs them where it makes their kernel,
+    and makes that once: in place of the first weights, packed, it would put the new ones as they
+    come."""
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None

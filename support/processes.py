@@ -72,8 +72,8 @@ def run_store() -> dist.Store:
 
 
 def this_rank() -> int:
-    """This process's rank; before it has joined others, torchrun's; 0 in a notebook."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    """This process's rank; 0 in a notebook."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def explain_failure(error: BaseException) -> None:
     What a user can cause, an error that this project raises, is its sentence. Anything else is a
     bug, and keeps its traceback.
     """
-    first = this_rank() == 0  # of those that read the same command line
+    first = os.environ.get("RANK", "0") == "0"  # of those that read the same command line
     if dist.is_initialized():
         try:
             first = run_store().add("failures", 1) == 1
