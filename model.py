@@ -570,9 +570,7 @@ class Actor:
         if self.packing == "padded":
             return self._padded_logprobs(groups, entropy)
         if self.packing == "packed":  # every response brings its own copy of the prompt
-            groups = [
-                (prompt, [response]) for prompt, responses in groups for response in responses
-            ]
+            groups = one_by_one(groups)
         anchors = [(anchor, []) for anchor in self._missing_anchors(groups)]
         groups = [*groups, *anchors]
         turns = turns_of(groups)
@@ -604,12 +602,11 @@ class Actor:
 
     def _padded_logprobs(self, groups, entropy):
         """The plain way, as a reference: one row per response with all it follows, padded left."""
-        rows = []
-        for prompt, responses in groups:
-            for response in responses:
-                rows.append([prompt, *response])
-        for anchor in self._missing_anchors(groups):
-            rows.append([anchor])
+        groups = one_by_one(groups)
+        anchors = self._missing_anchors(groups)
+        rows = [[prompt, *response] for prompt, [response] in groups]
+        rows += [[anchor] for anchor in anchors]
+        turns = turns_of(groups) + anchors
         all_ids, all_positions, all_written = [], [], []
         for row in rows:
             row_ids, row_positions, row_written = lay_out(row, self.positions)
@@ -622,7 +619,6 @@ class Actor:
         written = left_pad(all_written, False).to(self.device)
         # position t - 1 predicts token t; where no row's token was written, logits are not needed
         predicted = written.any(0).nonzero()[:, 0]  # (R,)
-        turns = [turn for row in rows for turn in row]
         logits = self.model(
             input_ids=ids,
             attention_mask=mask.to(self.device),
@@ -1278,6 +1274,15 @@ def turns_of(groups: list[Group]) -> list[Turn]:
         for response in responses:
             turns.extend(response)
     return turns
+
+
+def one_by_one(groups: list[Group]) -> list[Group]:
+    """The same responses in groups of one, each with its prompt."""
+    single = []
+    for prompt, responses in groups:
+        for response in responses:
+            single.append((prompt, [response]))
+    return single
 
 
 def prompts_of(turns: list[Turn]) -> list[data.Prompt]:
