@@ -2439,7 +2439,7 @@ def test_the_audit_lists_what_disagrees_and_what_cannot_be_graded(tmp_path):
 def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, process_group):
     golds = [["3", "three"], ["4"], ["red"]]
     file = write(tmp_path, problem=["?"] * 3, answer=None, gold=golds, data_source=["a", "b", "b"])
-    assert "gradable golds: 4 of 4;" in audit(file, "--answer_key", "gold", check=True).stdout
+    assert "gradable golds: 4 of 4;" in audit(file, "--columns", "answer=gold", check=True).stdout
     engine, weights = (
         rollout.HFEngine(actor, max_response_tokens=4),
         parse_weights("accuracy=1;b:exact=1"),
@@ -2493,7 +2493,7 @@ def test_the_audit_lists_golds_that_no_normal_answer_can_match(tmp_path):
 def test_the_audit_names_file_and_row_of_what_is_broken(tmp_path, line, message):
     (tmp_path / "rows.jsonl").write_bytes(b'{"answer": "1", "response": ""}\n' + line + b"\n")
     with pytest.raises(ValueError, match=rf"rows\.jsonl row 1 is broken .*{message}"):
-        reward.read_rows(str(tmp_path / "rows.jsonl"), "answer", "data_source")
+        reward.read_rows(str(tmp_path / "rows.jsonl"))
 
 
 def test_the_audit_refuses_files_that_it_cannot_read(tmp_path):
