@@ -68,7 +68,6 @@ from reward import (
 )
 from support import checkpoint, figures, memory, processes, report, tiny_model
 
-import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -663,31 +662,6 @@ def test_a_processor_with_other_bounds_is_refused_instead_of_resizing_again():
     other = build_processor(MIN_PIXELS, 784)
     with pytest.raises(ValueError, match=r"row 17: .*\[\(56, 56\)\] once more, to \[\(28, 28\)\]"):
         build_reader(other)(problem())
-
-
-def test_prompts_are_made_ahead_in_a_thread_and_none_is_made_twice(processor, monkeypatch):
-    reader = build_reader(processor, kept=4)
-    made, threads = Counter(), set()
-    make = reader._make
-
-    def counted(asked, later):
-        made[asked.where, later] += 1
-        threads.add(threading.current_thread())
-        return make(asked, later)
-
-    monkeypatch.setattr(reader, "_make", counted)
-    problems = [problem(where=str(i)) for i in range(4)]
-    reader.ahead(problems)
-    reader._thread.submit(len, "").result()  # it has come to the end
-    prompts = [reader(asked) for asked in problems]
-    reader.ahead(problems)  # they are kept, so there is nothing to make
-    assert [reader(asked) for asked in problems] == prompts
-    assert set(made.values()) == {1} and len(made) == 4
-    assert threading.main_thread() not in threads
-    broken = problem("<image><image>two for one", where="row 9")
-    reader.ahead([broken])
-    with pytest.raises(ValueError, match="row 9"):
-        reader(broken)
 
 
 def test_usable_problems_counts_overlong_and_broken_rows(tmp_path, processor):
@@ -1324,35 +1298,6 @@ def test_prompts_are_kept_within_bounds(processor):
     assert not forgetful._used
 
 
-def test_many_threads_may_ask_one_reader(processor):
-    reader, rows = CountingReader(processor, kept=8), numbered(8)
-    reader.ahead(rows)
-    got = {}
-
-    def ask(name):
-        got[name] = [reader(row) for row in random.Random(name).sample(rows, 8)]
-
-    threads = [threading.Thread(target=ask, args=(name,)) for name in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(reader.made) == 8 and len({id(p) for prompts in got.values() for p in prompts}) == 8
-
-
-def test_a_run_that_ends_does_not_wait_for_the_prompts_ahead():
-    code = (
-        "import time, data\n"
-        "class Slow(data.Reader):\n"
-        "    def _make(self, problem, later):\n"
-        "        time.sleep(0.5)\n"
-        "reader = Slow(None, 1, 1)\n"
-        "rows = [data.Problem(str(i), '?', (), '4', '', '') for i in range(200)]\n"
-        "reader.ahead(rows)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE, timeout=60)
-
-
 def check_on_two_ranks(file, out):
     """Run with 2 ranks: what each rank finds usable, how many prompts it made, and its error."""
     processes.start_processes()
@@ -1377,8 +1322,8 @@ def test_two_ranks_share_the_check_and_find_the_same(tmp_path, processor):
     (first, made), (second, also_made) = torch.load(tmp_path / "two.pt")
     assert first == second and first[0] == ["a", "c", "e"] and first[2] == 1
     assert "2 <image> in the question" in first[3][0] and "1 of 5 rows are broken" in first[4]
-    # rows 0, 2, 4 and 1, 3; what failed is not made again either, as it is kept
-    assert (made, also_made) == (3, 2)
+    # rows 0, 2, 4 and 1, 3, of which the one that failed is made again
+    assert (made, also_made) == (3, 3)
     # and one process without torchrun finds the same
     rows = data.load_problems(file)
     usable, checked = data.usable_problems(rows, build_reader(processor), 40, skip_bad_rows=True)
@@ -5299,6 +5244,8 @@ def test_an_evaluation_keeps_every_turn_with_what_was_said_and_shown(actor, proc
 def film(seconds, rate=8, width=56, height=56):
     """A video file whose frame i is grey of level 8 i."""
     buffer = io.BytesIO()
+    import av  # an image without it can run all other tests
+
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream(
             "mpeg4", rate=rate, width=width, height=height, pix_fmt="yuv420p"
@@ -7672,10 +7619,8 @@ def test_an_update_that_is_not_finite_is_kept_for_study_and_stops_the_run(
     )
     assert "lm_head.weight" in kept["broken_gradients"] and "gradient norm nan" in kept["why"]
     [pack] = kept["packs"]
-    assert (
-        pack["advantages"].isinf().sum() == 1
-        and len(pack["sampler_logprobs"]) == pack["lengths"].sum()
-    )
+    assert pack["advantages"].isinf().sum() == len(groups[3].rollouts[2].response)
+    assert len(pack["sampler_logprobs"]) == pack["lengths"].sum()
     where, prompt, responses = pack["groups"][3]
     assert where == "train.parquet row 17" and prompt.dtype == torch.long and len(responses) == 4
 
