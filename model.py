@@ -1082,7 +1082,7 @@ class Actor:
         together, once for the images and once for the videos of a pack, so a rank whose pack has
         none would leave the others waiting for ever. Nothing attends to them and their gradient is
         0."""
-        white = Image.new("RGB", (1, 1), "white")
+        white = Image.new("RGB", (64, 64), "white")  # Mistral 3 cannot see a single token
         self.anchors["images"] = self.prompt("<image>", [white])
         if videos:
             self.anchors["videos"] = self.prompt("<video>", videos=[[white]])
@@ -1617,16 +1617,19 @@ def packed_conv(plain, x, weight, bias=None, activation=None, layout=None, **res
     if layout is None:
         return plain(x, weight, bias, activation=activation, **rest)
     before = tokens_before(layout.segments).to(x.device)
-    seen = F.pad(x, (0, 1)).to(weight.dtype)  # the last column: what is before a sequence begins
+    # summed in float32, as the convolution of torch does; the last column is what is before a
+    # sequence begins
+    seen = F.pad(x, (0, 1)).to(torch.promote_types(weight.dtype, torch.float32))
     out = torch.zeros_like(seen)
     for column in reversed(range(weight.shape[1])):
         out = out + weight[:, column, None] * seen
         seen = seen.index_select(2, before)
     if bias is not None:
         out = out + bias[:, None]
+    out = out[..., :-1].to(weight.dtype)
     if activation is not None:
         out = ACT2FN[activation](out)
-    return out[..., :-1].to(x.dtype)
+    return out.to(x.dtype)
 
 
 def tokens_before(segments: list[tuple[int, int, int, int]]) -> Tensor:
