@@ -65,7 +65,7 @@ from pathlib import Path
 
 import data
 from support import cpu  # noqa: F401  it mends two imports of transformers, so it comes first
-from support.processes import this_rank
+from support.processes import quieten_libraries, this_rank
 
 import torch
 import torch.distributed as dist
@@ -1791,6 +1791,7 @@ def main() -> None:
         "--keep_adapter", action="store_true", help="write a LoRA adapter by itself, not merged"
     )
     args = parser.parse_args()
+    quieten_libraries()
     export(args.checkpoint, args.out, merge=not args.keep_adapter)
 
 

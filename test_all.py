@@ -3240,6 +3240,17 @@ def test_what_the_kernels_are_asked_for_is_what_the_dense_attention_computes(
     assert_same_gradients(got_gradients, expected_gradients)
 
 
+def test_layers_whose_images_see_forwards_do_not_take_the_kernel(actor, monkeypatch):
+    gemma = gemma4_with_everything(actor.processor)
+    groups = [(gemma4_prompt(2), [[torch.tensor([5, 6, 7])], [torch.tensor([8, 9])]])]
+    expected, calls = gemma.logprobs(groups)[0], []
+    force_kernels(
+        monkeypatch, lambda *args, **options: calls.append(args) or plain_varlen(*args, **options)
+    )
+    close(gemma.logprobs(groups)[0], expected, atol=1e-5)
+    assert [args[0].shape[-1] for args in calls] == [32, 32]  # the full layers' larger heads
+
+
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_the_towers_of_all_qwens_take_the_kernel(name, family_folder, monkeypatch):
     actor = model.Actor.from_pretrained(str(family_folder(name)))

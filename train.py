@@ -4,7 +4,7 @@
      2      take its problems, from (seed, step) alone             data.batch_indices
      3      problem -> prompt: token ids and pixels                data.Reader
      4      SAMPLE n responses to each prompt                      sample_groups, engine.generate
-     5      SCORE each response by its named rewards               rollout.score, reward.compute_rewards
+     5      SCORE each response by its named rewards               reward.compute_rewards
      6      all ranks exchange their groups; advantages            grpo.group_advantages
      7      cut groups into minibatches, shares, packs             plan_minibatches
      8      SCORE TOKENS: log-probs before the policy moves        score_tokens
@@ -587,8 +587,8 @@ def leave_out(run: Run, minibatch: Minibatch, step: int, why: str) -> None:
     limit = run.settings.max_not_finite
     if run.not_finite > limit:
         raise RuntimeError(
-            f"{message}. It was number {run.not_finite}, --max_not_finite is {limit}. Usual causes: "
-            "a learning rate too high, or a reward that is not finite"
+            f"{message}. It was number {run.not_finite}, --max_not_finite is {limit}. Usual "
+            "causes: a learning rate too high, or a reward that is not finite"
         )
 
 

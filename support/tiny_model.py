@@ -12,6 +12,7 @@ from pathlib import Path
 
 import data
 from model import Actor
+from support.processes import quieten_libraries
 
 import torch
 from torch import Tensor
@@ -208,6 +209,7 @@ def main() -> None:
     )
     parser.add_argument("--updates", type=int, default=150, help="optimizer steps of the warm-up")
     args = parser.parse_args()
+    quieten_libraries()
     problems = data.load_problems(args.data)
     build_warm_tiny(args.out, problems, TINY_INSTRUCTION, args.seed, updates=args.updates)
 
