@@ -6901,9 +6901,9 @@ PAGES = [
 ]
 
 
-def readme_code(language, beginning=""):
-    """The blocks of code of the README in a language, those with a line that begins so."""
-    blocks = re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+def readme_code(language, beginning="", page="README.md"):
+    """The blocks of code of a page in a language, those with a line that begins so."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", (HERE / page).read_text(), re.DOTALL)
     return [block for block in blocks if re.search(rf"^{re.escape(beginning)}", block, re.M)]
 
 
@@ -7031,7 +7031,7 @@ def test_the_notebook_of_the_readme_runs_as_printed(seedling, tmp_path):
     copy_start(seedling, tmp_path / "runs")
     (tmp_path / "runs" / "tiny").mkdir()
     (tmp_path / "runs" / "tiny" / "model").symlink_to(tmp_path / "runs" / "tiny-model")
-    [block] = readme_code("python", "from model import Actor")
+    [block] = readme_code("python", "from model import Actor", "assets/families.md")
     (tmp_path / "notebook.py").write_text(block)
     printed = run_apart("run_in_folder", str(tmp_path), "notebook.py").splitlines()[-1]
     row = data.load_problems(seedling / "figures", "test")[0]
