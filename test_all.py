@@ -10,6 +10,7 @@ beside the project, are skipped with the reason where these are missing. The las
 torchrun starts for the tests of 2 ranks.
 """
 
+import ast
 import base64
 import contextlib
 import copy
@@ -6516,8 +6517,8 @@ def test_a_model_is_measured_by_its_configuration_alone(tiny):
 # train.py: metrics, report, loggers
 
 
-def test_the_readme_defines_every_metric_that_a_run_logs_and_no_other(finished):
-    table = (HERE / "README.md").read_text().split("| metric |")[1].split("\n## ")[0]
+def test_the_page_of_metrics_defines_every_metric_that_a_run_logs_and_no_other(finished):
+    table = (HERE / "assets" / "metrics.md").read_text().split("| metric |")[1].split("\n## ")[0]
     cells = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
     assert all(
         len(cell) == 7 and cell[2].strip() for cell in cells
@@ -6528,12 +6529,12 @@ def test_the_readme_defines_every_metric_that_a_run_logs_and_no_other(finished):
     logged = {name for name in logged if "varied" not in name}  # this run's own reward
     for name in logged:
         assert any(re.fullmatch(pattern, name) for pattern in patterns.values()), (
-            f"{name} is not in the README"
+            f"{name} is not in assets/metrics.md"
         )
     for name, pattern in patterns.items():
         elsewhere = name.startswith(
-            ("sync/", "eval/accuracy/source/")
-        )  # with vLLM, and with several test files
+            ("sync/", "eval/accuracy/source/", "eval/looks_answer")
+        )  # with vLLM, with several test files, and where something is boxed
         assert elsewhere or any(re.fullmatch(pattern, metric) for metric in logged), (
             f"no run logs {name}"
         )
@@ -6808,7 +6809,7 @@ def test_every_curve_has_a_title_and_says_what_is_healthy_and_broken():
             panel
         )
     named = {name for panel in panels for name in re.findall(r'"(train/\w+)"', panel)}
-    table = (HERE / "README.md").read_text().split("| metric |")[1].split("\n## ")[0]
+    table = (HERE / "assets" / "metrics.md").read_text().split("| metric |")[1].split("\n## ")[0]
     assert set(re.findall(r"`(train/\w+)`", table)) <= named
 
 
@@ -6840,6 +6841,211 @@ def test_an_evaluation_is_one_short_line():
     metrics = rollout.summarize([record(1, type="a"), record(0, type="b")], 1)
     # one right of two: 0.5, with an error of 0.7071 / sqrt(2)
     assert rollout.describe(metrics) == "accuracy 0.500 +- 0.500, reward 0.000, format 0.000"
+
+
+PAGES = [
+    "README.md",
+    *(f"assets/{page}.md" for page in "data families metrics rewards survival".split()),
+]
+
+
+def readme_code(language, beginning="", page="README.md"):
+    """The blocks of code of a page in a language, those with a line that begins so."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", (HERE / page).read_text(), re.DOTALL)
+    return [block for block in blocks if re.search(rf"^{re.escape(beginning)}", block, re.M)]
+
+
+def page_rows(page, head):
+    """The cells of the first table of a page that has such a column."""
+    table = (HERE / page).read_text().split(f"| {head} |")[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+
+
+def page_commands(page):
+    """The arguments of every command for train.py on a page."""
+    lines = re.findall(r"^ {4}.*train\.py(.*)$", (HERE / page).read_text(), re.M)
+    lines += re.findall(r"`python train\.py([^`]*)`", (HERE / page).read_text())
+    return [line.split(" && ")[0].split("#")[0] for line in lines]
+
+
+def test_every_link_of_the_readme_and_its_pages_points_at_what_its_text_names():
+    links = runpy.run_path(str(HERE / "assets" / "links.py"))
+    text = (HERE / "README.md").read_text()
+    assert len(links["LINK"].findall(text)) > 40
+    assert text == links["mended"](text), "some lines have moved: run python assets/links.py"
+    for moved in ("[`grpo.spread`](grpo.py#L1)", "[`return x`](grpo.py#L1)"):
+        if "spread" in moved:
+            assert links["mended"](moved) != moved
+        else:
+            with pytest.raises(ValueError, match="return x"):
+                links["mended"](moved)
+    for page in PAGES:
+        text = (HERE / page).read_text()
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            path, _, place = target.partition("#")
+            file = (HERE / page).parent / path
+            assert file.exists(), f"{page} links to {target}"
+            if path.endswith(".md") and place:
+                titles = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+                assert place in [title.lower().replace(" ", "-") for title in titles], target
+        for named in re.findall(r"\b(?:support|assets)/[\w.]+\w", text):
+            assert (HERE / named).exists(), f"{page} names {named}"
+
+
+def test_the_path_of_the_readme_is_less_than_2000_lines():
+    links = runpy.run_path(str(HERE / "assets" / "links.py"))
+    [path] = re.findall(r"\n## 4.*?\n## 5", (HERE / "README.md").read_text(), re.DOTALL)
+    found = set(links["LINK"].findall(path))
+    total = 0
+    for label, file in found:
+        first = links["line_of"](label, file)
+        for node in ast.walk(ast.parse((HERE / file).read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.lineno == first:
+                total += node.end_lineno - first + 1
+    assert len(found) > 25 and 1000 < total < 2000, total
+
+
+def test_the_tests_that_the_readme_and_its_pages_name_exist():
+    names = re.findall(r"^def (test_\w+)", (HERE / "test_all.py").read_text(), re.M)
+    texts = [(HERE / page).read_text() for page in PAGES]
+    chosen = re.findall(r"-k (\w+)`", "\n".join(texts))
+    for head in ("question", "to change"):
+        chosen += [row[-1].strip("`") for row in page_rows("README.md", head)]
+    assert len(chosen) > 25
+    for expression in chosen:
+        for word in expression.split(" or "):
+            assert any(word in name for name in names), f"-k {expression} finds nothing"
+
+
+def test_the_flags_of_the_readme_and_its_pages_exist_and_its_commands_are_read():
+    flags = {f.name for f in dataclasses.fields(train.Settings)}
+    elsewhere = "nproc_per_node nnodes node_rank rdzv_backend rdzv_endpoint max-restarts"
+    elsewhere += " shutdown-timeout keep_adapter updates dist help"
+    for page in PAGES:
+        unknown = set(re.findall(r"--([a-z][\w-]+)", (HERE / page).read_text())) - flags
+        unknown -= set(elsewhere.split())
+        assert not unknown, f"{page} has {unknown}"
+        for command in page_commands(page):
+            if "--help" not in command:
+                train.parse_settings(shlex.split(command))
+    for _, cell in page_rows("README.md", "variant"):
+        train.parse_settings(shlex.split(cell.strip("`")))
+
+
+def test_the_loss_of_the_readme_runs_as_printed(seedling, tmp_path, monkeypatch):
+    script = tmp_path / "cispo.py"
+    [block] = readme_code("python", "def policy_loss")
+    script.write_text(block)
+    monkeypatch.setattr(grpo, "policy_loss", grpo.policy_loss)  # put back at the end
+    policy_loss = runpy.run_path(str(script))["policy_loss"]
+    assert grpo.policy_loss is policy_loss
+    # ratio 1.5 is held at 1.2 and keeps its gradient, -1.2 A; 0.5 with A = -1: 0.5
+    logprobs = torch.tensor([math.log(1.5), math.log(0.5)], requires_grad=True)
+    inputs = dict(old_logprobs=torch.zeros(2), advantages=torch.tensor([1.0, -1.0]))
+    losses, clipped = policy_loss(logprobs, lengths=torch.tensor([2]), clip_low=0.2, **inputs)
+    close(torch.autograd.grad(losses.sum(), logprobs)[0], torch.tensor([-1.2, 0.5]))
+    assert clipped.tolist() == [True, False]
+    code, log = train_apart(copy_start(seedling, tmp_path), script=str(script))
+    assert code == 0, log
+    assert any(row["train/learnt_tokens"] for row in learning_steps(tmp_path / "tiny"))
+
+
+def test_the_reward_and_the_family_of_the_readme_run_as_printed(tmp_path, monkeypatch):
+    file = tmp_path / "my_rewards.py"
+    [block] = readme_code("python", "def brief")
+    file.write_text(block)
+    weights = f"format=0.9,{file}:brief=0.1,{file}:brief(2)=0"
+    got = rewards(weights, [Response("abc"), Response("a" * 400)], [problem(), problem()])
+    assert got[f"{file}:brief"] == [1, 0] and got[f"{file}:brief(2)"] == [0, 0]
+    monkeypatch.setattr(model, "FAMILIES", dict(model.FAMILIES))
+    [block] = readme_code("python", "FAMILIES")
+    exec(block, {})
+    assert model.FAMILIES["my_vl"] == model.FAMILIES["internvl"]
+
+
+def test_the_rows_of_the_readme_are_read_as_printed(tmp_path):
+    [line] = readme_code("json")
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(line)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.png").write_bytes(red())
+    for split in ("train", "test"):
+        [row] = data.load_problems(tmp_path, split)
+        assert row.question == "<image>Which colour is the square?"
+        assert (row.answer, row.images) == ("red", (red(),))
+
+
+def test_the_notebook_of_the_readme_runs_as_printed(seedling, tmp_path):
+    copy_start(seedling, tmp_path / "runs")
+    (tmp_path / "runs" / "tiny").mkdir()
+    (tmp_path / "runs" / "tiny" / "model").symlink_to(tmp_path / "runs" / "tiny-model")
+    [block] = readme_code("python", "from model import Actor", "assets/families.md")
+    (tmp_path / "notebook.py").write_text(block)
+    printed = run_apart("run_in_folder", str(tmp_path), "notebook.py").splitlines()[-1]
+    row = data.load_problems(seedling / "figures", "test")[0]
+    assert printed.startswith(f"{row.question} {row.answer} [")
+
+
+def run_in_folder(folder, script):
+    os.chdir(folder)
+    runpy.run_path(script, run_name="__main__")
+
+
+def test_the_picture_of_a_pack_shows_what_make_pack_lays_out():
+    from assets import draw_pack
+
+    picture = draw_pack.FILE.read_text()
+    assert picture == draw_pack.draw(), "run python -m assets.draw_pack"
+    pack = draw_pack.example()
+    count = len(draw_pack.NAMES)
+    sees = torch.zeros(count, count, dtype=torch.bool)
+    for queries, keys, mask, _, real in pack.layout.padded(1000, torch.device("cpu")):
+        for segment in range(len(queries)):
+            for i, query in enumerate(queries[segment]):
+                if real[segment, i]:
+                    sees[query, keys[segment][mask[segment, 0, i]]] = True
+    drawn = [kind == "seen" for kind in re.findall(r'class="(seen|unseen)"', picture)]
+    assert drawn == sees.flatten().tolist()
+
+
+def test_the_pages_name_every_family_every_reward_and_every_data_set_with_its_flag(pictures):
+    listed = " ".join(row[1] for row in page_rows("assets/families.md", "family"))
+    assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(model.FAMILIES)
+    listed = " ".join(row[0] for row in page_rows("assets/rewards.md", "reward"))
+    assert set(re.findall(r"`(\w+)[`(]", listed)) == {*reward.REWARDS, *reward.BATCHED}
+    shown = set()
+    for cell, flags in page_rows("assets/data.md", "your rows look like this"):
+        columns = re.search(r"--columns (\S+)", flags.strip("`"))
+        for name in re.split(", ", cell.split(":")[0]):
+            if name in SHAPES and name != "EasyR1":  # whose test renames a column
+                row = dict(SHAPES[name][0])
+                if name == "MMMU":
+                    row |= {f"image_{i}": PICTURE for i in range(3, 8)}
+                    row["question"] += "".join(f"<image {i}>" for i in range(3, 8))
+                file = write_rows(pictures / "train.parquet", row)
+                [loaded] = data.load_problems(file, columns=columns[1] if columns else "")
+                assert loaded.images and loaded.answer, name
+                if "exact=1" in flags or "choice=1" in flags or "numeric=1" in flags:
+                    assert SHAPES[name][5] + "=1" in flags
+            shown.add(name)
+    assert shown >= set(SHAPES)
+
+
+def test_what_fits_is_computed_as_the_readme_says():
+    notes = {"lora_rank": "LoRA", "rollout_tp": "tp 4", "max_tokens_per_pack": "8192"}
+    settings, _ = train.parse_settings(["--preset", "geo3k"])
+    gpu = 79.1 * memory.GIB
+    for name, *cells in page_rows("README.md", "Qwen2.5-VL"):
+        for i, cell in enumerate(cells):
+            ranks, expected = 2**i, "no"
+            for changes in ({}, *memory.possible_changes(settings, ranks)):
+                changed = dataclasses.replace(settings, **changes)
+                if memory.sampler_fraction(QWEN25[name], changed, ranks, gpu):
+                    learning, _ = memory.gpu_bytes(QWEN25[name], changed, ranks)
+                    made = [notes[flag] for flag, value in changes.items() if value]
+                    expected = ", ".join([f"{learning / memory.GIB:.0f}", *made])
+                    break
+            assert cell == expected, f"{name} on {ranks} GPUs"
 
 
 # --------------------------------------------------------------------------------------------------
