@@ -684,7 +684,7 @@ def test_prompts_are_made_ahead_in_a_thread_and_none_is_made_twice(processor, mo
     assert [reader(asked) for asked in problems] == prompts
     assert set(made.values()) == {1} and len(made) == 4
     assert threading.main_thread() not in threads
-    broken = problem("<image><image>two for one", where="row 9")
+    broken = problem("<image><image>two for one", (red(),), where="row 9")
     reader.ahead([broken])
     with pytest.raises(ValueError, match="row 9"):
         reader(broken)
@@ -5792,14 +5792,14 @@ def test_the_tokens_inside_the_last_box_are_found_whatever_the_tokens():
 def test_a_white_prompt_has_the_same_ids_and_other_pixels(actor):
     [pictured, plain] = prompts_with(actor, 2, 0)
     reader = data.Reader(actor.processor, 28 * 28, 28 * 28 * 64, "")
-    white = reader.white(pictured)
+    white = data.whitened(pictured, reader)
     assert torch.equal(white.ids, pictured.ids)
     assert [image.size for image in white.images] == [image.size for image in pictured.images]
     assert {image.getextrema() for image in white.images} == {((255, 255),) * 3}
     pixels = white.inputs["pixel_values"]
     assert pixels.shape == pictured.inputs["pixel_values"].shape
     assert not torch.equal(pixels, pictured.inputs["pixel_values"])
-    assert reader.white(plain) is plain
+    assert data.whitened(plain, reader) is plain
 
 
 def test_looks_are_what_the_picture_gave_and_zero_on_white_pictures(tiny, process_group):
