@@ -5240,7 +5240,7 @@ def test_the_readmes_environment_runs_as_printed(actor, process_group, tmp_path)
     assert whole
     for r in whole:
         assert len(r.written_turns) == 2 and r.reward == 0.0
-        first, asked, second = r.shown(actor.processor.tokenizer)
+        first, asked, second = rollout.shown_turns(r, actor.processor.tokenizer)
         assert [turn["role"] for turn in (first, asked, second)] == [
             "policy",
             "environment",
