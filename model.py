@@ -1744,7 +1744,8 @@ def _cut(turn: int, name: str, whole: Tensor, seen: Tensor, axis: int = 0) -> Te
     same_place = whole[tuple(map(slice, seen.shape))]
     if not torch.equal(same_place, seen):
         raise ValueError(
-            f"turn {turn} begins like the conversation, but its {name} are not those of earlier turns; "
+            f"turn {turn} begins like the conversation, but its {name} are not those of earlier "
+            "turns; "
             "go on from the token ids that were sampled and the images that were shown, never from "
             "text"
         )

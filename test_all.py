@@ -5198,7 +5198,7 @@ def test_the_readmes_environment_runs_as_printed(actor, process_group, tmp_path)
     assert whole
     for r in whole:
         assert len(r.written_turns) == 2 and r.reward == 0.0
-        first, asked, second = r.shown(actor.processor.tokenizer)
+        first, asked, second = rollout.shown_turns(r, actor.processor.tokenizer)
         assert [turn["role"] for turn in (first, asked, second)] == [
             "policy",
             "environment",
@@ -5246,9 +5246,9 @@ def test_an_evaluation_keeps_every_turn_with_what_was_said_and_shown(actor, proc
 
 def film(seconds, rate=8, width=56, height=56):
     """A video file whose frame i is grey of level 8 i."""
-    buffer = io.BytesIO()
-    import av  # an image without it can run all other tests
+    import av  # a machine without it can run all other tests
 
+    buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream(
             "mpeg4", rate=rate, width=width, height=height, pix_fmt="yuv420p"
@@ -5752,14 +5752,14 @@ def test_the_tokens_inside_the_last_box_are_found_whatever_the_tokens():
 def test_a_white_prompt_has_the_same_ids_and_other_pixels(actor):
     [pictured, plain] = prompts_with(actor, 2, 0)
     reader = data.Reader(actor.processor, 28 * 28, 28 * 28 * 64, "")
-    white = reader.white(pictured)
+    white = data.whitened(pictured, reader)
     assert torch.equal(white.ids, pictured.ids)
     assert [image.size for image in white.images] == [image.size for image in pictured.images]
     assert {image.getextrema() for image in white.images} == {((255, 255),) * 3}
     pixels = white.inputs["pixel_values"]
     assert pixels.shape == pictured.inputs["pixel_values"].shape
     assert not torch.equal(pixels, pictured.inputs["pixel_values"])
-    assert reader.white(plain) is plain
+    assert data.whitened(plain, reader) is plain
 
 
 def test_looks_are_what_the_picture_gave_and_zero_on_white_pictures(tiny, process_group):
