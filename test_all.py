@@ -684,7 +684,7 @@ def test_prompts_are_made_ahead_in_a_thread_and_none_is_made_twice(processor, mo
     assert [reader(asked) for asked in problems] == prompts
     assert set(made.values()) == {1} and len(made) == 4
     assert threading.main_thread() not in threads
-    broken = problem("<image><image>two for one", where="row 9")
+    broken = problem("<image><image>two for one", (red(),), where="row 9")
     reader.ahead([broken])
     with pytest.raises(ValueError, match="row 9"):
         reader(broken)
@@ -2797,17 +2797,15 @@ def test_lora_adapts_the_language_model_alone_and_keeps_the_base_bit_for_bit(act
     assert all(torch.equal(now[n], p) for n, p in before.items())
 
 
-def test_weights_have_lora_merged_and_equal_a_plain_model(actor, tiny):
+def test_weights_have_lora_merged_and_equal_a_plain_model(actor, tmp_path):
     with_lora(actor)
     weights = dict(actor.weights(torch.float32))
     layer = actor.model.model.language_model.layers[1].mlp.down_proj
     a, b = (getattr(layer, f"lora_{x}")["default"].weight for x in "AB")
-    close(
-        weights["model.language_model.layers.1.mlp.down_proj.weight"],
-        layer.base_layer.weight + 8 / 4 * b @ a,
-    )
-    plain = model.Actor.from_pretrained(str(tiny[False]))
-    plain.model.load_state_dict(weights)
+    [merged] = [w for name, w in weights.items() if name.endswith("layers.1.mlp.down_proj.weight")]
+    close(merged, layer.base_layer.weight + 8 / 4 * b @ a)
+    actor.save(tmp_path)
+    plain = model.Actor.from_pretrained(str(tmp_path))
     groups = random_groups(actor)
     close(plain.logprobs(groups)[0], actor.logprobs(groups)[0], atol=1e-5)
 
@@ -4549,7 +4547,8 @@ def test_vllm_follows_the_trainer_through_every_kind_of_update(tiny, vllm, tied)
 @pytest.mark.xdist_group("vllm")
 @pytest.mark.parametrize("name", [
     "qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in (
-        "internvl", "idefics3", "llava", "llava_onevision", "qwen3_vl_moe", "glm4v", "mistral3", "gemma4", "gemma3"))
+        "internvl", "idefics3", "llava", "llava_onevision", "qwen3_vl_moe", "glm4v", "mistral3",
+        "gemma4", "gemma3"))
 ])  # fmt: skip
 def test_vllm_follows_other_families(name, family_folder, vllm):
     most = 70 * 64 if name == "gemma4" else MAX_PIXELS  # which enlarges images to its bound
@@ -5014,7 +5013,7 @@ def test_cumulative_and_delta_traces_give_the_same_sample_in_families_of_tiles(n
     wholes[3].inputs["pixel_values"] = (
         wholes[3].inputs["pixel_values"].flip(actor.family.image_axis)
     )
-    with pytest.raises(ValueError, match=r"turn 4 .*its pixel_values are not"):
+    with pytest.raises(ValueError, match="its pixel_values are not those of earlier turns"):
         model.make_trace(trace, actor.family.image_axis)
 
 
@@ -5041,11 +5040,11 @@ def test_a_trace_that_repeats_the_conversation_in_other_tokens_or_pictures_is_re
     assert tokenizer.decode(spelled) == "look<|im_end|>" and len(spelled) > len(
         one
     )  # as a policy may write it
-    with pytest.raises(ValueError, match=r"turn 2 .*its ids are not those .*never from text"):
+    with pytest.raises(ValueError, match=r"its ids are not those .*never from text"):
         model.make_trace([(prompt, spelled), (again, two)])
     a, b = picture(1, 84, 56), picture(3, 84, 56)
     other = make(actor, "<image>and<image>Which?", a, b)
-    with pytest.raises(ValueError, match=r"turn 2 .*its pixel_values are not"):
+    with pytest.raises(ValueError, match="its pixel_values are not those of earlier turns"):
         model.make_trace([(other, one), (again, two)])
 
 
@@ -7673,10 +7672,9 @@ def test_an_update_that_is_not_finite_is_kept_for_study_and_stops_the_run(
     )
     assert "lm_head.weight" in kept["broken_gradients"] and "gradient norm nan" in kept["why"]
     [pack] = kept["packs"]
-    assert (
-        pack["advantages"].isinf().sum() == 1
-        and len(pack["sampler_logprobs"]) == pack["lengths"].sum()
-    )
+    # of all tokens of one response
+    assert pack["advantages"].isinf().sum() == len(groups[3].rollouts[2].response)
+    assert len(pack["sampler_logprobs"]) == pack["lengths"].sum()
     where, prompt, responses = pack["groups"][3]
     assert where == "train.parquet row 17" and prompt.dtype == torch.long and len(responses) == 4
 
