@@ -4961,7 +4961,7 @@ def test_cumulative_and_delta_traces_give_the_same_sample_in_families_of_tiles(n
     wholes[3].inputs["pixel_values"] = (
         wholes[3].inputs["pixel_values"].flip(actor.family.image_axis)
     )
-    with pytest.raises(ValueError, match=r"turn 4 .*its pixel_values are not"):
+    with pytest.raises(ValueError, match="its pixel_values are not those of earlier turns"):
         model.make_trace(trace, actor.family.image_axis)
 
 
@@ -4988,11 +4988,11 @@ def test_a_trace_that_repeats_the_conversation_in_other_tokens_or_pictures_is_re
     assert tokenizer.decode(spelled) == "look<|im_end|>" and len(spelled) > len(
         one
     )  # as a policy may write it
-    with pytest.raises(ValueError, match=r"turn 2 .*its ids are not those .*never from text"):
+    with pytest.raises(ValueError, match=r"its ids are not those .*never from text"):
         model.make_trace([(prompt, spelled), (again, two)])
     a, b = picture(1, 84, 56), picture(3, 84, 56)
     other = make(actor, "<image>and<image>Which?", a, b)
-    with pytest.raises(ValueError, match=r"turn 2 .*its pixel_values are not"):
+    with pytest.raises(ValueError, match="its pixel_values are not those of earlier turns"):
         model.make_trace([(other, one), (again, two)])
 
 
