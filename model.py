@@ -719,7 +719,7 @@ class Actor:
         pixels: tuple[int, int] | None = None,
         **options,
     ) -> Actor:
-        """Load model and processor from a directory or the hub, on the CPU, and run none of its code.
+        """Load model and processor from a directory or the hub, on the CPU; its code is not run.
 
         Args:
             pixels: least and most of an image, see bound_images; None: the processor's own.
@@ -1739,8 +1739,8 @@ def _cut(turn: int, name: str, whole: Tensor, seen: Tensor, axis: int = 0) -> Te
     same_place = whole[tuple(map(slice, seen.shape))]
     if not torch.equal(same_place, seen):
         raise ValueError(
-            f"turn {turn} begins like the conversation, but its {name} are not those of earlier turns; "
-            "go on from the token ids that were sampled and the images that were shown, never from "
+            f"turn {turn} begins like the conversation, but its {name} are not those of earlier "
+            "turns; go on from the token ids that were sampled and the images that were shown, never from "
             "text"
         )
     return whole.tensor_split([seen.shape[axis]], axis)[1]
