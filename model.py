@@ -1740,8 +1740,8 @@ def _cut(turn: int, name: str, whole: Tensor, seen: Tensor, axis: int = 0) -> Te
     if not torch.equal(same_place, seen):
         raise ValueError(
             f"turn {turn} begins like the conversation, but its {name} are not those of earlier "
-            "turns; go on from the token ids that were sampled and the images that were shown, never from "
-            "text"
+            "turns; go on from the token ids that were sampled and the images that were shown, "
+            "never from text"
         )
     return whole.tensor_split([seen.shape[axis]], axis)[1]
 
