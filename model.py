@@ -682,7 +682,7 @@ class Actor:
         pixels: tuple[int, int] | None = None,
         **options,
     ) -> Actor:
-        """Load model and processor from a directory or the hub, on the CPU; none of its code runs.
+        """Load model and processor from a directory or the hub, on the CPU; its code is not run.
 
         Args:
             pixels: least and most of an image, see bound_images; None: the processor's own.
@@ -1751,9 +1751,8 @@ def _cut(turn: int, name: str, whole: Tensor, seen: Tensor, axis: int = 0) -> Te
     if not torch.equal(same_place, seen):
         raise ValueError(
             f"turn {turn} begins like the conversation, but its {name} are not those of earlier "
-            "turns; "
-            "go on from the token ids that were sampled and the images that were shown, never from "
-            "text"
+            "turns; go on from the token ids that were sampled and the images that were shown, "
+            "never from text"
         )
     return whole.tensor_split([seen.shape[axis]], axis)[1]
 
