@@ -8,12 +8,14 @@ pixels; frames of a video are sampled in one place too, `decode_video`. A prompt
 `usable_problems` makes every prompt before training starts and leaves the long ones out.
 Deliberately not here: streaming from the hub, augmentation.
 
-The path, which ends at the line "from here on": Problem, Problems, make_problem, load_problems,
-decode_image, resize_image, Prompt, Reader.
+The path of this file ends at the line "from here on": load_problems, Problem, resize_image, Prompt
+and Reader.
 
 Legend  P tokens of one prompt, image tokens included
 Source  resize rule: `smart_resize` of transformers' Qwen2VLImageProcessor
 """
+
+from __future__ import annotations
 
 import ast
 import base64
@@ -45,133 +47,9 @@ INSTRUCTION = (
 )
 IMAGE, VIDEO = "<image>", "<video>"  # placeholders
 
-# what a data set from elsewhere may bring; a real one stays far below
-MAX_IMAGE_PIXELS = 50_000_000
-MAX_FILE_BYTES = 100_000_000
-MAX_CHARACTERS = 100_000
-MAX_ASPECT = 200  # Qwen's processor refuses a longer side of more than 200 times the shorter one
-# Pillow reads more, and some with the help of other programs
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-# what Pillow raises for broken files
-BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-
 
 # --------------------------------------------------------------------------------------------------
 # Rows
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One row: a question about images, and the answer that earns the reward.
-
-    The images are the bytes of their files; `decode_image(problem.images[0])` is the picture.
-    """
-
-    where: str  # "train.parquet row 17", for errors; rows count from 0
-    question: str  # one <image> for each image, one <video> for each video
-    images: tuple[bytes, ...] = field(repr=False)  # compressed, as stored
-    answer: str
-    type: str  # kind of question, "" if the column is absent
-    source: str  # data source, the file name if the column is absent
-    answers: tuple[str, ...] = ()  # of an answer that is a list: all are right, or one per image
-    # each a file or its frames, as stored
-    videos: tuple[bytes | tuple[bytes, ...], ...] = field(default=(), repr=False)
-    system: str = ""  # what a chat says before the question
-    unplaced: bool = False  # the row had images and no placeholder, so they stand in front
-
-    @property
-    def gold(self) -> str | tuple[str, ...]:
-        """The answer as the row holds it, a text or the texts of a list."""
-        return self.answers or self.answer
-
-
-class Problems(Sequence):
-    """Rows of files, kept compressed: `problems[i]` makes a Problem, `problems[a:b]` a smaller
-    Problems.
-
-    Args:
-        rows: (table, number of the row in it) of each.
-        image_folder: where paths of images begin; None: at the file that holds the row.
-    """
-
-    def __init__(self, rows: Sequence[tuple[tables.Table, int]], image_folder: Path | None = None):
-        self.rows = rows
-        self.image_folder = image_folder
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        """One row, or a slice. ValueError, naming the row: an image not where it says, text that
-        cannot be meant."""
-        if isinstance(index, slice):
-            return Problems(self.rows[index], self.image_folder)
-        table, row = self.rows[index]
-        where = f"{table.name} row {row}"
-        folder = self.image_folder or table.file.parent
-        try:
-            return make_problem(table.values(row), where, folder, table.name)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-
-    def select(self, indices: Sequence[int]) -> "Problems":
-        """The rows at `indices`, in that order; no bytes are copied."""
-        return Problems([self.rows[index] for index in indices], self.image_folder)
-
-    @property
-    def files(self) -> set[Path]:
-        """The files that the rows are of, by their real paths."""
-        return {file.resolve() for file in {table.file for table, _ in self.rows}}
-
-
-def make_problem(cells: dict[str, list], where: str, folder: Path, file_name: str) -> Problem:
-    """What a row's cells mean: chats, choices and numbered placeholders become one question.
-
-    Args:
-        cells: our name for a column -> its values in this row, see `support.tables`.
-        where: the row, for errors.
-        folder: paths of images begin in it.
-        file_name: the source of rows that name none.
-
-    Raises ValueError for an image that is not where it says, and text that cannot be meant.
-    """
-    images = tuple(image_bytes(value, folder) for value in _flat(cells["image"]))
-    videos = tuple(_video_bytes(value, folder) for value in _flat(cells["video"]))
-    system, question = _read_question(cells["problem"])
-    listed, answers = _read_answers(cells["answer"])
-    choices = _read_choices(cells["choices"])
-    if choices:
-        question = "\n".join([question, *_lettered(choices)])
-        answers = [_letter_of(answer, choices) for answer in answers]
-    texts = tuple("" if tables.is_empty(answer) else str(answer) for answer in answers)
-    question, images = _place_by_number(question, images)
-    placed = not question.strip() or IMAGE in question or VIDEO in question
-    unplaced = bool(images or videos) and not placed
-    if unplaced:
-        question = IMAGE * len(images) + VIDEO * len(videos) + question
-    kind = ",".join(map(str, _flat(cells["type"])))
-    source = ",".join(map(str, _flat(cells["source"]))) or file_name
-    _check_texts(system + question, texts, kind, source)
-    return Problem(
-        where=where,
-        question=question,
-        images=images,
-        answer=",".join(texts),
-        type=kind,
-        source=source,
-        answers=texts if listed else (),
-        videos=videos,
-        system=system,
-        unplaced=unplaced,
-    )
 
 
 def load_problems(
@@ -202,43 +80,33 @@ def load_problems(
     return Problems(rows, folder)
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One row: a question about images, and the answer that earns the reward.
+
+    The images are the bytes of their files; `decode_image(problem.images[0])` is the picture.
+    """
+
+    where: str  # "train.parquet row 17", for errors; rows count from 0
+    question: str  # one <image> for each image, one <video> for each video
+    images: tuple[bytes, ...] = field(repr=False)  # compressed, as stored
+    answer: str
+    type: str  # kind of question, "" if the column is absent
+    source: str  # data source, the file name if the column is absent
+    answers: tuple[str, ...] = ()  # of an answer that is a list: all are right, or one per image
+    # each a file or its frames, as stored
+    videos: tuple[bytes | tuple[bytes, ...], ...] = field(default=(), repr=False)
+    system: str = ""  # what a chat says before the question
+    unplaced: bool = False  # the row had images and no placeholder, so they stand in front
+
+    @property
+    def gold(self) -> str | tuple[str, ...]:
+        """The answer as the row holds it, a text or the texts of a list."""
+        return self.answers or self.answer
+
+
 # --------------------------------------------------------------------------------------------------
-# Images
-
-
-def decode_image(raw: bytes) -> Image.Image:
-    """Bytes -> RGB picture: upright (EXIF), white where transparent, 16-bit grey scaled to 8.
-    ValueError if broken."""
-    try:
-        image = Image.open(io.BytesIO(raw), formats=FORMATS)
-        # known from the header; a few bytes can unfold to any size
-        if math.prod(image.size) > MAX_IMAGE_PIXELS:
-            raise ValueError(
-                f"{image.width} x {image.height} pixels, {MAX_IMAGE_PIXELS} is the most"
-            )
-        image = ImageOps.exif_transpose(image)
-        image.load()  # the whole of it, so that a truncated file shows here
-    except UnidentifiedImageError as error:
-        raise ValueError(
-            f"{len(raw)} bytes are not a readable image: they begin with {raw[:16]!r}, and "
-            f"{', '.join(FORMATS)} are read; repair or remove the row"
-        ) from error
-    except BROKEN as error:
-        raise ValueError(
-            f"{len(raw)} bytes are not a readable image ({error}); repair or remove the row"
-        ) from error
-    if image.mode == "F":
-        raise ValueError(
-            "the image holds floats, and which one is white is unknown; store it with 8 or 16 bits"
-        )
-    if image.mode.startswith("I"):  # Pillow's own conversion cuts 16 bits off at 255: nearly white
-        grey = np.asarray(image).clip(0, 65535) // 257
-        image = Image.fromarray(grey.astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+# Prompts
 
 
 def resize_image(image: Image.Image, min_pixels: int, max_pixels: int, factor: int) -> Image.Image:
@@ -251,46 +119,6 @@ def resize_image(image: Image.Image, min_pixels: int, max_pixels: int, factor: i
     """
     size = resized_size(*image.size, min_pixels, max_pixels, factor)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
-
-
-def resized_size(
-    width: int, height: int, min_pixels: int, max_pixels: int, factor: int
-) -> tuple[int, int]:
-    """(width, height) that `resize_image` gives, pixels: Qwen's smart_resize, or the nearest valid
-    size.
-
-    The rule alone does not always leave its own result alone: with bounds close together its floor
-    or ceil lands outside them, and 6000 x 30 (aspect 200) becomes 5992 x 28 (aspect 214), which it
-    then refuses. Raises ValueError for an aspect ratio over 200, and if no size on the grid lies
-    within the bounds.
-    """
-    if not _is_narrow_enough(width, height):
-        raise ValueError(
-            f"the image is {width} x {height}, longer than {MAX_ASPECT} to 1; crop it or remove "
-            "the row"
-        )
-    columns = round(width / factor)
-    rows = round(height / factor)
-    if columns * rows * factor**2 > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        columns = max(1, math.floor(width / shrink / factor))
-        rows = max(1, math.floor(height / shrink / factor))
-    elif columns * rows * factor**2 < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        columns = math.ceil(width * grow / factor)
-        rows = math.ceil(height * grow / factor)
-    fits = min_pixels <= columns * rows * factor**2 <= max_pixels
-    if fits and _is_narrow_enough(columns, rows):
-        return columns * factor, rows * factor
-    return nearest_valid_size(width, height, min_pixels, max_pixels, factor)
-
-
-def _is_narrow_enough(width: int, height: int) -> bool:
-    return max(width, height) <= MAX_ASPECT * min(width, height)
-
-
-# --------------------------------------------------------------------------------------------------
-# Prompts
 
 
 @dataclass(eq=False)
@@ -315,10 +143,6 @@ class VideoLimits:
     fps: float = 2.0
     max_frames: int = 32
     max_pixels: int = 128 * 28 * 28
-
-
-# what a processor is told about frames of a video
-AS_THEY_ARE = {"do_resize": False, "do_sample_frames": False}
 
 
 class Reader:
@@ -378,7 +202,8 @@ class Reader:
     def ahead(self, problems: Iterable[Problem]) -> None:
         """Start making these prompts in a thread; `reader(problem)` takes them, or raises what
         making them raised. What an earlier call asked for and nobody took is forgotten."""
-        earlier, self._coming = self._coming, {}
+        earlier = self._coming
+        self._coming = {}
         for problem in problems:
             key = (problem, False)
             if key not in self._used:
@@ -402,21 +227,34 @@ class Reader:
     def _make(self, problem: Problem, later: bool) -> Prompt:
         shown = self.first(problem) if self.first and not later else problem
         try:
-            images, videos, text = self._parts(shown, later)
+            images, videos = self._pixels(shown)
+            text = self._text(shown, later)
         except ValueError as error:
             raise ValueError(f"{problem.where}: {error}") from error
-        return self._assemble(problem, images, videos, text)
+        return self.assemble(problem, images, videos, text)
 
-    def white(self, prompt: Prompt) -> Prompt:
-        """The same prompt with white pictures of the same sizes, so of the same ids; itself where
-        it has no picture. What is likelier with its own pictures was seen in them."""
-        if not prompt.images and not prompt.videos:
-            return prompt
-        images = [Image.new("RGB", image.size, "white") for image in prompt.images]
-        videos = [(np.full_like(frames, 255), timing) for frames, timing in prompt.videos]
-        return self._assemble(prompt.problem, images, videos, prompt.text)
+    def _pixels(self, problem: Problem) -> tuple[list[Image.Image], list[tuple]]:
+        """Images, and videos with their timing, as large as the processor will leave them."""
+        vision = self.processor.image_processor
+        factor = vision.patch_size * vision.merge_size if hasattr(vision, "merge_size") else 1
+        images = [decode_image(raw) for raw in problem.images]
+        if factor > 1:  # others cut an image into tiles of a fixed size, and are bounded in that
+            bounds = (self.min_pixels, self.max_pixels)
+            images = [resize_image(image, *bounds, factor) for image in images]
+        return images, [_timed_frames(stored, self.video, factor) for stored in problem.videos]
 
-    def _assemble(self, problem: Problem, images: list, videos: list, text: str) -> Prompt:
+    def _text(self, problem: Problem, later: bool) -> str:
+        """What the chat template makes of the question, and of the system text if there is one."""
+        special = special_tokens(self.processor.tokenizer)
+        content = _content(problem, special, "" if later else self.instruction)
+        messages = [{"role": "user", "content": content}]
+        if later:
+            return _later_turn(messages, self.processor)
+        if problem.system:
+            messages.insert(0, {"role": "system", "content": [_part(problem.system)]})
+        return _render(messages, self.processor)
+
+    def assemble(self, problem: Problem, images: list, videos: list, text: str) -> Prompt:
         """Let the processor make ids and pixels."""
         media = {"images": images} if images else {}
         if videos:
@@ -427,52 +265,100 @@ class Reader:
         plain = dict(add_special_tokens=False, return_tensors="pt")
         inputs = dict(self.processor(text=[text], **plain, **media))
         if "image_grid_thw" in inputs:
-            self._check_sizes(problem, images, inputs["image_grid_thw"])
+            _refuse_another_resize(problem, images, inputs["image_grid_thw"], self)
         del inputs["attention_mask"]  # one prompt, no padding
         ids = inputs.pop("input_ids")[0]
         short_ids = self.processor.tokenizer(text, **plain).input_ids[0]
         return Prompt(problem, ids, short_ids, images, inputs, videos, text)
 
-    def _parts(self, problem: Problem, later: bool) -> tuple[list, list, str]:
-        """Images, videos with their timing, and the text, as the processor takes them."""
-        messages = self._messages(problem, later)
-        vision = self.processor.image_processor
-        factor = vision.patch_size * vision.merge_size if hasattr(vision, "merge_size") else 1
-        images = [decode_image(raw) for raw in problem.images]
-        if factor > 1:  # others cut an image into tiles of a fixed size, and are bounded in that
-            bounds = (self.min_pixels, self.max_pixels)
-            images = [resize_image(image, *bounds, factor) for image in images]
-        videos = [_timed_frames(stored, self.video, factor) for stored in problem.videos]
-        write = _later_turn if later else _render
-        return images, videos, write(messages, self.processor)
 
-    def _messages(self, problem: Problem, later: bool) -> list[dict]:
-        """The system text, if there is one, and the question as the user's turn."""
-        special = special_tokens(self.processor.tokenizer)
-        content = _content(problem, special, "" if later else self.instruction)
-        messages = [{"role": "user", "content": content}]
-        if problem.system and not later:
-            messages.insert(0, {"role": "system", "content": [_part(problem.system)]})
-        return messages
-
-    def _check_sizes(self, problem: Problem, images: list[Image.Image], grid: Tensor) -> None:
-        patch = self.processor.image_processor.patch_size
-        sizes = [image.size for image in images]
-        seen = [(columns * patch, rows * patch) for _, rows, columns in grid.tolist()]
-        if seen != sizes:
-            raise ValueError(
-                f"{problem.where}: the processor resized {sizes} once more, to {seen}, so the "
-                f"sampler could see other pixels; load it with min_pixels={self.min_pixels}, "
-                f"max_pixels={self.max_pixels}"
-            )
-
-
-# --- from here on: what a row may hold, its images' bytes, video, checking a data set, the order of
-# problems, other images for evaluation
+# --- from here on: the rows of files, what a row may hold, images, video, the text of a prompt,
+# checking a data set, the order of problems, other images for evaluation
 
 
 # --------------------------------------------------------------------------------------------------
 # What a row may hold
+
+
+class Problems(Sequence):
+    """Rows of files, kept compressed: `problems[i]` makes a Problem, `problems[a:b]` a smaller
+    Problems.
+
+    Args:
+        rows: (table, number of the row in it) of each.
+        image_folder: where paths of images begin; None: at the file that holds the row.
+    """
+
+    def __init__(self, rows: Sequence[tuple[tables.Table, int]], image_folder: Path | None = None):
+        self.rows = rows
+        self.image_folder = image_folder
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        """One row, or a slice. ValueError, naming the row: an image not where it says, text that
+        cannot be meant."""
+        if isinstance(index, slice):
+            return Problems(self.rows[index], self.image_folder)
+        table, row = self.rows[index]
+        where = f"{table.name} row {row}"
+        folder = self.image_folder or table.file.parent
+        try:
+            return make_problem(table.values(row), where, folder, table.name)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def select(self, indices: Sequence[int]) -> Problems:
+        """The rows at `indices`, in that order; no bytes are copied."""
+        return Problems([self.rows[index] for index in indices], self.image_folder)
+
+    @property
+    def files(self) -> set[Path]:
+        """The files that the rows are of, by their real paths."""
+        return {file.resolve() for file in {table.file for table, _ in self.rows}}
+
+
+def make_problem(cells: dict[str, list], where: str, folder: Path, file_name: str) -> Problem:
+    """What a row's cells mean: chats, choices and numbered placeholders become one question.
+
+    Args:
+        cells: our name for a column -> its values in this row, see `support.tables`.
+        where: the row, for errors.
+        folder: paths of images begin in it.
+        file_name: the source of rows that name none.
+
+    Raises ValueError for an image that is not where it says, and text that cannot be meant.
+    """
+    images = tuple(image_bytes(value, folder) for value in _flat(cells["image"]))
+    videos = tuple(_video_bytes(value, folder) for value in _flat(cells["video"]))
+    system, question = _read_question(cells["problem"])
+    listed, answers = _read_answers(cells["answer"])
+    choices = _read_choices(cells["choices"])
+    if choices:
+        question = "\n".join([question, *_lettered(choices)])
+        answers = [_letter_of(answer, choices) for answer in answers]
+    texts = tuple("" if tables.is_empty(answer) else str(answer) for answer in answers)
+    question, images = _place_by_number(question, images)
+    placed = not question.strip() or IMAGE in question or VIDEO in question
+    unplaced = bool(images or videos) and not placed
+    if unplaced:
+        question = IMAGE * len(images) + VIDEO * len(videos) + question
+    kind = ",".join(map(str, _flat(cells["type"])))
+    source = ",".join(map(str, _flat(cells["source"]))) or file_name
+    _check_texts(system + question, texts, kind, source)
+    return Problem(
+        where=where,
+        question=question,
+        images=images,
+        answer=",".join(texts),
+        type=kind,
+        source=source,
+        answers=texts if listed else (),
+        videos=videos,
+        system=system,
+        unplaced=unplaced,
+    )
 
 
 def describe(problems: Problems) -> list[str]:
@@ -663,7 +549,25 @@ def _check_texts(question: str, answers: Iterable[str], kind: str, source: str) 
 
 
 # --------------------------------------------------------------------------------------------------
-# Images: bytes, and sizes where Qwen's rule finds none
+# Images
+
+# what a data set from elsewhere may bring; a real one stays far below
+MAX_IMAGE_PIXELS = 50_000_000
+MAX_FILE_BYTES = 100_000_000
+MAX_CHARACTERS = 100_000
+MAX_ASPECT = 200  # Qwen's processor refuses a longer side of more than 200 times the shorter one
+# Pillow reads more, and some with the help of other programs
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# what Pillow raises for broken files
+BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 
 def image_bytes(value: Any, folder: Path) -> bytes:
@@ -750,6 +654,92 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def decode_image(raw: bytes) -> Image.Image:
+    """Bytes -> RGB picture: upright (EXIF), white where transparent, 16-bit grey scaled to 8.
+    ValueError if broken."""
+    try:
+        image = Image.open(io.BytesIO(raw), formats=FORMATS)
+        # known from the header; a few bytes can unfold to any size
+        if math.prod(image.size) > MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"{image.width} x {image.height} pixels, {MAX_IMAGE_PIXELS} is the most"
+            )
+        image = ImageOps.exif_transpose(image)
+        image.load()  # the whole of it, so that a truncated file shows here
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"{len(raw)} bytes are not a readable image: they begin with {raw[:16]!r}, and "
+            f"{', '.join(FORMATS)} are read; repair or remove the row"
+        ) from error
+    except BROKEN as error:
+        raise ValueError(
+            f"{len(raw)} bytes are not a readable image ({error}); repair or remove the row"
+        ) from error
+    if image.mode == "F":
+        raise ValueError(
+            "the image holds floats, and which one is white is unknown; store it with 8 or 16 bits"
+        )
+    if image.mode.startswith("I"):  # Pillow's own conversion cuts 16 bits off at 255: nearly white
+        grey = np.asarray(image).clip(0, 65535) // 257
+        image = Image.fromarray(grey.astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def resized_size(
+    width: int, height: int, min_pixels: int, max_pixels: int, factor: int
+) -> tuple[int, int]:
+    """(width, height) that `resize_image` gives, pixels: Qwen's smart_resize, or the nearest valid
+    size.
+
+    The rule alone does not always leave its own result alone: with bounds close together its floor
+    or ceil lands outside them, and 6000 x 30 (aspect 200) becomes 5992 x 28 (aspect 214), which it
+    then refuses. Raises ValueError for an aspect ratio over 200, and if no size on the grid lies
+    within the bounds.
+    """
+    if not _is_narrow_enough(width, height):
+        raise ValueError(
+            f"the image is {width} x {height}, longer than {MAX_ASPECT} to 1; crop it or remove "
+            "the row"
+        )
+    columns = round(width / factor)
+    rows = round(height / factor)
+    if columns * rows * factor**2 > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        columns = max(1, math.floor(width / shrink / factor))
+        rows = max(1, math.floor(height / shrink / factor))
+    elif columns * rows * factor**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        columns = math.ceil(width * grow / factor)
+        rows = math.ceil(height * grow / factor)
+    fits = min_pixels <= columns * rows * factor**2 <= max_pixels
+    if fits and _is_narrow_enough(columns, rows):
+        return columns * factor, rows * factor
+    return nearest_valid_size(width, height, min_pixels, max_pixels, factor)
+
+
+def _is_narrow_enough(width: int, height: int) -> bool:
+    return max(width, height) <= MAX_ASPECT * min(width, height)
+
+
+def _refuse_another_resize(
+    problem: Problem, images: list[Image.Image], grid: Tensor, reader: Reader
+) -> None:
+    """Raises ValueError if the processor's grid (images, 3) is not that of the images."""
+    patch = reader.processor.image_processor.patch_size
+    sizes = [image.size for image in images]
+    seen = [(columns * patch, rows * patch) for _, rows, columns in grid.tolist()]
+    if seen != sizes:
+        raise ValueError(
+            f"{problem.where}: the processor resized {sizes} once more, to {seen}, so the sampler "
+            f"could see other pixels; load it with min_pixels={reader.min_pixels}, "
+            f"max_pixels={reader.max_pixels}"
+        )
+
+
 def nearest_valid_size(
     width: int, height: int, min_pixels: int, max_pixels: int, factor: int
 ) -> tuple[int, int]:
@@ -779,6 +769,9 @@ def nearest_valid_size(
 
 # --------------------------------------------------------------------------------------------------
 # Video
+
+# what a processor is told about frames of a video
+AS_THEY_ARE = {"do_resize": False, "do_sample_frames": False}
 
 
 def decode_video(
@@ -1095,6 +1088,16 @@ def with_images(problems: Sequence[Problem], index: int, view: str) -> Problem:
     images = [decode_image(next(others)).resize(own.size) for own in pictures]
     videos = itertools.islice(itertools.cycle(donor.videos), len(problem.videos))
     return replace(problem, images=tuple(map(png, images)), videos=tuple(videos))
+
+
+def whitened(prompt: Prompt, reader: Reader) -> Prompt:
+    """The same prompt with white pictures of the same sizes, so of the same ids; itself where it
+    has no picture. What is likelier with its own pictures was seen in them."""
+    if not prompt.images and not prompt.videos:
+        return prompt
+    images = [Image.new("RGB", image.size, "white") for image in prompt.images]
+    videos = [(np.full_like(frames, 255), timing) for frames, timing in prompt.videos]
+    return reader.assemble(prompt.problem, images, videos, prompt.text)
 
 
 def _white(pictures: list[Image.Image]) -> tuple[bytes, ...]:

@@ -6,8 +6,8 @@
 
 No model, no GPU, no torch.distributed: all of it is checked against numbers worked out by hand.
 Per-token quantities are flat vectors over the tokens that the policy wrote, response after
-response; `lengths` says where each ends. All of this file is on the path; a new loss goes into
-`policy_loss`.
+response; `lengths` says where each ends. The path of this file ends at the line "from here on"; a
+new loss goes into `policy_loss`.
 
 Legend  P prompts, G responses per prompt, R responses, N tokens written by the policy (all
         responses, end to end)
@@ -20,7 +20,7 @@ Papers  GRPO arXiv:2402.03300; PPO's clip arXiv:1707.06347; dual clip arXiv:1912
 import torch
 from torch import Tensor
 
-MAX_LOG_RATIO = 20.0  # nats; e^20 is beyond every clip, and e^89 is no float32
+MAX_LOG_RATIO = 20.0  # nats; e^20 is beyond every clip, and e^89 is inf in float32
 MAX_K3 = 10.0  # nats per token
 
 
@@ -34,18 +34,14 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
             compares each response with the mean of the other G - 1 (RLOO).
 
     Returns:
-        (P, G) float32; every row sums to 0, and a row of equal rewards is exactly 0: that group
-        has nothing to teach and must not become 0/0 = nan.
+        (P, G) float32; every row sums to 0, and a row of equal rewards is exactly 0, never 0/0.
 
     Raises:
         ValueError: G < 2 (the mean of a group of one is its own reward), or an unknown scale.
     """
     size = rewards.shape[-1]
     if size < 2:
-        raise ValueError(
-            f"a group of {size} has no other response to be compared with; draw at least 2 per "
-            "prompt"
-        )
+        raise ValueError(f"a group of {size} has nothing to be compared with; draw at least 2")
     rewards = rewards.float()
     centred = rewards - rewards.mean(-1, keepdim=True)
     if scale == "std":
@@ -85,7 +81,7 @@ def policy_loss(
     """PPO's clipped surrogate, per token: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
 
     The log ratio is held within +-20 nats before exp, as verl and EasyR1 do: beyond, the clip cuts
-    the gradient in any case, and above 88 nats r would be inf and 0 * inf = nan.
+    the gradient in any case.
 
     Args:
         logprobs: (N,) nats, with gradient, under the policy as it is.
@@ -131,9 +127,8 @@ def token_weights(
     """What each token's loss counts for, so that the loss of a minibatch is the plain sum over all
     its tokens.
 
-    The totals are global counts (all ranks, all packs of the minibatch), so the sum does not depend
-    on how the minibatch is cut into packs or dealt to ranks. They are the minibatch's, as in verl;
-    TRL divides by those of the whole generation batch, which one minibatch per step makes equal.
+    The totals are the minibatch's, over all ranks and packs, so the sum does not depend on how it
+    is cut or dealt. verl takes the same; TRL those of all minibatches of the step.
 
     Args:
         lengths: (R,) tokens of the responses at hand.
@@ -162,14 +157,13 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
     """Per-token estimate of KL(policy || reference) from tokens drawn by the policy.
 
     With d = logprobs - ref_logprobs: k1 = d (unbiased, can be negative), k2 = d^2 / 2 (biased, low
-    variance), k3 = exp(-d) - 1 + d (unbiased, never negative; verl calls it low_var_kl). For k3, d
-    is held within +-20 nats and the result at 10, as verl and EasyR1 do, so that one token which
-    the policy gave up cannot become the whole loss.
+    variance), k3 = exp(-d) - 1 + d (unbiased, never negative; GRPO's equation 4). For k3, d is held
+    within +-20 nats and the result at 10, as verl and EasyR1 do, so that one token which the policy
+    gave up cannot become the whole loss.
 
-    As a loss, the gradient of k1 is that of the log-prob alone and says nothing about the
-    reference; k2's is the gradient of the true KL in expectation; k3's is the one of GRPO's
-    equation 4, of the estimator alone. TRL 1.16 multiplies k3 by the ratio pi / pi_old, whose
-    gradient is, on-policy, that of k2.
+    As a loss, k1 says nothing about the reference, whose part has no gradient; k2 has the gradient
+    of the true KL in expectation; k3 that of the estimator alone. TRL 1.16 multiplies k3 by
+    pi / pi_old, whose gradient is, on-policy, that of k2.
 
     Args:
         logprobs, ref_logprobs: (N,) nats.
@@ -200,11 +194,8 @@ def importance_weights(
 
     The rollout engine computes in another precision and with other kernels than the trainer, so its
     tokens are drawn from a slightly different policy. Truncated importance sampling (TIS) reweights
-    them and bounds the variance.
-
-    With GSPO (`ratio="sequence"`) level "token" has two readings: every token's loss times its own
-    weight, as here and in TRL and slime, or verl's, which keeps each token's own weight inside the
-    sequence's ratio. Level "sequence" makes all equal.
+    them and bounds the variance. With GSPO, level "token" weighs every token's loss, as TRL and
+    slime do; verl keeps these weights inside the sequence's ratio.
 
     Args:
         old_logprobs, sampler_logprobs: (N,) nats, of the trainer and of the engine that drew the
@@ -225,6 +216,9 @@ def importance_weights(
     elif level != "token":
         raise ValueError(f"importance level {level!r} is none of none, token, sequence")
     return gap.exp().clamp(max=cap)
+
+
+# --- from here on: an option that weighs tokens by what they owe to the picture
 
 
 def look_weights(looks: Tensor, lengths: Tensor, strength: float) -> Tensor:

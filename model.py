@@ -570,9 +570,7 @@ class Actor:
         if self.packing == "padded":
             return self._padded_logprobs(groups, entropy)
         if self.packing == "packed":  # every response brings its own copy of the prompt
-            groups = [
-                (prompt, [response]) for prompt, responses in groups for response in responses
-            ]
+            groups = one_by_one(groups)
         anchors = [(anchor, []) for anchor in self._missing_anchors(groups)]
         groups = [*groups, *anchors]
         turns = turns_of(groups)
@@ -604,12 +602,11 @@ class Actor:
 
     def _padded_logprobs(self, groups, entropy):
         """The plain way, as a reference: one row per response with all it follows, padded left."""
-        rows = []
-        for prompt, responses in groups:
-            for response in responses:
-                rows.append([prompt, *response])
-        for anchor in self._missing_anchors(groups):
-            rows.append([anchor])
+        groups = one_by_one(groups)
+        anchors = self._missing_anchors(groups)
+        rows = [[prompt, *response] for prompt, [response] in groups]
+        rows += [[anchor] for anchor in anchors]
+        turns = turns_of(groups) + anchors
         all_ids, all_positions, all_written = [], [], []
         for row in rows:
             row_ids, row_positions, row_written = lay_out(row, self.positions)
@@ -622,7 +619,6 @@ class Actor:
         written = left_pad(all_written, False).to(self.device)
         # position t - 1 predicts token t; where no row's token was written, logits are not needed
         predicted = written.any(0).nonzero()[:, 0]  # (R,)
-        turns = [turn for row in rows for turn in row]
         logits = self.model(
             input_ids=ids,
             attention_mask=mask.to(self.device),
@@ -719,7 +715,7 @@ class Actor:
         pixels: tuple[int, int] | None = None,
         **options,
     ) -> Actor:
-        """Load model and processor from a directory or the hub, on the CPU, and run none of its code.
+        """Load model and processor from a directory or the hub, on the CPU; none of its code runs.
 
         Args:
             pixels: least and most of an image, see bound_images; None: the processor's own.
@@ -1086,7 +1082,7 @@ class Actor:
         together, once for the images and once for the videos of a pack, so a rank whose pack has
         none would leave the others waiting for ever. Nothing attends to them and their gradient is
         0."""
-        white = Image.new("RGB", (1, 1), "white")
+        white = Image.new("RGB", (64, 64), "white")  # Mistral 3 cannot see a single token
         self.anchors["images"] = self.prompt("<image>", [white])
         if videos:
             self.anchors["videos"] = self.prompt("<video>", videos=[[white]])
@@ -1278,6 +1274,15 @@ def turns_of(groups: list[Group]) -> list[Turn]:
         for response in responses:
             turns.extend(response)
     return turns
+
+
+def one_by_one(groups: list[Group]) -> list[Group]:
+    """The same responses in groups of one, each with its prompt."""
+    single = []
+    for prompt, responses in groups:
+        for response in responses:
+            single.append((prompt, [response]))
+    return single
 
 
 def prompts_of(turns: list[Turn]) -> list[data.Prompt]:
@@ -1612,16 +1617,19 @@ def packed_conv(plain, x, weight, bias=None, activation=None, layout=None, **res
     if layout is None:
         return plain(x, weight, bias, activation=activation, **rest)
     before = tokens_before(layout.segments).to(x.device)
-    seen = F.pad(x, (0, 1)).to(weight.dtype)  # the last column: what is before a sequence begins
+    # summed in float32, as the convolution of torch does; the last column is what is before a
+    # sequence begins
+    seen = F.pad(x, (0, 1)).to(torch.promote_types(weight.dtype, torch.float32))
     out = torch.zeros_like(seen)
     for column in reversed(range(weight.shape[1])):
         out = out + weight[:, column, None] * seen
         seen = seen.index_select(2, before)
     if bias is not None:
         out = out + bias[:, None]
+    out = out[..., :-1].to(weight.dtype)
     if activation is not None:
         out = ACT2FN[activation](out)
-    return out[..., :-1].to(x.dtype)
+    return out.to(x.dtype)
 
 
 def tokens_before(segments: list[tuple[int, int, int, int]]) -> Tensor:
@@ -1705,10 +1713,11 @@ def make_trace(turns: list[tuple[data.Prompt, Tensor]], image_axis: int = 0) -> 
 def _without(prompt: data.Prompt, trace: list[Turn], image_axis: int) -> data.Prompt:
     """What a Prompt adds to the conversation that it begins with."""
     earlier = prompts_of(trace)
+    cut = functools.partial(_cut, len(earlier) + 1)
     seen_ids = torch.cat([t if isinstance(t, Tensor) else t.ids for t in trace])
     seen_short_ids = torch.cat([t if isinstance(t, Tensor) else t.short_ids for t in trace])
-    ids = _cut("ids", prompt.ids, seen_ids)
-    short_ids = _cut("short_ids", prompt.short_ids, seen_short_ids)
+    ids = cut("ids", prompt.ids, seen_ids)
+    short_ids = cut("short_ids", prompt.short_ids, seen_short_ids)
 
     # images and videos stand in the order of their placeholders; their pixels are compared below
     images = prompt.images[sum(len(p.images) for p in earlier) :]
@@ -1720,7 +1729,7 @@ def _without(prompt: data.Prompt, trace: list[Turn], image_axis: int) -> data.Pr
         if is_per_token(name):
             inputs[name] = value[:, len(seen_ids) :]
         elif name in seen:
-            inputs[name] = _cut(name, value, seen[name], image_axis)
+            inputs[name] = cut(name, value, seen[name], image_axis)
         else:
             inputs[name] = value
     inputs = {name: value for name, value in inputs.items() if value.numel()}
@@ -1729,13 +1738,14 @@ def _without(prompt: data.Prompt, trace: list[Turn], image_axis: int) -> data.Pr
     )
 
 
-def _cut(name: str, whole: Tensor, seen: Tensor, axis: int = 0) -> Tensor:
+def _cut(turn: int, name: str, whole: Tensor, seen: Tensor, axis: int = 0) -> Tensor:
     """What `whole` holds behind `seen` on one axis; on the others LLaVA fills up to the image of
     most tiles. ValueError if it does not begin with `seen`."""
     same_place = whole[tuple(map(slice, seen.shape))]
     if not torch.equal(same_place, seen):
         raise ValueError(
-            f"a turn begins like the conversation, but its {name} are not those of earlier turns; "
+            f"turn {turn} begins like the conversation, but its {name} are not those of earlier "
+            "turns; "
             "go on from the token ids that were sampled and the images that were shown, never from "
             "text"
         )

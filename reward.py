@@ -10,24 +10,10 @@ How `accuracy` comes about:
     LaTeX         --quick_verdict--> right, wrong, or undecided
     undecided     --slow_verdict-->  right or wrong, by algebra in a process that can be killed
 
-The path of this file is what stands above the line "from here on": compute_rewards, last_boxed
-and the rewards by name. Not here: torch, and anything that evaluates text as code. The only parser
-is Math-Verify's LaTeX grammar (its Python-expression extractor, which ends in `eval`, is left out),
+The path of this file ends at the line "from here on": compute_rewards, last_boxed and the reward
+`format`. Not here: torch, and anything that evaluates text as code. The only parser is
+Math-Verify's LaTeX grammar (its Python-expression extractor, which ends in `eval`, is left out),
 run by workers that import this file and Math-Verify only.
-
-What a gold accepts as `accuracy`, beside every spelling of the same value:
-  rounding  a decimal gold accepts what rounds to it (57.1: 57.14; 8.6: \sqrt{74}), unless
-            `rounding=False`; other golds accept float noise only (8: 7.99999999, not 8.3).
-  percent   with % on one side the bare number and its hundredth pass (50: 50%; 50%: 0.5 and 50).
-  units     dropped, degrees too, never converted: `\sin 30^\circ` is read in radians, so wrong.
-  ratios    3:4 is the value 3/4, so 6:8 passes and 4:3 does not.
-  names     dropped from `m \angle ABC = 45`, `109 = x`, "the area is 24", as long as they are
-            names (NAME) that leave the value alone: "half of x = 4" is wrong for 4.
-  chains    `x = \sqrt{74} \approx 8.6`: every member must hold, so a list of guesses with =
-            between earns nothing.
-  words     a gold in words or about figures (\angle 3 \cong \angle Z) compares as text, in any
-            order around "and" and \cong. Words or variables in the answer to a number ("5 or 15",
-            "x") make it wrong.
 
 Sources: Math-Verify, https://github.com/huggingface/Math-Verify; `overlong` is DAPO's,
 arXiv:2503.14476, equation 13.
@@ -74,7 +60,8 @@ def compute_rewards(
 
     Args:
         responses: texts that know their length in tokens.
-        problems: each with a question, images, gold (a text or a tuple), source and place.
+        problems: each with a question, images, gold (a text, or a tuple of texts), source and where
+            it stands.
         weights: of the rewards by source, as parse_weights reads them.
         grader: decides `accuracy` and `per_image`, and holds the model that `judge` asks.
 
@@ -103,16 +90,18 @@ def compute_rewards(
         scores[name] = [0.0] * len(samples)
         for i, value in zip(wanted, values, strict=True):
             scores[name][i] = value
-    total = []
+    rewards = []
     for i, named in enumerate(weights_of):
-        total.append(sum(weight * scores[name][i] for name, weight in named.items()))
+        rewards.append(sum(weight * scores[name][i] for name, weight in named.items()))
+    # a source without the reward `accuracy` has another one that says whether it is right
     scores["accuracy"] = [scores[name][i] for i, name in enumerate(accuracy_of)]
-    scores["reward"] = total
+    scores["reward"] = rewards
     return scores
 
 
 def score_samples(name: str, samples: Sequence[tuple], grader: Grader) -> list[float]:
-    """Score (problem, response) samples by one reward."""
+    """Score (problem, response) samples by one reward: all together by the grader or the judge, or
+    each by a function of (problem, response, gold)."""
     if name in BATCHED:
         scores = BATCHED[name](samples, grader)
     else:
@@ -124,24 +113,6 @@ def score_samples(name: str, samples: Sequence[tuple], grader: Grader) -> list[f
     return scores
 
 
-def score_sample(name: str, function: Callable, problem, response: Response) -> float:
-    try:
-        return float(function(problem, response, problem.gold))
-    except Exception as error:  # a function of the user's may raise anything
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        raise ValueError(
-            f"reward {name!r} failed for {problem.where}: {error!r}; "
-            f"mend it in {last.filename}, line {last.lineno}"
-        ) from error
-
-
-def accuracy_name(named: Iterable[str]) -> str:
-    """Which of a source's rewards is its accuracy: the one of that name, or else the first that is
-    not about form."""
-    tasks = [name for name in named if name.partition("(")[0] not in ("format", "overlong")]
-    return tasks[0] if tasks and "accuracy" not in tasks else "accuracy"
-
-
 class Response(str):
     """The text of a response that also knows its length in `tokens`, and whether the limit cut it
     (`truncated`)."""
@@ -151,21 +122,6 @@ class Response(str):
         self.tokens = tokens
         self.truncated = truncated
         return self
-
-
-def inside_box(texts: Sequence[str]) -> list[bool]:
-    r"""For the texts of a response's tokens, which of them hold a part of the last \boxed{...}."""
-    whole = "".join(texts)
-    answer = last_boxed(whole)
-    if answer is None:
-        return [False] * len(texts)
-    start = whole.index("{", whole.rindex(r"\boxed")) + 1
-    end = start + len(answer)
-    inside, place = [], 0
-    for text in texts:
-        inside.append(place < end and place + len(text) > start)
-        place += len(text)
-    return inside
 
 
 def last_boxed(text: str) -> str | None:
@@ -186,10 +142,6 @@ def last_boxed(text: str) -> str | None:
 BRACES = {"{": 1, "}": -1}
 
 
-# --- the rewards by name: functions of (problem, response, gold), where gold is a text, or a tuple
-# of texts where the row holds a list
-
-
 def format_reward(problem, response: Response, gold) -> float:
     r"""1.0 for `<think>not only blanks</think>` and then text with exactly one closed \boxed{},
     else 0.0."""
@@ -201,6 +153,15 @@ def format_reward(problem, response: Response, gold) -> float:
     thinks_first = not begin.strip() and bool(thoughts.strip())
     boxes = answer.count(r"\boxed")
     return float(thinks_first and boxes == 1 and last_boxed(answer) is not None)
+
+
+# --- from here on: the other rewards by name, how text is compared, accuracy with its tables, the
+# grader's processes, the judge, the audit of a data set
+
+
+# --------------------------------------------------------------------------------------------------
+# Rewards by name: functions of (problem, response, gold), where gold is a text, or a tuple of texts
+# where the row holds a list
 
 
 def overlong_reward(problem, response: Response, gold, limit: float, buffer: float) -> float:
@@ -307,8 +268,23 @@ BATCHED: dict[str, Callable] = {  # scored by the grader or its judge, all sampl
     "judge": judge_rewards,
 }
 
-# --- from here on: rewards found by name, how text is compared, accuracy with its tables, the
-# grader's processes, the judge, the audit of a data set
+
+def score_sample(name: str, function: Callable, problem, response: Response) -> float:
+    try:
+        return float(function(problem, response, problem.gold))
+    except Exception as error:  # a function of the user's may raise anything
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"reward {name!r} failed for {problem.where}: {error!r}; "
+            f"mend it in {last.filename}, line {last.lineno}"
+        ) from error
+
+
+def accuracy_name(named: Iterable[str]) -> str:
+    """Which of a source's rewards is its accuracy: the one of that name, or else the first that is
+    not about form."""
+    tasks = [name for name in named if name.partition("(")[0] not in ("format", "overlong")]
+    return tasks[0] if tasks and "accuracy" not in tasks else "accuracy"
 
 
 def parse_weights(text: str) -> dict[str, dict[str, float]]:
@@ -356,6 +332,21 @@ def find_reward(name: str) -> Callable:
         known = ", ".join([*BATCHED, *REWARDS, "path.py:function of (problem, response, gold)"])
         raise ValueError(f"unknown reward {name!r} ({error!r}); known: {known}") from error
     return lambda problem, response, gold: function(problem, response, gold, *settings)
+
+
+def inside_box(texts: Sequence[str]) -> list[bool]:
+    r"""For the texts of a response's tokens, which of them hold a part of the last \boxed{...}."""
+    whole = "".join(texts)
+    answer = last_boxed(whole)
+    if answer is None:
+        return [False] * len(texts)
+    start = whole.index("{", whole.rindex(r"\boxed")) + 1
+    end = start + len(answer)
+    inside, place = [], 0
+    for text in texts:
+        inside.append(place < end and place + len(text) > start)
+        place += len(text)
+    return inside
 
 
 # --------------------------------------------------------------------------------------------------
@@ -411,6 +402,20 @@ def close_to(answer: str, gold: str, share: float) -> bool:
 
 # --------------------------------------------------------------------------------------------------
 # Accuracy: one spelling
+#
+# What a gold accepts as `accuracy`, beside every spelling of the same value:
+#   rounding  a decimal gold accepts what rounds to it (57.1: 57.14; 8.6: \sqrt{74}), unless
+#             `rounding=False`; other golds accept float noise only (8: 7.99999999, not 8.3).
+#   percent   with % on one side the bare number and its hundredth pass (50: 50%; 50%: 0.5 and 50).
+#   units     dropped, degrees too, never converted: `\sin 30^\circ` is read in radians, so wrong.
+#   ratios    3:4 is the value 3/4, so 6:8 passes and 4:3 does not.
+#   names     dropped from `m \angle ABC = 45`, `109 = x`, "the area is 24", as long as they are
+#             names (NAME) that leave the value alone: "half of x = 4" is wrong for 4.
+#   chains    `x = \sqrt{74} \approx 8.6`: every member must hold, so a list of guesses with =
+#             between earns nothing.
+#   words     a gold in words or about figures (\angle 3 \cong \angle Z) compares as text, in any
+#             order around "and" and \cong. Words or variables in the answer to a number ("5 or 15",
+#             "x") make it wrong.
 
 # ruff: noqa: RUF001  (these look-alikes are meant)
 SYMBOLS = str.maketrans({
@@ -1008,15 +1013,16 @@ class Row:
     recorded: float | None = None  # the accuracy that was found when the response was written
 
 
-def read_rows(path: str, answer_key: str, source_key: str) -> list[Row]:
-    """The rows of a data set, or of a file that the evaluation writes."""
+def read_rows(path: str, columns: str = "") -> list[Row]:
+    """The rows of a data set, or of a file that the evaluation writes; `columns` as of
+    data.load_problems."""
     if path.endswith(".jsonl"):
         with open(path, "rb") as file:
             if b'"response"' in file.readline():
                 return read_records(path)
     import data  # here, and not above: the workers must not load torch
 
-    problems = data.load_problems(path, answer_key=answer_key, source_key=source_key)
+    problems = data.load_problems(path, columns=columns)
     return [Row(p.where, p.source, p.gold, p.question, p.images) for p in problems]
 
 
@@ -1039,16 +1045,13 @@ def read_records(path: str) -> list[Row]:
 
 
 def read_record(record: dict, where: str, file: str) -> Row:
-    gold = record["answer"]
-    golds = gold if isinstance(gold, list) else [gold]
+    answer = record["answer"]
+    golds = answer if isinstance(answer, list) else [answer]
     response = record.get("response")
     recorded = record.get("accuracy")
-    known = golds and all(isinstance(gold, str | int | float) for gold in golds)
-    if (
-        not known
-        or not isinstance(response, str | None)
-        or not isinstance(recorded, float | int | None)
-    ):
+    is_known = golds and all(isinstance(gold, str | int | float) for gold in golds)
+    is_told = isinstance(response, str | None) and isinstance(recorded, float | int | None)
+    if not is_known or not is_told:
         raise TypeError(f"{golds!r:.50}, {response!r:.50}, {recorded!r:.50}")
     source = str(record.get("source") or file)
     return Row(where, source, tuple(map(str, golds)), response=response, recorded=recorded)
@@ -1128,8 +1131,7 @@ def main() -> None:
     flag(
         "--rewards", default="accuracy=1", help="as for train.py: says what accuracy is, by source"
     )
-    flag("--answer_key", default="answer", help="column of golds")
-    flag("--source_key", default="data_source", help="column of sources; may be absent")
+    flag("--columns", default="", help="as for train.py, such as answer=solution,source=origin")
     flag("--workers", type=int, default=2, help="grading processes")
     flag("--time_limit", type=float, default=2.0, help="seconds before an answer counts as wrong")
     flag("--no_rounding", action="store_true", help="decimal golds accept only their exact value")
@@ -1138,7 +1140,7 @@ def main() -> None:
         weights = parse_weights(args.rewards)
         if any(accuracy_name(named) == "judge" for named in weights.values()):
             raise ValueError("an audit asks no judge; leave it out of --rewards")
-        rows = read_rows(args.file, args.answer_key, args.source_key)
+        rows = read_rows(args.file, args.columns)
     except (OSError, ValueError) as error:
         parser.error(f"{args.file}: {error}")
     with Grader(args.workers, args.time_limit, not args.no_rounding) as grader:

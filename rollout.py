@@ -4,14 +4,14 @@
     new weights              --engine.sync------> the engine samples from them
     problems                 --evaluate---------> accuracy +- standard error, a record per response
 
-The path of this file is `Rollout` and the two engines. `VLLMEngine` runs vLLM inside the trainer's
-processes, as real runs sample; `HFEngine` runs `model.generate` on the trainer's own weights, where
-there is no vLLM. Both sample from the trained distribution: the policy's softmax at the run's
-temperature, without the banned vision tokens and with no top-k, top-p or repetition penalty,
-whatever the model's generation config says. Tokens stay ids from here to the loss; text is decoded
-for the rewards and the reader alone.
+`VLLMEngine` runs vLLM inside the trainer's processes, as real runs sample; `HFEngine` runs
+`model.generate` on the trainer's own weights, where there is no vLLM. Both sample from the trained
+distribution: the policy's softmax at the run's temperature, without the banned vision tokens and
+with no top-k, top-p or repetition penalty, whatever the model's generation config says. Tokens stay
+ids from here to the loss; text is decoded for the rewards and the reader alone.
 
-Not here: what a response is worth (reward.py), when to sample and to sync (train.py).
+The path of this file ends at the line "from here on": `Rollout` and the two engines. Not here: what
+a response is worth (reward.py), when to sample and to sync (train.py).
 
 Legend  B conversations of a call, n responses to each, P tokens of the longest conversation,
         R tokens of a response, N tokens that the policy wrote in one rollout, V vocabulary
@@ -97,28 +97,9 @@ class Rollout:
         is_cut = self.truncated and turn is self.turns[-1]
         return tokenizer.decode(turn if is_cut else turn[:-1])
 
-    def shown(self, tokenizer) -> list[dict]:
-        """The turns for the eye: who spoke, what was said, small copies of images as data URLs."""
-        shown = []
-        for i, turn in enumerate(self.turns):
-            if isinstance(turn, Tensor):
-                text = self.text(tokenizer, i)
-                shown.append({"role": "policy", "text": text, "images": []})
-            else:
-                text = turn.problem.question
-                images = [thumbnail(data.decode_image(raw)) for raw in turn.problem.images]
-                shown.append({"role": "environment", "text": text, "images": images})
-        return shown
-
-    def __getstate__(self) -> dict:
+    def __reduce__(self) -> tuple:
         """Travel between ranks as arrays: they pickle a hundred times faster than small tensors."""
-        turns = [t.numpy() if isinstance(t, Tensor) else t for t in self.turns]
-        return vars(self) | {"turns": turns, "sampler_logprobs": self.sampler_logprobs.numpy()}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self.turns = [torch.from_numpy(t) if isinstance(t, np.ndarray) else t for t in self.turns]
-        self.sampler_logprobs = torch.from_numpy(self.sampler_logprobs)
+        return from_arrays, as_arrays(self)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -180,13 +161,6 @@ class Engine:
             self.close()
 
 
-def check_greedy(n: int, greedy: bool) -> None:
-    if greedy and n != 1:
-        raise ValueError(
-            f"greedy with n={n}: greedy responses to one prompt are all the same, use n=1"
-        )
-
-
 # --------------------------------------------------------------------------------------------------
 # transformers
 
@@ -223,7 +197,7 @@ class HFEngine(Engine):
 
     def _generate(self, conversations, n, greedy):
         actor = self.actor
-        batch = self._prefill(conversations).repeat(n)
+        batch = prefill(actor, conversations).repeat(n)
         distribution = TrainedDistribution(actor.temperature, actor.banned_ids)
         # every sampling setting is spelled out: generate() fills in what is missing from the
         # model's generation config
@@ -248,60 +222,9 @@ class HFEngine(Engine):
         )  # (B n, P + R)
         distribution.record(ids[:, -1])
         logprobs = torch.stack(distribution.drawn, 1)
-        rollouts = self._cut(ids[:, batch.ids.shape[1] :].cpu(), logprobs.cpu())
+        responses = ids[:, batch.ids.shape[1] :].cpu()
+        rollouts = cut_at_end(responses, logprobs.cpu(), actor.eos_ids)
         return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
-
-    def _prefill(self, conversations) -> Prefilled:
-        """Run the model over all tokens but the last, which generate() begins with."""
-        actor = self.actor
-        rows, row_positions, prompts = [], [], []
-        for turns in conversations:
-            row, its_positions, _ = lay_out(turns, actor.positions)
-            rows.append(row)
-            row_positions.append(its_positions)
-            prompts += prompts_of(turns)
-        ids = left_pad(rows, actor.pad_id).to(actor.device)
-        mask = left_pad([torch.ones_like(row) for row in rows], 0).to(actor.device)
-        positions = left_pad(row_positions, 0).transpose(0, 1).to(actor.device)  # (3 or 1, B, P)
-        if len(positions) == 1:
-            positions = positions[0]
-        types = actor.token_types(conversations)
-        cache = actor.model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=positions[..., :-1],
-            use_cache=True,
-            logits_to_keep=1,
-            **actor.multi_modal_inputs(prompts),
-            **{name: values[:, :-1] for name, values in types.items()},
-        ).past_key_values
-        return Prefilled(ids, mask, positions, cache)
-
-    def _cut(self, responses: Tensor, logprobs: Tensor) -> list[Rollout]:
-        """Cut responses and log-probs, (B n, R) both, behind their first end token."""
-        is_end = torch.isin(responses, torch.tensor(self.actor.eos_ids))
-        ended = is_end.any(1).tolist()
-        first_end = is_end.int().argmax(1).tolist()
-        rollouts = []
-        for i, response in enumerate(responses):
-            length = first_end[i] + 1 if ended[i] else len(response)
-            rollouts.append(Rollout([response[:length]], logprobs[i, :length], not ended[i]))
-        return rollouts
-
-
-class Prefilled(NamedTuple):
-    """Conversations padded on the left, and their keys and values."""
-
-    ids: Tensor  # (B, P)
-    mask: Tensor  # (B, P) 0 where padded
-    positions: Tensor  # (3, B, P) with M-RoPE, else (B, P)
-    cache: Cache  # of all tokens but the last
-
-    def repeat(self, n: int) -> Prefilled:
-        """Every conversation n times, one after the other; the cache changes in place."""
-        rows = torch.arange(len(self.ids), device=self.ids.device).repeat_interleave(n)
-        self.cache.reorder_cache(rows)
-        return Prefilled(self.ids[rows], self.mask[rows], self.positions[..., rows, :], self.cache)
 
 
 class TrainedDistribution(LogitsProcessor):
@@ -331,14 +254,6 @@ class TrainedDistribution(LogitsProcessor):
 # vLLM
 
 
-class Request(NamedTuple):
-    """A conversation as the trainer sees it and as vLLM wants it."""
-
-    number: int  # of the conversation among those of all ranks
-    ids: list[int]  # the trainer's tokens
-    prompt: dict  # a TokensPrompt: one token for each image, which vLLM expands itself
-
-
 class VLLMEngine(Engine):
     """vLLM inside the trainer's processes: one engine per rank, or one per `tp` consecutive ranks.
 
@@ -350,10 +265,8 @@ class VLLMEngine(Engine):
         model: Hugging Face directory or name to start from; `sync` brings the actor's weights.
         dtype: of weights and cache inside vLLM. Log-probs are float32 in any case.
         tp: ranks that share one engine.
-        memory_fraction: of the GPU, for weights and cache while awake. Ignored without a GPU.
-        eager: no CUDA graphs: slower tokens, a faster start.
-        max_prompt_tokens, max_response_tokens: limits of the run.
-        max_images, max_videos: most images and videos in one conversation.
+        max_response_tokens: a longer response is cut.
+        settings: the other limits of the run, and of the machine: see start_vllm.
     """
 
     def __init__(
@@ -363,12 +276,8 @@ class VLLMEngine(Engine):
         *,
         dtype: torch.dtype,
         tp: int,
-        memory_fraction: float,
-        eager: bool,
-        max_prompt_tokens: int,
         max_response_tokens: int,
-        max_images: int,
-        max_videos: int = 0,
+        **settings,
     ):
         world = dist.get_world_size()
         if world % tp:
@@ -377,38 +286,9 @@ class VLLMEngine(Engine):
         self.dtype = dtype
         self.max_response_tokens = max_response_tokens
         self.asleep = False
-        set_vllm_environment()
-        with kept_globals():
-            from vllm import LLM
-            from vllm.distributed import get_tp_group
-            from vllm.platforms import current_platform
-
-            self.cuda = current_platform.is_cuda()
-            longest = max_prompt_tokens + max_response_tokens
-            if self.cuda:
-                machine = dict(gpu_memory_utilization=memory_fraction, enforce_eager=eager)
-            else:
-                machine = vllm_options(model, longest)
-            self.llm = LLM(
-                model,
-                dtype=str(dtype).removeprefix("torch."),
-                max_model_len=longest,
-                distributed_executor_backend="external_launcher",
-                tensor_parallel_size=tp,
-                enable_sleep_mode=self.cuda,
-                logprobs_mode="processed_logprobs",  # after bans and temperature
-                generation_config="vllm",  # not the model's, which may penalise repetition
-                mm_processor_cache_gb=0,  # a prompt comes once, for all its n responses
-                limit_mm_per_prompt={"image": max_images, "video": max_videos},
-                **media_options(actor, max_videos > 0),
-                **machine,
-                use_tqdm_on_load=False,
-            )
-            # vLLM froze the heap, the trainer's objects too: they would never be collected
-            gc.unfreeze()
-            # at exit vLLM would destroy the default process group, which is the trainer's
-            self.llm.llm_engine.engine_core._finalizer.detach()
-            self.tp_group = get_tp_group().cpu_group
+        self.llm, self.tp_group = start_vllm(
+            actor, model, dtype, tp, max_response_tokens=max_response_tokens, **settings
+        )
 
     def generate(self, conversations, n, seed, greedy=False) -> list[list[Rollout]]:
         """As Engine.generate. A conversation is prefilled once for its n responses.
@@ -436,7 +316,7 @@ class VLLMEngine(Engine):
         groups = []
         for request, output in zip(requests, outputs, strict=True):
             if first <= request.number < first + len(own):
-                groups.append(self._rollouts(request, output, n))
+                groups.append(read_output(request, output, n))
         return groups
 
     def _gather_requests(self, own: list[Request]) -> list[Request]:
@@ -470,29 +350,6 @@ class VLLMEngine(Engine):
             flat_logprobs=True,
             detokenize=False,
         )
-
-    def _rollouts(self, request: Request, output, n: int) -> list[Rollout]:
-        if output.prompt_token_ids != request.ids:
-            raise RuntimeError(
-                f"vLLM expanded a prompt of {len(request.ids)} tokens to "
-                f"{len(output.prompt_token_ids)}, so it would answer another prompt than the "
-                "trainer scores. Usual cause: an image missing or resized twice"
-            )
-        reasons = [response.finish_reason for response in output.outputs]
-        if len(reasons) != n or not set(reasons) <= {"stop", "length"}:
-            raise RuntimeError(
-                f"vLLM finished a prompt with {reasons} instead of {n} times stop or length"
-            )
-        rollouts = []
-        for response in output.outputs:
-            ids = torch.tensor(response.token_ids)
-            logprobs = torch.tensor(response.logprobs.logprobs)
-            if len(ids) == 0 or ids.shape != logprobs.shape or not logprobs.isfinite().all():
-                raise RuntimeError(
-                    f"vLLM returned {len(ids)} tokens with log-probs {logprobs.tolist()[:8]}"
-                )
-            rollouts.append(Rollout([ids], logprobs, truncated=response.finish_reason == "length"))
-        return rollouts
 
     def sync(self, actor: Actor) -> dict[str, float]:
         """Make vLLM's policy the actor's: wake up, load every weight, forget what was computed with
@@ -546,23 +403,105 @@ class VLLMEngine(Engine):
 
     def sleep(self) -> None:
         """Give the memory of weights and cache back to the trainer. Nothing on a CPU."""
-        if self.cuda and not self.asleep:
+        if torch.cuda.is_available() and not self.asleep:
             self.llm.sleep(level=2)
             self.asleep = True
 
     def close(self) -> None:
-        """Free vLLM's memory and process groups, but not the default one. Another engine can be
-        built afterwards. The ranks of a tp group close together."""
-        from vllm.distributed.parallel_state import destroy_model_parallel
-
-        core = self.llm.llm_engine.engine_core.engine_core
-        core.model_executor.shutdown()
-        core.scheduler.shutdown()
-        destroy_model_parallel()
-        del core, self.llm, self.tp_group
+        """Another engine can be built afterwards. The ranks of a tp group close together."""
+        free_vllm(self.llm)
+        del self.llm, self.tp_group
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+# --- from here on: helpers of the two engines, what vLLM must be told and what it does to its
+# process; the choice of an engine; conversations; evaluation
+
+
+def as_arrays(rollout: Rollout) -> tuple:
+    """The fields of a rollout, its tensors as arrays."""
+    turns = [t.numpy() if isinstance(t, Tensor) else t for t in rollout.turns]
+    return turns, rollout.sampler_logprobs.numpy(), rollout.truncated, rollout.reward
+
+
+def from_arrays(turns: list, sampler_logprobs: np.ndarray, truncated, earned) -> Rollout:
+    """The rollout of these fields."""
+    turns = [torch.from_numpy(t) if isinstance(t, np.ndarray) else t for t in turns]
+    return Rollout(turns, torch.from_numpy(sampler_logprobs), truncated, earned)
+
+
+def check_greedy(n: int, greedy: bool) -> None:
+    if greedy and n != 1:
+        raise ValueError(
+            f"greedy with n={n}: greedy responses to one prompt are all the same, use n=1"
+        )
+
+
+class Prefilled(NamedTuple):
+    """Conversations padded on the left, and their keys and values."""
+
+    ids: Tensor  # (B, P)
+    mask: Tensor  # (B, P) 0 where padded
+    positions: Tensor  # (3, B, P) with M-RoPE, else (B, P)
+    cache: Cache  # of all tokens but the last
+
+    def repeat(self, n: int) -> Prefilled:
+        """Every conversation n times, one after the other; the cache changes in place."""
+        rows = torch.arange(len(self.ids), device=self.ids.device).repeat_interleave(n)
+        self.cache.reorder_cache(rows)
+        return Prefilled(self.ids[rows], self.mask[rows], self.positions[..., rows, :], self.cache)
+
+
+def prefill(actor: Actor, conversations) -> Prefilled:
+    """Run the model over all tokens but the last, which generate() begins with."""
+    rows, row_positions, prompts = [], [], []
+    for turns in conversations:
+        row, its_positions, _ = lay_out(turns, actor.positions)
+        rows.append(row)
+        row_positions.append(its_positions)
+        prompts += prompts_of(turns)
+    ids = left_pad(rows, actor.pad_id).to(actor.device)
+    mask = left_pad([torch.ones_like(row) for row in rows], 0).to(actor.device)
+    positions = left_pad(row_positions, 0).transpose(0, 1).to(actor.device)  # (3 or 1, B, P)
+    if len(positions) == 1:
+        positions = positions[0]
+    types = actor.token_types(conversations)
+    cache = actor.model(
+        input_ids=ids[:, :-1],
+        attention_mask=mask[:, :-1],
+        position_ids=positions[..., :-1],
+        use_cache=True,
+        logits_to_keep=1,
+        **actor.multi_modal_inputs(prompts),
+        **{name: values[:, :-1] for name, values in types.items()},
+    ).past_key_values
+    return Prefilled(ids, mask, positions, cache)
+
+
+def cut_at_end(responses: Tensor, logprobs: Tensor, eos_ids: list[int]) -> list[Rollout]:
+    """Cut responses and log-probs, (B n, R) both, behind their first end token."""
+    is_end = torch.isin(responses, torch.tensor(eos_ids))
+    ended = is_end.any(1).tolist()
+    first_end = is_end.int().argmax(1).tolist()
+    rollouts = []
+    for i, response in enumerate(responses):
+        length = first_end[i] + 1 if ended[i] else len(response)
+        rollouts.append(Rollout([response[:length]], logprobs[i, :length], not ended[i]))
+    return rollouts
+
+
+# --------------------------------------------------------------------------------------------------
+# vLLM: what it is asked and answers, starting and freeing it, its weights, its process
+
+
+class Request(NamedTuple):
+    """A conversation as the trainer sees it and as vLLM wants it."""
+
+    number: int  # of the conversation among those of all ranks
+    ids: list[int]  # the trainer's tokens
+    prompt: dict  # a TokensPrompt: one token for each image, which vLLM expands itself
 
 
 def make_request(number: int, turns: list[Turn]) -> Request:
@@ -583,6 +522,97 @@ def make_request(number: int, turns: list[Turn]) -> Request:
     if videos:
         media["video"] = videos
     return Request(number, ids, {"prompt_token_ids": short_ids, "multi_modal_data": media})
+
+
+def read_output(request: Request, output, n: int) -> list[Rollout]:
+    """The n responses to a request. RuntimeError if vLLM saw another prompt than the trainer will,
+    or gave less than was asked for."""
+    if output.prompt_token_ids != request.ids:
+        raise RuntimeError(
+            f"vLLM expanded a prompt of {len(request.ids)} tokens to "
+            f"{len(output.prompt_token_ids)}, so it would answer another prompt than the "
+            "trainer scores. Usual cause: an image missing or resized twice"
+        )
+    reasons = [response.finish_reason for response in output.outputs]
+    if len(reasons) != n or not set(reasons) <= {"stop", "length"}:
+        raise RuntimeError(
+            f"vLLM finished a prompt with {reasons} instead of {n} times stop or length"
+        )
+    rollouts = []
+    for response in output.outputs:
+        ids = torch.tensor(response.token_ids)
+        logprobs = torch.tensor(response.logprobs.logprobs)
+        if len(ids) == 0 or ids.shape != logprobs.shape or not logprobs.isfinite().all():
+            raise RuntimeError(
+                f"vLLM returned {len(ids)} tokens with log-probs {logprobs.tolist()[:8]}"
+            )
+        rollouts.append(Rollout([ids], logprobs, truncated=response.finish_reason == "length"))
+    return rollouts
+
+
+def start_vllm(
+    actor: Actor,
+    model: str,
+    dtype: torch.dtype,
+    tp: int,
+    *,
+    memory_fraction: float,
+    eager: bool,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    max_images: int,
+    max_videos: int = 0,
+) -> tuple:
+    """A vllm.LLM in this process, and the process group of the ranks that share it.
+
+    Args:
+        actor, model, dtype, tp: as of VLLMEngine.
+        memory_fraction: of the GPU, for weights and cache while awake. Ignored without a GPU.
+        eager: no CUDA graphs: slower tokens, a faster start.
+        max_prompt_tokens, max_response_tokens: limits of the run.
+        max_images, max_videos: most images and videos in one conversation.
+    """
+    longest = max_prompt_tokens + max_response_tokens
+    cuda = torch.cuda.is_available()
+    set_vllm_environment()
+    with kept_globals():
+        from vllm import LLM
+        from vllm.distributed import get_tp_group
+
+        if cuda:
+            machine = dict(gpu_memory_utilization=memory_fraction, enforce_eager=eager)
+        else:
+            machine = vllm_options(model, longest)
+        llm = LLM(
+            model,
+            dtype=str(dtype).removeprefix("torch."),
+            max_model_len=longest,
+            distributed_executor_backend="external_launcher",
+            tensor_parallel_size=tp,
+            enable_sleep_mode=cuda,
+            logprobs_mode="processed_logprobs",  # after bans and temperature
+            generation_config="vllm",  # not the model's, which may penalise repetition
+            mm_processor_cache_gb=0,  # a prompt comes once, for all its n responses
+            limit_mm_per_prompt={"image": max_images, "video": max_videos},
+            **media_options(actor, max_videos > 0),
+            **machine,
+            use_tqdm_on_load=False,
+        )
+        # vLLM froze the heap, the trainer's objects too: they would never be collected
+        gc.unfreeze()
+        # at exit vLLM would destroy the default process group, which is the trainer's
+        llm.llm_engine.engine_core._finalizer.detach()
+        return llm, get_tp_group().cpu_group
+
+
+def free_vllm(llm) -> None:
+    """Free vLLM's memory and process groups, but not the default one."""
+    from vllm.distributed.parallel_state import destroy_model_parallel
+
+    core = llm.llm_engine.engine_core.engine_core
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    destroy_model_parallel()
 
 
 def load_weights(worker, weights: Iterator[tuple[str, Tensor]]) -> None:
@@ -612,10 +642,6 @@ def load_weights(worker, weights: Iterator[tuple[str, Tensor]]) -> None:
     finally:
         del model.load_weights
     clear_positions(worker.model_runner)
-
-
-# --- from here on: what vLLM must be told, and what it does to its process; the choice of an
-# engine; conversations; evaluation
 
 
 def media_options(actor: Actor, videos: bool) -> dict:
@@ -1016,6 +1042,20 @@ def evaluate(
     return summarize(records, n), records, rollouts
 
 
+def shown_turns(rollout: Rollout, tokenizer) -> list[dict]:
+    """A rollout for the eye: who spoke, what was said, small copies of images as data URLs."""
+    shown = []
+    for i, turn in enumerate(rollout.turns):
+        if isinstance(turn, Tensor):
+            text = rollout.text(tokenizer, i)
+            shown.append({"role": "policy", "text": text, "images": []})
+        else:
+            text = turn.problem.question
+            images = [thumbnail(data.decode_image(raw)) for raw in turn.problem.images]
+            shown.append({"role": "environment", "text": text, "images": images})
+    return shown
+
+
 def make_record(
     row: int, problem: data.Problem, rollout: Rollout, scores: dict[str, float], tokenizer
 ) -> dict:
@@ -1028,7 +1068,7 @@ def make_record(
         "question": problem.question,
         "answer": problem.gold,
         "response": rollout.text(tokenizer),
-        "turns": rollout.shown(tokenizer),
+        "turns": shown_turns(rollout, tokenizer),
         "tokens": len(rollout.response),
         "truncated": rollout.truncated,
         **scores,

@@ -69,7 +69,6 @@ from reward import (
 )
 from support import checkpoint, figures, memory, processes, report, tiny_model
 
-import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -664,31 +663,6 @@ def test_a_processor_with_other_bounds_is_refused_instead_of_resizing_again():
     other = build_processor(MIN_PIXELS, 784)
     with pytest.raises(ValueError, match=r"row 17: .*\[\(56, 56\)\] once more, to \[\(28, 28\)\]"):
         build_reader(other)(problem())
-
-
-def test_prompts_are_made_ahead_in_a_thread_and_none_is_made_twice(processor, monkeypatch):
-    reader = build_reader(processor, kept=4)
-    made, threads = Counter(), set()
-    make = reader._make
-
-    def counted(asked, later):
-        made[asked.where, later] += 1
-        threads.add(threading.current_thread())
-        return make(asked, later)
-
-    monkeypatch.setattr(reader, "_make", counted)
-    problems = [problem(where=str(i)) for i in range(4)]
-    reader.ahead(problems)
-    reader._thread.submit(len, "").result()  # it has come to the end
-    prompts = [reader(asked) for asked in problems]
-    reader.ahead(problems)  # they are kept, so there is nothing to make
-    assert [reader(asked) for asked in problems] == prompts
-    assert set(made.values()) == {1} and len(made) == 4
-    assert threading.main_thread() not in threads
-    broken = problem("<image><image>two for one", where="row 9")
-    reader.ahead([broken])
-    with pytest.raises(ValueError, match="row 9"):
-        reader(broken)
 
 
 def test_usable_problems_counts_overlong_and_broken_rows(tmp_path, processor):
@@ -1325,35 +1299,6 @@ def test_prompts_are_kept_within_bounds(processor):
     assert not forgetful._used
 
 
-def test_many_threads_may_ask_one_reader(processor):
-    reader, rows = CountingReader(processor, kept=8), numbered(8)
-    reader.ahead(rows)
-    got = {}
-
-    def ask(name):
-        got[name] = [reader(row) for row in random.Random(name).sample(rows, 8)]
-
-    threads = [threading.Thread(target=ask, args=(name,)) for name in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(reader.made) == 8 and len({id(p) for prompts in got.values() for p in prompts}) == 8
-
-
-def test_a_run_that_ends_does_not_wait_for_the_prompts_ahead():
-    code = (
-        "import time, data\n"
-        "class Slow(data.Reader):\n"
-        "    def _make(self, problem, later):\n"
-        "        time.sleep(0.5)\n"
-        "reader = Slow(None, 1, 1)\n"
-        "rows = [data.Problem(str(i), '?', (), '4', '', '') for i in range(200)]\n"
-        "reader.ahead(rows)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE, timeout=60)
-
-
 def check_on_two_ranks(file, out):
     """Run with 2 ranks: what each rank finds usable, how many prompts it made, and its error."""
     processes.start_processes()
@@ -1378,8 +1323,8 @@ def test_two_ranks_share_the_check_and_find_the_same(tmp_path, processor):
     (first, made), (second, also_made) = torch.load(tmp_path / "two.pt")
     assert first == second and first[0] == ["a", "c", "e"] and first[2] == 1
     assert "2 <image> in the question" in first[3][0] and "1 of 5 rows are broken" in first[4]
-    # rows 0, 2, 4 and 1, 3; what failed is not made again either, as it is kept
-    assert (made, also_made) == (3, 2)
+    # rows 0, 2, 4 and 1, 3, of which the one that failed is made again
+    assert (made, also_made) == (3, 3)
     # and one process without torchrun finds the same
     rows = data.load_problems(file)
     usable, checked = data.usable_problems(rows, build_reader(processor), 40, skip_bad_rows=True)
@@ -2440,7 +2385,7 @@ def test_the_audit_lists_what_disagrees_and_what_cannot_be_graded(tmp_path):
 def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, process_group):
     golds = [["3", "three"], ["4"], ["red"]]
     file = write(tmp_path, problem=["?"] * 3, answer=None, gold=golds, data_source=["a", "b", "b"])
-    assert "gradable golds: 4 of 4;" in audit(file, "--answer_key", "gold", check=True).stdout
+    assert "gradable golds: 4 of 4;" in audit(file, "--columns", "answer=gold", check=True).stdout
     engine, weights = (
         rollout.HFEngine(actor, max_response_tokens=4),
         parse_weights("accuracy=1;b:exact=1"),
@@ -2494,7 +2439,7 @@ def test_the_audit_lists_golds_that_no_normal_answer_can_match(tmp_path):
 def test_the_audit_names_file_and_row_of_what_is_broken(tmp_path, line, message):
     (tmp_path / "rows.jsonl").write_bytes(b'{"answer": "1", "response": ""}\n' + line + b"\n")
     with pytest.raises(ValueError, match=rf"rows\.jsonl row 1 is broken .*{message}"):
-        reward.read_rows(str(tmp_path / "rows.jsonl"), "answer", "data_source")
+        reward.read_rows(str(tmp_path / "rows.jsonl"))
 
 
 def test_the_audit_refuses_files_that_it_cannot_read(tmp_path):
@@ -2798,17 +2743,15 @@ def test_lora_adapts_the_language_model_alone_and_keeps_the_base_bit_for_bit(act
     assert all(torch.equal(now[n], p) for n, p in before.items())
 
 
-def test_weights_have_lora_merged_and_equal_a_plain_model(actor, tiny):
+def test_weights_have_lora_merged_and_equal_a_plain_model(actor, tmp_path):
     with_lora(actor)
     weights = dict(actor.weights(torch.float32))
     layer = actor.model.model.language_model.layers[1].mlp.down_proj
     a, b = (getattr(layer, f"lora_{x}")["default"].weight for x in "AB")
-    close(
-        weights["model.language_model.layers.1.mlp.down_proj.weight"],
-        layer.base_layer.weight + 8 / 4 * b @ a,
-    )
-    plain = model.Actor.from_pretrained(str(tiny[False]))
-    plain.model.load_state_dict(weights)
+    merged = layer.base_layer.weight + 8 / 4 * b @ a
+    close(weights["model.layers.1.mlp.down_proj.weight"], merged)  # the hub's name
+    actor.save(tmp_path)
+    plain = model.Actor.from_pretrained(str(tmp_path))
     groups = random_groups(actor)
     close(plain.logprobs(groups)[0], actor.logprobs(groups)[0], atol=1e-5)
 
@@ -4329,6 +4272,8 @@ def test_a_sharded_model_computes_in_bfloat16_what_the_whole_one_does_to_the_bit
     sharded.shard(torch.device("cpu"))
     groups = random_groups(whole)
     assert torch.equal(sharded.logprobs(groups)[0], whole.logprobs(groups)[0])
+    text = random_groups(whole, (0,), ((3, 5),))  # gets a white image, which nothing looks at
+    close(sharded.logprobs(text)[0], whole.logprobs(text)[0], atol=0.1)
 
 
 def test_ranks_that_do_not_divide_the_processes_are_refused(process_group):
@@ -4427,14 +4372,14 @@ class KeptVLLM:
 
     engine = folder = None
 
-    def engine_for(self, actor, folder):
+    def engine_for(self, actor, folder, **changes):
         """An engine with the actor's weights; one that has just started has those of the folder."""
         if self.folder == folder:
             self.engine.actor = actor
             self.engine.sync(actor)
         else:
             self.close()
-            self.engine = start_vllm(actor, folder)
+            self.engine = start_vllm(actor, folder, **changes)
             self.folder = folder
         self.engine.max_response_tokens = 24
         return self.engine
@@ -4550,7 +4495,8 @@ def test_vllm_follows_the_trainer_through_every_kind_of_update(tiny, vllm, tied)
 @pytest.mark.xdist_group("vllm")
 @pytest.mark.parametrize("name", [
     "qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in (
-        "internvl", "idefics3", "llava", "llava_onevision", "qwen3_vl_moe", "glm4v", "mistral3", "gemma4", "gemma3"))
+        "internvl", "idefics3", "llava", "llava_onevision", "qwen3_vl_moe", "glm4v", "mistral3",
+        "gemma4", "gemma3"))
 ])  # fmt: skip
 def test_vllm_follows_other_families(name, family_folder, vllm):
     most = 70 * 64 if name == "gemma4" else MAX_PIXELS  # which enlarges images to its bound
@@ -4558,7 +4504,7 @@ def test_vllm_follows_other_families(name, family_folder, vllm):
     # on a CPU vLLM lets no token of an image look forwards, as Gemma 3's do
     images = (0, 0, 0) if name == "gemma3" and not torch.cuda.is_available() else (0, 1, 2)
     prompts = prompts_with(actor, *images)
-    engine = vllm.engine_for(actor, family_folder(name))
+    engine = vllm.engine_for(actor, family_folder(name), max_videos=0)
     assert largest_gap(actor, engine, prompts) < 1e-4
     perturb(actor)
     assert largest_gap(actor, engine, prompts) > 1e-2
@@ -5015,7 +4961,7 @@ def test_cumulative_and_delta_traces_give_the_same_sample_in_families_of_tiles(n
     wholes[3].inputs["pixel_values"] = (
         wholes[3].inputs["pixel_values"].flip(actor.family.image_axis)
     )
-    with pytest.raises(ValueError, match=r"turn 4 .*its pixel_values are not"):
+    with pytest.raises(ValueError, match="its pixel_values are not those of earlier turns"):
         model.make_trace(trace, actor.family.image_axis)
 
 
@@ -5042,11 +4988,11 @@ def test_a_trace_that_repeats_the_conversation_in_other_tokens_or_pictures_is_re
     assert tokenizer.decode(spelled) == "look<|im_end|>" and len(spelled) > len(
         one
     )  # as a policy may write it
-    with pytest.raises(ValueError, match=r"turn 2 .*its ids are not those .*never from text"):
+    with pytest.raises(ValueError, match=r"its ids are not those .*never from text"):
         model.make_trace([(prompt, spelled), (again, two)])
     a, b = picture(1, 84, 56), picture(3, 84, 56)
     other = make(actor, "<image>and<image>Which?", a, b)
-    with pytest.raises(ValueError, match=r"turn 2 .*its pixel_values are not"):
+    with pytest.raises(ValueError, match="its pixel_values are not those of earlier turns"):
         model.make_trace([(other, one), (again, two)])
 
 
@@ -5252,7 +5198,7 @@ def test_the_readmes_environment_runs_as_printed(actor, process_group, tmp_path)
     assert whole
     for r in whole:
         assert len(r.written_turns) == 2 and r.reward == 0.0
-        first, asked, second = r.shown(actor.processor.tokenizer)
+        first, asked, second = rollout.shown_turns(r, actor.processor.tokenizer)
         assert [turn["role"] for turn in (first, asked, second)] == [
             "policy",
             "environment",
@@ -5300,6 +5246,8 @@ def test_an_evaluation_keeps_every_turn_with_what_was_said_and_shown(actor, proc
 
 def film(seconds, rate=8, width=56, height=56):
     """A video file whose frame i is grey of level 8 i."""
+    import av  # a machine without it can run all other tests
+
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream(
@@ -5804,14 +5752,14 @@ def test_the_tokens_inside_the_last_box_are_found_whatever_the_tokens():
 def test_a_white_prompt_has_the_same_ids_and_other_pixels(actor):
     [pictured, plain] = prompts_with(actor, 2, 0)
     reader = data.Reader(actor.processor, 28 * 28, 28 * 28 * 64, "")
-    white = reader.white(pictured)
+    white = data.whitened(pictured, reader)
     assert torch.equal(white.ids, pictured.ids)
     assert [image.size for image in white.images] == [image.size for image in pictured.images]
     assert {image.getextrema() for image in white.images} == {((255, 255),) * 3}
     pixels = white.inputs["pixel_values"]
     assert pixels.shape == pictured.inputs["pixel_values"].shape
     assert not torch.equal(pixels, pictured.inputs["pixel_values"])
-    assert reader.white(plain) is plain
+    assert data.whitened(plain, reader) is plain
 
 
 def test_looks_are_what_the_picture_gave_and_zero_on_white_pictures(tiny, process_group):
@@ -7886,10 +7834,8 @@ def test_an_update_that_is_not_finite_is_kept_for_study_and_stops_the_run(
     )
     assert "lm_head.weight" in kept["broken_gradients"] and "gradient norm nan" in kept["why"]
     [pack] = kept["packs"]
-    assert (
-        pack["advantages"].isinf().sum() == 1
-        and len(pack["sampler_logprobs"]) == pack["lengths"].sum()
-    )
+    assert pack["advantages"].isinf().sum() == len(groups[3].rollouts[2].response)
+    assert len(pack["sampler_logprobs"]) == pack["lengths"].sum()
     where, prompt, responses = pack["groups"][3]
     assert where == "train.parquet row 17" and prompt.dtype == torch.long and len(responses) == 4
 

@@ -4,7 +4,7 @@
      2      take its problems, from (seed, step) alone             data.batch_indices
      3      problem -> prompt: token ids and pixels                data.Reader
      4      SAMPLE n responses to each prompt                      sample_groups, engine.generate
-     5      SCORE each response by its named rewards               reward.compute_rewards
+     5      SCORE each response by its named rewards               score, reward.compute_rewards
      6      all ranks exchange their groups; advantages            grpo.group_advantages
      7      cut groups into minibatches, shares, packs             plan_minibatches
      8      SCORE TOKENS: log-probs before the policy moves        score_tokens
@@ -22,8 +22,8 @@ FSDP2, every rank samples its share of the prompts, and all ranks then know all 
 step (ids are small), so that any group can be learnt from on any rank. A step is one batch of
 rollouts, an update is one optimizer step on a minibatch.
 
-The path of this file ends at `# --- from here on`: the loop, the loss, groups and packs. Not here:
-the model (model.py), sampling (rollout.py), formulas (grpo.py), grading (reward.py), rows
+The path of this file ends at the line "from here on": the loop, the loss, groups and packs. Not
+here: the model (model.py), sampling (rollout.py), formulas (grpo.py), grading (reward.py), rows
 (data.py).
 
 Legend  N tokens written by the policy, R responses, n responses per prompt
@@ -255,21 +255,6 @@ def score_tokens(run: Run, pack: TrainPack, is_first: bool) -> TrainPack:
     return replace(pack, old_logprobs=old, ref_logprobs=ref, white_logprobs=white)
 
 
-@torch.no_grad()
-def score_white(run: Run, pack: TrainPack) -> Tensor:
-    """(N,) log-probs of the pack's tokens where all its pictures are white: one more forward."""
-    groups = []
-    for prompt, responses in pack.groups:
-        white_responses = []
-        for turns in responses:
-            white_responses.append(
-                [turn if isinstance(turn, Tensor) else run.reader.white(turn) for turn in turns]
-            )
-        groups.append((run.reader.white(prompt), white_responses))
-    logprobs, _ = run.actor.logprobs(groups, entropy="none")
-    return logprobs
-
-
 def update(
     run: Run, minibatch: Minibatch, step: int, meter: SavedTensors | None
 ) -> dict[str, float]:
@@ -450,49 +435,6 @@ def plan_minibatches(groups: list[Group], s: Settings, ranks: int, packing: str)
     return plans
 
 
-def deal(costs: list[float], ranks: int) -> list[list[int]]:
-    """Share items out so that all ranks have about the same cost: the dearest first, each to the
-    least loaded rank. Returns each rank's items by index, ascending."""
-    loads = [0.0] * ranks
-    shares = [[] for _ in range(ranks)]
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        least = loads.index(min(loads))
-        loads[least] += costs[i]
-        shares[least].append(i)
-    return [sorted(share) for share in shares]
-
-
-def cut_into_packs(groups: list[Group], max_tokens: int, shared: bool = True) -> list[list[Share]]:
-    """Cut groups into forward passes of at most `max_tokens` tokens where possible.
-
-    Groups stay whole where they fit and are split along responses where not (each part then repeats
-    the prompt); a single response that does not fit gets a pass of its own. Without sharing every
-    response brings its prompt.
-    """
-    parts = []  # (tokens, share)
-    for group in groups:
-        repeated = 0 if shared else group.prompt_tokens
-        chosen, used = [], group.prompt_tokens
-        for i, rollout in enumerate(group.rollouts):
-            if chosen and used + rollout.tokens + repeated > max_tokens:
-                parts.append((used, (group, chosen)))
-                chosen, used = [], group.prompt_tokens
-            used += rollout.tokens + (repeated if chosen else 0)
-            chosen.append(i)
-        parts.append((used, (group, chosen)))
-    parts.sort(key=lambda part: -part[0])
-    packs, filled = [], []  # first fit, largest first
-    for used, share in parts:
-        fitting = [i for i, tokens in enumerate(filled) if tokens + used <= max_tokens]
-        if fitting:
-            packs[fitting[0]].append(share)
-            filled[fitting[0]] += used
-        else:
-            packs.append([share])
-            filled.append(used)
-    return packs
-
-
 @dataclass
 class TrainPack:
     """One forward pass of one rank, with all that its loss needs, flat over its N tokens."""
@@ -556,9 +498,69 @@ def load_pack(run: Run, shares: list[Share], problems: data.Problems | None = No
 
 
 # --------------------------------------------------------------------------------------------------
-# --- from here on: what surrounds the algorithm. First what stops a run: a gap, what is not finite,
-# a signal; and what the first update took
+# --- from here on: what surrounds the algorithm. First: groups over ranks and passes
 
+
+def deal(costs: list[float], ranks: int) -> list[list[int]]:
+    """Share items out so that all ranks have about the same cost: the dearest first, each to the
+    least loaded rank. Returns each rank's items by index, ascending."""
+    loads = [0.0] * ranks
+    shares = [[] for _ in range(ranks)]
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = loads.index(min(loads))
+        loads[least] += costs[i]
+        shares[least].append(i)
+    return [sorted(share) for share in shares]
+
+
+def cut_into_packs(groups: list[Group], max_tokens: int, shared: bool = True) -> list[list[Share]]:
+    """Cut groups into forward passes of at most `max_tokens` tokens where possible.
+
+    Groups stay whole where they fit and are split along responses where not (each part then repeats
+    the prompt); a single response that does not fit gets a pass of its own. Without sharing every
+    response brings its prompt.
+    """
+    parts = []  # (tokens, share)
+    for group in groups:
+        repeated = 0 if shared else group.prompt_tokens
+        chosen, used = [], group.prompt_tokens
+        for i, rollout in enumerate(group.rollouts):
+            if chosen and used + rollout.tokens + repeated > max_tokens:
+                parts.append((used, (group, chosen)))
+                chosen, used = [], group.prompt_tokens
+            used += rollout.tokens + (repeated if chosen else 0)
+            chosen.append(i)
+        parts.append((used, (group, chosen)))
+    parts.sort(key=lambda part: -part[0])
+    packs, filled = [], []  # first fit, largest first
+    for used, share in parts:
+        fitting = [i for i, tokens in enumerate(filled) if tokens + used <= max_tokens]
+        if fitting:
+            packs[fitting[0]].append(share)
+            filled[fitting[0]] += used
+        else:
+            packs.append([share])
+            filled.append(used)
+    return packs
+
+
+@torch.no_grad()
+def score_white(run: Run, pack: TrainPack) -> Tensor:
+    """(N,) log-probs of the pack's tokens where all its pictures are white: one more forward."""
+
+    def whitened(turns: list) -> list:
+        return [t if isinstance(t, Tensor) else data.whitened(t, run.reader) for t in turns]
+
+    groups = []
+    for prompt, responses in pack.groups:
+        white_responses = [whitened(turns) for turns in responses]
+        groups.append((data.whitened(prompt, run.reader), white_responses))
+    logprobs, _ = run.actor.logprobs(groups, entropy="none")
+    return logprobs
+
+
+# --------------------------------------------------------------------------------------------------
+# What stops a run: a gap, what is not finite, a signal; and what the first update took
 
 NOT_EVALUATED = -1.0  # in place of an accuracy
 
