@@ -370,41 +370,8 @@ def shared_attention(
     return out[None], None
 
 
-def tower_attention(
-    module, q, k, v, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_
-):
-    """Attention of a vision tower in one call, not one for each of an image's windows.
-
-    Args:
-        q, k, v: (1, heads, patches, head size).
-        cu_seq_lens_q: (windows + 1,) int32, where each window begins and ends.
-        max_length_q: patches of the longest.
-    """
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (patches, heads, head size)
-    if kernel_runs(q):
-        ends = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-        return varlen(q, k, v, *ends, scaling, (-1, -1))[None], None
-    lengths = cu_seq_lens_q.diff().tolist()
-    windows = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    out = []
-    for window in windows:
-        attended = F.scaled_dot_product_attention(
-            *(x.transpose(0, 1) for x in window), scale=scaling
-        )
-        out.append(attended.transpose(0, 1))
-    return torch.cat(out)[None], None
-
-
-def tower_in_one_call(family: Family) -> bool:
-    """Whether the tower runs by tower_attention: Qwen's, which attend window by window, on a
-    GPU."""
-    return family is QWEN and torch.cuda.is_available()
-
-
 # no mask function beside it, so no T x T mask is built
 AttentionInterface.register("shared", shared_attention)
-# transformers tells where windows begin and end to an attention with "flash" in its name
-AttentionInterface.register("flash_tower", tower_attention)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -600,6 +567,9 @@ class Actor:
         logprobs, entropies = out[0].unbind(-1)
         return logprobs, entropies if entropy == "gradient" else entropies.detach()
 
+    # --- from here on: the plain reference, layouts, the check of a packing, positions and inputs;
+    # then freezing, LoRA, sharding, weights
+
     def _padded_logprobs(self, groups, entropy):
         """The plain way, as a reference: one row per response with all it follows, padded left."""
         groups = one_by_one(groups)
@@ -637,9 +607,6 @@ class Actor:
         finite = logps.masked_fill(logps == -torch.inf, 0)
         entropies = -(logps.exp() * finite).sum(-1)[written]
         return logprobs, entropies if entropy == "gradient" else entropies.detach()
-
-    # --- from here on: helpers of the two, layouts, the check of a packing, positions and inputs;
-    # then freezing, LoRA, sharding, weights
 
     def _choose_mode(self):
         """Layers drop out and checkpoint while they are trained only."""
@@ -1260,6 +1227,45 @@ def shard_mesh(device: torch.device, shard_ranks: int) -> DeviceMesh:
         )
     sizes = (world // shard_ranks, shard_ranks)
     return init_device_mesh(device.type, sizes, mesh_dim_names=("copy", "shard"))
+
+
+# --------------------------------------------------------------------------------------------------
+# The vision tower on a GPU
+
+
+def tower_attention(
+    module, q, k, v, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_
+):
+    """Attention of a vision tower in one call, not one for each of an image's windows.
+
+    Args:
+        q, k, v: (1, heads, patches, head size).
+        cu_seq_lens_q: (windows + 1,) int32, where each window begins and ends.
+        max_length_q: patches of the longest.
+    """
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (patches, heads, head size)
+    if kernel_runs(q):
+        ends = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        return varlen(q, k, v, *ends, scaling, (-1, -1))[None], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    windows = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    out = []
+    for window in windows:
+        attended = F.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in window), scale=scaling
+        )
+        out.append(attended.transpose(0, 1))
+    return torch.cat(out)[None], None
+
+
+def tower_in_one_call(family: Family) -> bool:
+    """Whether the tower runs by tower_attention: Qwen's, which attend window by window, on a
+    GPU."""
+    return family is QWEN and torch.cuda.is_available()
+
+
+# transformers tells where windows begin and end to an attention with "flash" in its name
+AttentionInterface.register("flash_tower", tower_attention)
 
 
 # --------------------------------------------------------------------------------------------------
