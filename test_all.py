@@ -6945,6 +6945,13 @@ def test_the_loss_of_the_readme_runs_as_printed(seedling, tmp_path, monkeypatch)
     losses, clipped = policy_loss(logprobs, lengths=torch.tensor([2]), clip_low=0.2, **inputs)
     close(torch.autograd.grad(losses.sum(), logprobs)[0], torch.tensor([-1.2, 0.5]))
     assert clipped.tolist() == [True, False]
+    in_place = re.findall(r"`(loss = [^`]+)`", (HERE / "README.md").read_text())
+    source = (HERE / "grpo.py").read_text()
+    assert len(in_place) == 2 and in_place[0] in source
+    changed = {}
+    exec(source.replace(*in_place), changed)
+    losses, _ = changed["policy_loss"](logprobs, lengths=torch.tensor([2]), **inputs)
+    close(torch.autograd.grad(losses.sum(), logprobs)[0], torch.tensor([-1.2, 0.5]))
     code, log = train_apart(copy_start(seedling, tmp_path), script=str(script))
     assert code == 0, log
     assert any(row["train/learnt_tokens"] for row in learning_steps(tmp_path / "tiny"))
