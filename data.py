@@ -60,8 +60,7 @@ def load_problems(
     Args:
         path: a file (.parquet, or .jsonl, one object a line), a folder or a glob of them, or a data
             set of the hub such as "hiyouga/geometry3k".
-        split: of a folder or a hub data set the files named after it are taken, see
-            `tables.find_files`.
+        split: of a folder or a hub data set, see `tables.find_files`.
         columns: what is called unusually, "image=pictures,answer=reward_model.ground_truth"; a dot
             reaches into a struct, a + joins columns. Usual names are found, see `tables.USUAL`.
         image_folder: where paths of images begin; "": in the folder of their file.
@@ -113,9 +112,8 @@ def resize_image(image: Image.Image, min_pixels: int, max_pixels: int, factor: i
     """The one resize, bicubic: sides become multiples of `factor`, width * height falls in
     [min_pixels, max_pixels].
 
-    `factor` is the side of an image token in pixels (28 for Qwen2.5-VL), 1 where there is no such
-    grid. A picture that fits comes back itself: a second call changes nothing, and neither does
-    Qwen's processor. Raises as resized_size.
+    `factor` is the side of an image token in pixels (28 for Qwen2.5-VL). A picture that fits comes
+    back itself: a second call changes nothing, and neither does Qwen's processor.
     """
     size = resized_size(*image.size, min_pixels, max_pixels, factor)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
@@ -185,8 +183,7 @@ class Reader:
         self._thread = ThreadPoolExecutor(1)  # runs _make alone; the rest is the caller's thread
 
     def __call__(self, problem: Problem) -> Prompt:
-        """Write the problem as one user turn, images where their placeholders stand, and turn it
-        into ids and pixels.
+        """The problem as one user turn, images where their placeholders stand, as ids and pixels.
 
         Raises ValueError, naming the row, for an unreadable image or video, more or fewer
         placeholders than images, a special token in the question, and a processor that resizes the

@@ -90,8 +90,8 @@ def policy_loss(
         lengths: (R,) tokens of each response; they add up to N.
         clip_low, clip_high: how far the ratio may fall below and rise above 1; DAPO takes
             clip_high > clip_low.
-        clip_dual: c; where A < 0 the loss is at most c |A|, which would else grow with r without
-            bound. 0: no such limit. Above 1 + clip_high, or it would cut what the clip leaves.
+        clip_dual: c, above 1 + clip_high; where A < 0 the loss is at most c |A|, and does not grow
+            with r without bound. 0: no such limit.
         ratio: "token" is pi / pi_old of the token (GRPO); "sequence" is the response's geometric
             mean of it (GSPO, equation 7), one ratio for all tokens of a response.
 
@@ -165,11 +165,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
     of the true KL in expectation; k3 that of the estimator alone. TRL 1.16 multiplies k3 by
     pi / pi_old, whose gradient is, on-policy, that of k2.
 
-    Args:
-        logprobs, ref_logprobs: (N,) nats.
-
-    Returns:
-        (N,) nats.
+    Takes (N,) and returns (N,), all in nats.
     """
     d = logprobs - ref_logprobs
     if estimator == "k1":
@@ -198,8 +194,7 @@ def importance_weights(
     slime do; verl keeps these weights inside the sequence's ratio.
 
     Args:
-        old_logprobs, sampler_logprobs: (N,) nats, of the trainer and of the engine that drew the
-            tokens.
+        old_logprobs, sampler_logprobs: (N,) nats, of the trainer and of the engine.
         lengths: (R,) tokens of each response.
         cap: largest weight, above 1.
         level: "token" weighs every token by its own ratio; "sequence" a whole response by the

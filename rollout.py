@@ -106,7 +106,7 @@ class Rollout:
 # What an engine is
 
 
-class Engine:
+class Engine(contextlib.AbstractContextManager):
     """What samples for a run. All ranks make the same calls, in the same order.
 
         with engine:
@@ -125,19 +125,17 @@ class Engine:
         """Draw n continuations of each of this rank's conversations.
 
         Args:
-            conversations: lists of turns (see model.lay_out), at first a prompt alone; any mixture
-                with and without images. Ranks may bring different numbers, also none.
+            conversations: lists of turns (see model.lay_out), at first a prompt alone. Ranks may
+                bring different numbers, also none.
             n: responses to each.
-            seed: fixes the draw, equal on all ranks; the same conversations, weights and seed give
-                the same responses.
+            seed: equal on all ranks; the same conversations, weights and seed give the same
+                responses.
             greedy: take the likeliest token instead of drawing; sampler_logprobs stay those of the
                 distribution.
 
         Returns:
             One list of n Rollouts per conversation, in the order given; each holds the new turn.
-
-        Raises:
-            ValueError: greedy with n > 1, n times the same response.
+            ValueError if greedy with n > 1, n times the same response.
         """
         raise NotImplementedError
 
@@ -150,9 +148,6 @@ class Engine:
 
     def close(self) -> None:
         """Free everything; ranks that share an engine do it together."""
-
-    def __enter__(self) -> Engine:
-        return self
 
     def __exit__(self, kind, error, traceback) -> None:
         """Close after success, or an exit on purpose. After a failure the process ends anyway,
@@ -276,7 +271,7 @@ class VLLMEngine(Engine):
         *,
         dtype: torch.dtype,
         tp: int,
-        max_response_tokens: int,
+        max_response_tokens,
         **settings,
     ):
         world = dist.get_world_size()
@@ -291,20 +286,15 @@ class VLLMEngine(Engine):
         )
 
     def generate(self, conversations, n, seed, greedy=False) -> list[list[Rollout]]:
-        """As Engine.generate. A conversation is prefilled once for its n responses.
+        """As Engine.generate. A conversation is prefilled once for its n responses, which depend on
+        its number among those of all ranks, so not on how many ranks share them.
 
-        The samples depend on the seed and on the conversation's number among those of all ranks, so
-        not on how many ranks share them.
-
-        Raises:
-            ValueError: greedy with n > 1.
-            RuntimeError: asleep; vLLM saw another prompt than the trainer will; an empty or
-                unfinished response.
+        RuntimeError while asleep, and as read_output.
         """
         check_greedy(n, greedy)
         if self.asleep:
             raise RuntimeError(
-                "generate while vLLM sleeps: its weights are gone, call sync(actor) first"
+                "generate while vLLM sleeps, without weights: call sync(actor) first"
             )
         counts = gather_objects(len(conversations))
         first = sum(counts[: dist.get_rank()])
@@ -357,12 +347,9 @@ class VLLMEngine(Engine):
 
         Collective. Frozen weights are sent too, because the deep sleep on a GPU drops them all.
 
-        Returns:
-            Gigabytes sent to vLLM, gigabytes per second, and seconds of waking up.
-
-        Raises:
-            ValueError, RuntimeError: a name that vLLM does not know, or a weight of vLLM's that
-                nothing was written to; the engine is not usable after that.
+        Returns gigabytes sent to vLLM, gigabytes per second, and seconds of waking up. ValueError
+        or RuntimeError for a name that vLLM does not know, or a weight of vLLM's that nothing was
+        written to; the engine is not usable after that.
         """
         start = time.perf_counter()
         if self.asleep:
@@ -385,20 +372,16 @@ class VLLMEngine(Engine):
         # keys, values and image features are the old weights'; the processor's cache holds pixels
         # only, and is off
         if not self.llm.reset_prefix_cache():
-            raise RuntimeError(
-                "vLLM kept its prefix cache, which holds keys and values of the old weights"
-            )
+            raise RuntimeError("vLLM kept its prefix cache, made by the old weights")
         self.llm.llm_engine.reset_encoder_cache()
         loaded = time.perf_counter()
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
-        waking = (awake - start) + (time.perf_counter() - loaded)
-        gigabytes = sum(sizes) / 1e9
         return {
-            "gigabytes": gigabytes,
-            "gigabytes_per_second": gigabytes / (loaded - awake),
-            "wake_seconds": waking,
+            "gigabytes": sum(sizes) / 1e9,
+            "gigabytes_per_second": sum(sizes) / 1e9 / (loaded - awake),
+            "wake_seconds": (awake - start) + (time.perf_counter() - loaded),
         }
 
     def sleep(self) -> None:
