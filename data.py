@@ -313,7 +313,8 @@ class Problems(Sequence):
     @property
     def files(self) -> set[Path]:
         """The files that the rows are of, by their real paths."""
-        return {file.resolve() for file in {table.file for table, _ in self.rows}}
+        files = {table.file for table, _ in self.rows}
+        return {file.resolve() for file in files}
 
 
 def make_problem(cells: dict[str, list], where: str, folder: Path, file_name: str) -> Problem:
@@ -367,7 +368,9 @@ def describe(problems: Problems) -> list[str]:
     held = f"{images} images and {videos} videos" if videos else f"{images} images"
     taken = " and ".join({table.taken(): None for table in opened})
     sentences = [f"{len(problems)} rows with {held}, columns {taken}"]
-    unnamed = {name: None for table in opened for name in table.unnamed}
+    unnamed = {}  # without repetition, in order
+    for table in opened:
+        unnamed |= dict.fromkeys(table.unnamed)
     if unnamed:
         sentences.append(
             f"warning: {', '.join(unnamed)} hold files that nothing names, so they will not be "
@@ -804,7 +807,9 @@ def decode_video(
 
 def _spread_frames(decoded: Iterable, interval: float, wanted: int) -> list:
     """What is on the screen at 0, 1, ... `wanted` - 1 intervals, in seconds, after the start."""
-    frames, shown, start = [], None, 0.0
+    frames = []
+    shown = None
+    start = 0.0
     for frame in decoded:
         if shown is None:
             start = frame.time

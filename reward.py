@@ -342,7 +342,8 @@ def inside_box(texts: Sequence[str]) -> list[bool]:
         return [False] * len(texts)
     start = whole.index("{", whole.rindex(r"\boxed")) + 1
     end = start + len(answer)
-    inside, place = [], 0
+    inside = []
+    place = 0
     for text in texts:
         inside.append(place < end and place + len(text) > start)
         place += len(text)
@@ -746,9 +747,8 @@ def as_decimal(parsed: list) -> Decimal | None:
 # The grader's processes
 
 START_LIMIT = 60.0  # seconds for a worker to import Math-Verify; about 1 on an idle core
-MEMORY_LIMIT = (
-    2 * 1024**3
-)  # bytes of address space per worker: a huge power fails, and nothing swaps
+# bytes of address space per worker: a huge power fails, and nothing swaps
+MEMORY_LIMIT = 2 * 1024**3
 
 
 class Grader(contextlib.AbstractContextManager):
@@ -776,9 +776,7 @@ class Grader(contextlib.AbstractContextManager):
         self.time_limit = time_limit
         self.rounding = rounding
         self.judge = judge
-        self.shortcut = (
-            True  # equal strings are right; off, a gold shows if it can be graded at all
-        )
+        self.shortcut = True  # equal strings are right; off, a gold shows if it can be graded
         self.timeouts = 0
         self.crashes = 0
         self.seconds: dict[tuple[str, str], float] = {}

@@ -309,7 +309,7 @@ class VLLMEngine(Engine):
                 groups.append(read_output(request, output, n))
         return groups
 
-    def _gather_requests(self, own: list[Request]) -> list[Request]:
+    def _gather_requests(self, own: list[VLLMRequest]) -> list[VLLMRequest]:
         """Those of all ranks that share the engine."""
         ranks = dist.get_world_size(self.tp_group)
         if ranks == 1:  # images are slow to pickle
@@ -479,7 +479,7 @@ def cut_at_end(responses: Tensor, logprobs: Tensor, eos_ids: list[int]) -> list[
 # vLLM: what it is asked and answers, starting and freeing it, its weights, its process
 
 
-class Request(NamedTuple):
+class VLLMRequest(NamedTuple):
     """A conversation as the trainer sees it and as vLLM wants it."""
 
     number: int  # of the conversation among those of all ranks
@@ -487,7 +487,7 @@ class Request(NamedTuple):
     prompt: dict  # a TokensPrompt: one token for each image, which vLLM expands itself
 
 
-def make_request(number: int, turns: list[Turn]) -> Request:
+def make_request(number: int, turns: list[Turn]) -> VLLMRequest:
     """Write a conversation for vLLM; what the policy wrote goes in as the ids that were drawn."""
     ids, short_ids, images, videos = [], [], [], []
     for turn in turns:
@@ -504,10 +504,10 @@ def make_request(number: int, turns: list[Turn]) -> Request:
         media["image"] = images
     if videos:
         media["video"] = videos
-    return Request(number, ids, {"prompt_token_ids": short_ids, "multi_modal_data": media})
+    return VLLMRequest(number, ids, {"prompt_token_ids": short_ids, "multi_modal_data": media})
 
 
-def read_output(request: Request, output, n: int) -> list[Rollout]:
+def read_output(request: VLLMRequest, output, n: int) -> list[Rollout]:
     """The n responses to a request. RuntimeError if vLLM saw another prompt than the trainer will,
     or gave less than was asked for."""
     if output.prompt_token_ids != request.ids:

@@ -4610,7 +4610,7 @@ def test_positions_that_deep_sleep_dropped_are_zeroed_before_a_cuda_graph_reads_
 def test_an_engine_of_one_rank_pickles_no_image(process_group):
     engine = object.__new__(rollout.VLLMEngine)
     engine.tp_group = torch.distributed.group.WORLD
-    requests = [rollout.Request(0, [1], {"multi_modal_data": lambda: "cannot be pickled"})]
+    requests = [rollout.VLLMRequest(0, [1], {"multi_modal_data": lambda: "cannot be pickled"})]
     assert engine._gather_requests(requests) == requests
 
 

@@ -7,6 +7,7 @@ usual names is there. What a cell means is data.py's business.
 """
 
 import glob
+import itertools
 import json
 import os
 import re
@@ -250,7 +251,7 @@ def _open_parquet(file: Path, name: str, named: dict[str, list[str]]) -> Table:
         _refuse_twins(file, schema.names)
         paths = dict(_struct_paths(schema))
         chosen = name_columns(file, paths, named)
-        tops = {paths[theirs][0] for names in chosen.values() for theirs in names}
+        tops = {paths[theirs][0] for theirs in itertools.chain(*chosen.values())}
         table = pq.read_table(file, columns=sorted(tops), partitioning=None)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(
@@ -300,7 +301,7 @@ def _open_json(file: Path, name: str, named: dict[str, list[str]]) -> Table:
     chosen = name_columns(file, paths, named) if rows else {}
     columns = {}
     for ours, names in chosen.items():
-        columns[ours] = {theirs: [_reach(row, paths[theirs]) for row in rows] for theirs in names}
+        columns[ours] = {theirs: _reached(rows, paths[theirs]) for theirs in names}
     return Table(file, name, len(rows), columns, unnamed=[])
 
 
@@ -336,8 +337,9 @@ def _dict_paths(row: dict, above: tuple = ()) -> dict[str, tuple]:
     return paths
 
 
-def _reach(row: dict, path: tuple[str, ...]) -> Any:
-    value = row
+def _reached(rows: list[dict], path: tuple[str, ...]) -> list:
+    """The value at a path in each row, None where it leads nowhere."""
+    values = rows
     for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
+        values = [value.get(name) if isinstance(value, dict) else None for value in values]
+    return values
