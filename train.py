@@ -1318,7 +1318,7 @@ class Settings:
     kl_coefficient: Weight = setting(
         0.01,
         "weight of the KL to the starting policy; 0: no reference is loaded",
-        group="FREEZE (the policy before it moves, and the reference)",
+        group="SCORE TOKENS (the policy before it moves, and the reference)",
     )
     kl_estimator: Literal["k1", "k2", "k3"] = setting("k3", "how a token's KL is estimated")
     reference_on_cpu: bool = setting(
