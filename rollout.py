@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 import data
 import reward
-from model import Actor, Turn, lay_out, left_pad, prompts_of
+from model import Actor, Turn, as_position_ids, lay_out, left_pad, prompts_of
 from support.cpu import pack_experts_again, vllm_options
 from support.processes import gather_objects, this_rank
 from support.report import thumbnail
@@ -48,7 +48,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, Cache, GenerationConfig, LogitsProcessor
+from transformers import AutoConfig, GenerationConfig, LogitsProcessor
 
 
 class Observation(NamedTuple):
@@ -192,7 +192,7 @@ class HFEngine(Engine):
 
     def _generate(self, conversations, n, greedy):
         actor = self.actor
-        batch = prefill(actor, conversations).repeat(n)
+        prefilled = prefill(actor, conversations, n)
         distribution = TrainedDistribution(actor.temperature, actor.banned_ids)
         # every sampling setting is spelled out: generate() fills in what is missing from the
         # model's generation config
@@ -207,17 +207,14 @@ class HFEngine(Engine):
             pad_token_id=actor.pad_id,
         )
         ids = actor.model.generate(
-            batch.ids,
-            attention_mask=batch.mask,
-            position_ids=batch.positions,
-            past_key_values=batch.cache,
+            **prefilled,
             generation_config=config,
             logits_processor=[distribution],
             synced_gpus=False,  # weights are whole: no rank has to wait for another
         )  # (B n, P + R)
         distribution.record(ids[:, -1])
         logprobs = torch.stack(distribution.drawn, 1)
-        responses = ids[:, batch.ids.shape[1] :].cpu()
+        responses = ids[:, prefilled["inputs"].shape[1] :].cpu()
         rollouts = cut_at_end(responses, logprobs.cpu(), actor.eos_ids)
         return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
 
@@ -422,34 +419,23 @@ def check_greedy(n: int, greedy: bool) -> None:
         )
 
 
-class Prefilled(NamedTuple):
-    """Conversations padded on the left, and their keys and values."""
+def prefill(actor: Actor, conversations: list[list[Turn]], n: int) -> dict:
+    """Run the model over all tokens of B conversations but the last, which generate() begins with.
 
-    ids: Tensor  # (B, P)
-    mask: Tensor  # (B, P) 0 where padded
-    positions: Tensor  # (3, B, P) with M-RoPE, else (B, P)
-    cache: Cache  # of all tokens but the last
-
-    def repeat(self, n: int) -> Prefilled:
-        """Every conversation n times, one after the other; the cache changes in place."""
-        rows = torch.arange(len(self.ids), device=self.ids.device).repeat_interleave(n)
-        self.cache.reorder_cache(rows)
-        return Prefilled(self.ids[rows], self.mask[rows], self.positions[..., rows, :], self.cache)
-
-
-def prefill(actor: Actor, conversations) -> Prefilled:
-    """Run the model over all tokens but the last, which generate() begins with."""
-    rows, row_positions, prompts = [], [], []
+    Returns:
+        What generate() takes: ids (B n, P), mask and positions padded on the left, and the cache;
+        every conversation n times, one after the other.
+    """
+    all_ids, all_positions, prompts = [], [], []
     for turns in conversations:
-        row, its_positions, _ = lay_out(turns, actor.positions)
-        rows.append(row)
-        row_positions.append(its_positions)
+        its_ids, its_positions, _ = lay_out(turns, actor.positions)
+        all_ids.append(its_ids)
+        all_positions.append(its_positions)
         prompts += prompts_of(turns)
-    ids = left_pad(rows, actor.pad_id).to(actor.device)
-    mask = left_pad([torch.ones_like(row) for row in rows], 0).to(actor.device)
-    positions = left_pad(row_positions, 0).transpose(0, 1).to(actor.device)  # (3 or 1, B, P)
-    if len(positions) == 1:
-        positions = positions[0]
+    ids = left_pad(all_ids, actor.pad_id).to(actor.device)
+    mask = left_pad([torch.ones_like(its_ids) for its_ids in all_ids], 0).to(actor.device)
+    positions = left_pad(all_positions, 0).transpose(0, 1)  # (3 or 1, B, P)
+    positions = as_position_ids(positions).to(actor.device)
     types = actor.token_types(conversations)
     cache = actor.model(
         input_ids=ids[:, :-1],
@@ -460,7 +446,14 @@ def prefill(actor: Actor, conversations) -> Prefilled:
         **actor.multi_modal_inputs(prompts),
         **{name: values[:, :-1] for name, values in types.items()},
     ).past_key_values
-    return Prefilled(ids, mask, positions, cache)
+    rows = torch.arange(len(ids), device=actor.device).repeat_interleave(n)
+    cache.reorder_cache(rows)
+    return {
+        "inputs": ids[rows],
+        "attention_mask": mask[rows],
+        "position_ids": positions[..., rows, :],
+        "past_key_values": cache,
+    }
 
 
 def cut_at_end(responses: Tensor, logprobs: Tensor, eos_ids: list[int]) -> list[Rollout]:
