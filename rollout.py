@@ -793,8 +793,8 @@ class Conversations(Engine):
                     images that arrive then, or None at the end; and a reward, summed over the steps
     and the class may have
         images      most images that it adds to those of the problem (0)
-        warm_up     what the tiny model learns to write in the turns before its last one: a text
-                    each, the last text for all that follow (("ok",))
+        warm_up     what the tiny model learns to write in the turns before its last one, a text
+                    each (none)
 
     Args:
         reader: makes the Prompts of later turns.

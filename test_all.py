@@ -3328,6 +3328,9 @@ def test_vllm_follows_the_trainer_through_every_kind_of_update(tiny, vllm, tied)
     actor = with_bounds(tiny[tied])
     actor.temperature = 0.7
     prompts = prompts_with(actor, 0, 1, 3)
+    # longer than a block of vLLM's cache (128 tokens on a CPU), so that keys and values are reused
+    prompts.append(ask(actor, problem("What?" * 60)))
+    assert len(prompts[-1].ids) > 2 * 128
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     engine = vllm.engine_for(actor, tiny[tied])
     assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads() == threads
@@ -4177,6 +4180,35 @@ def one_update(folder, **changes):
     return totals, weights, len(minibatch.packs)
 
 
+def test_the_loss_of_a_pack_by_hand():
+    # ratios 2 and 1/4, sampler 1/2 of the policy for the first token, reference as the old policy
+    settings, _ = train.parse_settings([
+        "--preset", "tiny", "--clip_low", "0.1", "--clip_high", "0.5", "--kl_coefficient", "1",
+    ])  # fmt: skip
+    old = torch.tensor([-2.0, -1.0])
+    now = old + torch.tensor([2.0, 0.25]).log()
+    pack = train.TrainPack(
+        groups=[], lengths=torch.tensor([2]), advantages=torch.tensor([1.0, -1.0]),
+        sampler_logprobs=old + torch.tensor([0.5, 1.0]).log(), old_logprobs=old, ref_logprobs=old,
+    )  # fmt: skip
+    minibatch = train.Minibatch([pack], tokens=4, responses=2, imbalance=0.0)
+    loss, measured = train.pack_loss(settings, minibatch, pack, now, torch.zeros(2))
+    kl = torch.tensor([1 / 2 - 1 + math.log(2), 4 - 1 - math.log(4)])
+    close(measured["kl"], kl)
+    assert loss.item() == pytest.approx((-1.5 * 2 + 0.9 + kl.sum().item()) / 4)
+
+
+def test_a_term_of_the_entropy_teaches_flat_groups_and_moves_weights(tiny, process_group):
+    run, groups = small_run(tiny[False], minibatch_prompts=8, entropy_coefficient=0.5)
+    flat = [dataclasses.replace(group, advantages=torch.zeros(4)) for group in groups]
+    [minibatch] = minibatches_of(run, flat)
+    assert sum(len(responses) for pack in minibatch.packs for _, responses in pack.groups) == 8 * 4
+    run.settings = dataclasses.replace(run.settings, max_sampler_gap=100.0)
+    before = model.full(next(iter(run.actor.model.parameters()))).clone()
+    assert train.update(run, minibatch, 0, None)["grad_norm"] > 0
+    assert not torch.equal(model.full(next(iter(run.actor.model.parameters()))), before)
+
+
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 def test_the_loss_does_not_depend_on_how_the_minibatch_is_cut(tiny, process_group, aggregation):
     whole, weights, passes = one_update(tiny[False], aggregation=aggregation)
@@ -4197,6 +4229,7 @@ def test_flat_groups_change_nothing_but_are_not_computed(tiny, process_group):
     [minibatch] = minibatches_of(run, groups)
     assert sum(len(responses) for pack in minibatch.packs for _, responses in pack.groups) == 7 * 4
     assert minibatch.responses == 8 * 4
+    assert minibatch.tokens == sum(group.response_tokens for group in groups)  # flat ones too
     groups = [dataclasses.replace(g, advantages=torch.zeros(4)) for g in groups]
     [nothing] = minibatches_of(run, groups)
     assert nothing.packs == [] and train.update(run, nothing, 0, None) == {}

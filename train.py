@@ -270,7 +270,7 @@ def update(
     s = run.settings
     if not minibatch.packs:
         return {}
-    entropy_kind = "gradient" if s.entropy_coefficient else "value"
+    entropy_kind = "gradient" if s.uses_entropy else "value"
     sums = collections.Counter()
     gap_max = 0.0
     for pack in minibatch.packs:
@@ -372,7 +372,7 @@ class Group:
 
     def teaches(self, s: Settings) -> bool:
         """Whether learning from this group has any gradient: an advantage, or a term of its own."""
-        return bool(self.advantages.any() or s.kl_coefficient or s.entropy_coefficient)
+        return bool(self.advantages.any() or s.kl_coefficient or s.uses_entropy)
 
     @property
     def response_tokens(self) -> int:
@@ -1087,19 +1087,24 @@ def prepare_tiny(s: Settings) -> Settings:
     warmed up on them.
 
     Both are made once, under --out, by rank 0; delete the folders to make them again. ValueError
-    for a --task whose problems are not generated.
+    for a --task whose problems are not generated, without --data.
     """
     if s.model and s.data:
         return s
-    if s.task not in GENERATED:
+    if s.task not in GENERATED and not s.data:
         raise ValueError(
-            f"no problems are generated for --task {s.task}, so no tiny model can be warmed up on "
-            "them; give --model and --data"
+            f"no problems are generated for --task {s.task}; give --data, and --model, or the tiny "
+            "one is warmed up on them"
         )
-    make, problems_name, model_name, updates = GENERATED[s.task]
-    problems, model = Path(s.out) / problems_name, Path(s.out) / model_name
+    if s.task in GENERATED:
+        make, problems_name, model_name, updates = GENERATED[s.task]
+        problems = Path(s.out) / problems_name
+    else:  # an environment of one's own, and its problems
+        make, problems, updates = None, Path(s.data), 150
+        model_name = f"{s.task.rpartition(':')[2].lower()}-model"
+    model = Path(s.out) / model_name
     if dist.get_rank() == 0:
-        if not problems.exists():
+        if make and not problems.exists():
             say(f"no --data given: drawing problems into {problems}")
             partial = problems.with_suffix(".partial")
             make(partial)
@@ -1109,13 +1114,19 @@ def prepare_tiny(s: Settings) -> Settings:
                 f"no --model given: building a tiny Qwen2.5-VL in {model}, and warming it up with "
                 f"{updates} updates on {problems}"
             )
-            partial = model.with_suffix(".partial")
-            rows = data.load_problems(problems)
-            warm_up = getattr(find_environment(s.task), "warm_up", ("ok",))
-            build_warm_tiny(partial, rows, s.instruction, s.seed, updates=updates, warm_up=warm_up)
-            partial.rename(model)
+            warm_up_tiny(s, problems, model, updates)
     dist.barrier()
     return dataclasses.replace(s, model=s.model or str(model), data=s.data or str(problems))
+
+
+def warm_up_tiny(s: Settings, problems: Path, model: Path, updates: int) -> None:
+    """Build the tiny model, warmed up on problems by playing the task's environment."""
+    named = () if s.task in GENERATED else (s.split, s.columns, s.image_folder)
+    rows = data.load_problems(str(problems), *named)
+    partial = model.with_suffix(".partial")
+    environment = find_environment(s.task)
+    build_warm_tiny(partial, rows, s.instruction, s.seed, updates=updates, environment=environment)
+    partial.rename(model)
 
 
 def fit_memory(s: Settings, device: torch.device) -> Settings:
@@ -1405,6 +1416,12 @@ class Settings:
             raise ValueError(
                 f"--name {self.name!r} is not a plain folder name; --out gives its place"
             )
+
+    @property
+    def uses_entropy(self) -> bool:
+        """Whether the loss has a term of the entropy, which then has a gradient, in flat groups
+        too. Say so here for a term of your own."""
+        return self.entropy_coefficient != 0
 
     def rate(self, done: int) -> float:
         """Share of the learning rate after `done` updates: up over the warm-up, and from the first

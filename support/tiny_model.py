@@ -7,7 +7,6 @@ import argparse
 import collections
 import json
 import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import data
@@ -134,7 +133,7 @@ def build_warm_tiny(
     seed: int = 0,
     noise: float = 0.5,
     updates: int = 150,
-    warm_up: Sequence[str] = ("ok",),
+    environment: type | None = None,
 ) -> Path:
     """Write the tiny model, warmed up on the problems, turn by turn: what RL starts from.
 
@@ -143,11 +142,10 @@ def build_warm_tiny(
 
     Args:
         updates: optimizer steps.
-        warm_up: what it learns to say before the last turn of a conversation; a text for each turn,
-            the last one for all that follow.
+        environment: of rollout.ENVIRONMENTS or one's own, see `imitation`; None: single answers.
     """
     problems = list(problems)
-    before = "".join(text + END for text in warm_up)
+    before = "".join(text + END for text in getattr(environment, "warm_up", ("ok",)))
     texts = []
     for problem in problems:
         response = WARM_UP_RESPONSE.format(problem.answer)
@@ -169,7 +167,7 @@ def build_warm_tiny(
             answer = problem.answer
             if rng.random() < noise:
                 answer = rng.choice(same_question[problem.question])
-            groups.append(imitation(problem, answer, reader, warm_up))
+            groups.append(imitation(problem, answer, reader, environment))
         logprobs, _ = actor.logprobs(groups)
         loss = -logprobs.mean()
         loss.backward()
@@ -182,18 +180,23 @@ def build_warm_tiny(
     return Path(out)
 
 
-def imitation(problem, answer: str, reader: data.Reader, warm_up: Sequence[str]) -> tuple:
-    """A problem as (prompt, [turns]), with what the model shall say in each turn."""
+def imitation(problem, answer: str, reader: data.Reader, environment: type | None) -> tuple:
+    """A problem as (prompt, [turns]), with what the model shall say in each turn: what the
+    environment's `warm_up` holds while it goes on, and then the answer."""
     tokenizer = reader.processor.tokenizer
 
     def tokens(text: str) -> Tensor:
         return torch.tensor(tokenizer.encode(text))
 
-    first, *rest = data.split_turns(problem)
-    turns = []
-    for number, shown in enumerate(rest):
-        said = warm_up[min(number, len(warm_up) - 1)]
-        turns += [tokens(said + END), reader.later(shown)]
+    first, turns = problem, []
+    if environment is not None:
+        talk = environment(problem)
+        first = talk.first
+        for said in getattr(environment, "warm_up", ()):
+            shown, _ = talk.step(said)
+            if shown is None:
+                break
+            turns += [tokens(said + END), reader.later(shown)]
     turns.append(tokens(WARM_UP_RESPONSE.format(answer)))
     return reader(first), [turns]
 
