@@ -195,7 +195,9 @@ def sample_groups(run: Run, batch: int, clock: report.Clock) -> list[Group]:
     Returns:
         One Group per problem, in the order of the problems, the same on every rank.
     """
-    s, n, world = run.settings, run.settings.responses_per_prompt, dist.get_world_size()
+    s = run.settings
+    n = run.settings.responses_per_prompt
+    world = dist.get_world_size()
     indices = data.batch_indices(s.seed, batch, s.prompts_per_step, len(run.train_set))
     problems = own_problems(run, batch)
     with clock("sample"):
@@ -687,7 +689,8 @@ def evaluation(run: Run, log: report.Log) -> float:
     Returns:
         Accuracy with the problems' own images.
     """
-    s, views = run.settings, data.VIEWS
+    s = run.settings
+    views = data.VIEWS
     images = {hash(problem.images) for problem in run.test_set if problem.images}
     if 0 < run.step < s.steps or len(images) < 2:
         views = ("own",)
@@ -1100,7 +1103,9 @@ def prepare_tiny(s: Settings) -> Settings:
         make, problems_name, model_name, updates = GENERATED[s.task]
         problems = Path(s.out) / problems_name
     else:  # an environment of one's own, and its problems
-        make, problems, updates = None, Path(s.data), 150
+        make = None
+        problems = Path(s.data)
+        updates = 150
         model_name = f"{s.task.rpartition(':')[2].lower()}-model"
     model = Path(s.out) / model_name
     if dist.get_rank() == 0:
@@ -1624,11 +1629,13 @@ def parse_settings(argv: list[str] | None = None) -> tuple[Settings, str]:
         near = difflib.get_close_matches(wrong, names, n=1)
         hint = f"did you mean {near[0]}?" if near else "python train.py --help lists all flags"
         raise ValueError(f"there is no flag {wrong}; {hint}")
-    types, values = setting_types(), {}
+    types = setting_types()
+    values = {}
     for f in dataclasses.fields(Settings):
         if f.name in given:
             values[f.name] = read_value(f, types[f.name], getattr(given, f.name))
-    preset, why = values.get("preset", "auto"), "asked for"
+    preset = values.get("preset", "auto")
+    why = "asked for"
     if preset == "auto" and values.get("task") in PRESETS:
         preset = values["task"]
     if preset == "auto":

@@ -72,13 +72,15 @@ def draw() -> str:
         x = LEFT + i * CELL
         y = TOP + i * CELL
         parts.append(token(x, 14, name))
-        parts.append(words(x + SIDE / 2, 62, str(positions[i]), "middle"))
+        middle = x + SIDE / 2
+        parts.append(words(middle, 62, str(positions[i]), "middle"))
         parts.append(token(LEFT - CELL - 8, y, name))
         for k, seen in enumerate(NAMES):
+            column = LEFT + k * CELL
             if attends(pack.layout.segments, i, k):
-                parts.append(square(LEFT + k * CELL, y, COLOURS[seen[0]], "seen"))
+                parts.append(square(column, y, COLOURS[seen[0]], "seen"))
             else:
-                parts.append(square(LEFT + k * CELL, y, UNSEEN, "unseen"))
+                parts.append(square(column, y, UNSEEN, "unseen"))
     below = TOP + len(NAMES) * CELL + 26
     for i, note in enumerate(NOTES):
         parts.append(words(24, below + 22 * i, note))

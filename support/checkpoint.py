@@ -105,7 +105,8 @@ def make_missing_state(optimizer) -> dict[str, Tensor]:
 def check_optimizer(run) -> None:
     """RuntimeError if the optimizer keeps something where no checkpoint finds it, so that a run
     that goes on from one would end elsewhere."""
-    optimizer, remedy = run.optimizer, "a wrapper must share its parts' state and param_groups"
+    optimizer = run.optimizer
+    remedy = "a wrapper must share its parts' state and param_groups"
     known = trained_weights(optimizer)
     for name, p in run.actor.model.named_parameters():
         if p.requires_grad and name not in known:

@@ -79,11 +79,14 @@ def gpu_bytes(size: ModelSize, s, shards: int) -> tuple[float, float]:
     """
     language = size.parameters - size.vision
     if s.lora_rank:
-        trained, frozen = 0, 2 * language / shards + 2 * size.vision
+        trained = 0
+        frozen = 2 * language / shards + 2 * size.vision
     elif s.freeze_vision:
-        trained, frozen = language, 2 * size.vision
+        trained = language
+        frozen = 2 * size.vision
     else:
-        trained, frozen = size.parameters, 0
+        trained = size.parameters
+        frozen = 0
     masters = 4 * trained / shards  # float32, as gradients and each of the two moments are
     reference = 0
     if s.kl_coefficient and not s.lora_rank:

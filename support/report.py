@@ -192,7 +192,8 @@ def looks_away(rows: list[dict]) -> str:
     )
     blank = [row for row in rows if "blank/accuracy" in row]
     if blank:
-        accuracy, step = blank[-1]["blank/accuracy"], blank[-1]["step"]
+        accuracy = blank[-1]["blank/accuracy"]
+        step = blank[-1]["step"]
         warning += f"; with white pictures it scored {accuracy:.3f} at step {step}"
     return warning
 

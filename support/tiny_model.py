@@ -188,7 +188,8 @@ def imitation(problem, answer: str, reader: data.Reader, environment: type | Non
     def tokens(text: str) -> Tensor:
         return torch.tensor(tokenizer.encode(text))
 
-    first, turns = problem, []
+    first = problem
+    turns = []
     if environment is not None:
         talk = environment(problem)
         first = talk.first
