@@ -4573,12 +4573,35 @@ class Bounce:
 """
 
 
+def test_the_tiny_model_learns_to_say_what_an_environment_tells_it_before_its_last_turn(actor):
+    class Again:
+        warm_up = ("more",)
+
+        def __init__(self, asked):
+            self.first, self.turns = asked, 0
+
+        def step(self, text):
+            self.turns += 1
+            again = dataclasses.replace(self.first, question="Again?", images=())
+            return (again, 0.0) if self.turns == 1 else (None, 1.0)
+
+    reader = build_reader(actor.processor)
+    row = problem("<image>What?", (red(),))
+    prompt, [[said, asked, answer]] = tiny_model.imitation(row, "4", reader, Again)
+    tokenizer = actor.processor.tokenizer
+    assert prompt.problem is row and tokenizer.decode(said) == "more<|im_end|>"
+    assert asked.problem.question == "Again?"
+    assert tokenizer.decode(answer) == r"<think>look</think>\boxed{4}<|im_end|>"
+    _, [[single]] = tiny_model.imitation(row, "4", reader, None)
+    assert torch.equal(single, answer)
+
+
 def test_an_evaluation_takes_an_environment_from_a_file(seedling, tmp_path):
     copy_start(seedling, tmp_path)
     (tmp_path / "bounce.py").write_text(BOUNCE)
     flags = ["--steps", "0", "--task", f"{tmp_path / 'bounce.py'}:Bounce"]
     code, log = train_apart(tmp_path, *flags)
-    assert code == 1 and "give --model and --data" in log and "Traceback" not in log, log
+    assert code == 1 and "give --data, and --model" in log and "Traceback" not in log, log
     places = ["--model", str(tmp_path / "tiny-model"), "--data", str(tmp_path / "figures")]
     code, log = train_apart(tmp_path, *flags, *places)
     assert code == 0, log
