@@ -847,7 +847,8 @@ def build_optimizer(
 
     Weights come with their names, by which checkpoints keep what the optimizer holds. Muon
     (arXiv:2502.16982) takes the matrices of the language model but its tables of tokens, at the
-    root mean square of an AdamW step, so that one learning rate serves both.
+    root mean square of an AdamW step, so that one learning rate serves both. Weight decay covers
+    norms and biases too, as in verl; Hugging Face's Trainer exempts them.
     """
     tables = {actor.model.get_input_embeddings().weight, actor.model.get_output_embeddings().weight}
     matrices, rest = [], []
@@ -1379,7 +1380,7 @@ class Settings:
     final_learning_rate: Fraction = setting(
         1.0, "share of the learning rate that is left at the end"
     )
-    weight_decay: Weight = setting(0.01, "of the optimizer")
+    weight_decay: Weight = setting(0.01, "of all that is trained, norms and biases too, as in verl")
     beta2: Decay = setting(0.999, "of AdamW: how slowly it forgets the size of gradients")
     max_grad_norm: Positive = setting(1.0, "gradients are scaled down to this norm")
     max_not_finite: CountOr0 = setting(
