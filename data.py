@@ -945,16 +945,6 @@ class Checked:
         return max(row.tokens for row in self.rows)
 
     @property
-    def most_images(self) -> int:
-        """Images of the problem that has most."""
-        return max(row.images for row in self.rows)
-
-    @property
-    def most_videos(self) -> int:
-        """Videos of the problem that has most."""
-        return max(row.videos for row in self.rows)
-
-    @property
     def sources(self) -> set[str]:
         """Where the problems come from, for rewards that depend on it."""
         return {row.source for row in self.rows}
