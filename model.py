@@ -72,7 +72,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -916,38 +916,53 @@ class Actor:
     def add_lora(
         self, rank: int, alpha: float, dropout: float = 0.0, targets: str = "all", seed: int = 0
     ) -> None:
-        """Freeze every weight, and train low-rank adapters beside linear layers of the language
-        model instead.
+        """Freeze every weight, and train low-rank adapters beside linear layers and experts of the
+        language model instead.
 
         The layers are replaced in place, so the model keeps its class, names and forward. The base
         model stays what it was, bit for bit, and is the reference policy for free (see
         `without_adapters`).
 
         Args:
-            targets: last names of the layers, separated by commas ("q_proj,v_proj"; ValueError if
-                there are none); "all" of the language model, but the head.
+            targets: last names of the layers, separated by commas ("q_proj,v_proj"); "all" of the
+                language model, but the head. "experts", or the last names of their weights, give
+                every expert an adapter of its own.
             seed: of the adapters' start, the same on all ranks.
+
+        Raises:
+            ValueError: the language model has no such layer, or dropout is asked for on experts.
         """
         head = self.model.get_output_embeddings()
-        linear = [
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear)
-            and module is not head
-            and self.part(name) == "language"
-        ]
-        last_names = {name: name.split(".")[-1] for name in linear}
-        wanted = set(last_names.values()) if targets == "all" else set(targets.split(","))
-        chosen = [name for name in linear if last_names[name] in wanted]
-        if not chosen:
-            known = ", ".join(sorted(set(last_names.values())))
+        linear, experts = {}, {}  # full name -> what `targets` may call it
+        for name, module in self.model.named_modules():
+            is_layer = isinstance(module, nn.Linear) and module is not head
+            if is_layer and self.part(name) == "language":
+                linear[name] = {"all", name.split(".")[-1]}
+        for name, p in self.model.named_parameters():
+            if p.ndim == 3 and ".experts." in name and self.part(name) == "language":
+                experts[name] = set(name.split(".")[-2:])
+        wanted = set(targets.split(","))
+        known = set().union(*linear.values(), *experts.values())
+        if wanted - known:
             raise ValueError(
-                f"--lora_targets {targets} names no linear layer of the language model; it has "
-                f"{known}"
+                f"--lora_targets {targets}: the language model has no layer "
+                f"{', '.join(sorted(wanted - known))}; it has {', '.join(sorted(known))}"
+            )
+        layers = [name for name, called in linear.items() if called & wanted]
+        weights = [name for name, called in experts.items() if called & wanted]
+        if dropout and weights:
+            raise ValueError(
+                f"--lora_dropout {dropout:g} drops inputs of adapters, but an expert's has none: "
+                "it is added to the weights; set it to 0, or leave experts out of "
+                f"--lora_targets {targets}"
             )
         self.model.requires_grad_(False)
         self.lora = LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=layers,
+            target_parameters=weights,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -1127,6 +1142,11 @@ class Actor:
         sharded state; weights gathered by a forward pass could be old.
         """
         weights = self.model.state_dict(keep_vars=True)
+        adapters = {}  # by the weight that they adapt
+        for layer in self.model.modules():
+            if isinstance(layer, LoraLayer):
+                name = getattr(layer, "parameter_name", "weight")
+                adapters[getattr(layer.get_base_layer(), name)] = layer
         names = collections.defaultdict(list)
         for name, tensor in weights.items():
             if ".lora_" not in name:
@@ -1136,13 +1156,11 @@ class Actor:
             if tensor.is_floating_point():
                 tensor = tensor.to(dtype)  # before the gather: half the bytes between ranks
             tensor = full(tensor)
-            if first.endswith(".base_layer.weight"):
-                adapter = first.removesuffix("base_layer.weight")
-                a = full(weights[adapter + "lora_A.default.weight"].detach()).float()
-                b = full(weights[adapter + "lora_B.default.weight"].detach()).float()
+            if weights[first] in adapters:
+                product = adapter_product(adapters[weights[first]])
                 scale = self.lora.lora_alpha / self.lora.r
                 # a new tensor: the base stays as it is
-                tensor = (tensor.float() + scale * (b @ a)).to(dtype)
+                tensor = (tensor.float() + scale * product).to(dtype)
             for name in (first, *others):
                 yield merged_name(name), tensor
 
@@ -1193,8 +1211,20 @@ class Actor:
 
 
 def merged_name(name: str) -> str:
-    """The name of a weight without the layer that LoRA has put around it."""
-    return name.replace(".base_layer.", ".")
+    """The name of a weight without the layers that LoRA has put around it."""
+    return name.replace(".base_layer", "")
+
+
+def adapter_product(layer: LoraLayer) -> Tensor:
+    """LoRA's B A, whole, in the layout of the weight: (out, in), or (E, out, in) or (E, in, out) of
+    E experts."""
+    a = full(layer.lora_A["default"].weight.detach()).float()
+    b = full(layer.lora_B["default"].weight.detach()).float()
+    if isinstance(layer, ParamWrapper):  # the experts' A lie one after another, their B interleaved
+        a = a.unflatten(0, (layer.num_experts, -1))
+        b = b.unflatten(1, (-1, layer.num_experts)).permute(2, 0, 1)
+    is_transposed = getattr(layer.get_base_layer(), "is_transposed", False)
+    return (b @ a).mT if is_transposed else b @ a
 
 
 def conversions_of(model: nn.Module) -> list[WeightTransform]:

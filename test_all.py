@@ -104,6 +104,7 @@ from reward import (
 from support import checkpoint, figures, memory, processes, report, tiny_model
 
 import numpy as np
+import peft
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -2503,9 +2504,9 @@ def test_tied_weights_are_saved_once_from_a_gpu_too(tiny, tmp_path, monkeypatch)
 def test_lora_refuses_targets_that_the_language_model_does_not_have(actor):
     with pytest.raises(
         ValueError,
-        match=r"--lora_targets qkv,fc1 names no linear layer.*down_proj, gate_proj, k_proj",
+        match=r"--lora_targets q_proj,qkv,experts: .* no layer experts, qkv; it has all, down_proj",
     ):
-        actor.add_lora(4, 8.0, targets="qkv,fc1")
+        actor.add_lora(4, 8.0, targets="q_proj,qkv,experts")
 
 
 def test_dropout_of_the_adapters_acts_while_learning_only(actor):
@@ -3236,6 +3237,131 @@ def test_ranks_that_do_not_divide_the_processes_are_refused(process_group):
         model.shard_mesh(torch.device("cpu"), 2)
 
 
+def adapt_experts(actor, targets="q_proj,experts"):
+    """LoRA on experts as after some training: both factors random."""
+    actor.add_lora(4, 8.0, targets=targets)
+    perturb(actor, "lora_B")
+
+
+def test_every_expert_has_an_adapter_of_its_own_which_its_hub_weight_has_merged(
+    family_folder, tmp_path
+):
+    actor = model.Actor.from_pretrained(str(family_folder("qwen3_vl_moe")))
+    groups = random_groups(actor)
+    base = dict(actor.weights(torch.float32))
+    plain = actor.logprobs(groups)[0].detach()
+    adapt_experts(actor)
+    layer = "model.language_model.layers.2."
+    trained = {name: p for name, p in actor.model.named_parameters() if p.requires_grad}
+    assert {name.split(".lora_")[0] for name in trained if layer in name} == {
+        layer + "self_attn.q_proj",
+        layer + "mlp.experts",  # of down_proj
+        layer + "mlp.experts.base_layer",  # of gate_up_proj
+    }
+    adapted = actor.logprobs(groups)[0]
+    with actor.without_adapters():
+        assert torch.equal(actor.logprobs(groups)[0], plain)
+    assert (adapted - plain).abs().max() > 0.01
+    adapted.mean().backward()
+    slopes = {name: p.grad for name, p in actor.model.named_parameters() if p.grad is not None}
+    assert slopes.keys() == trained.keys() and all(slope.any() for slope in slopes.values())
+
+    weights = dict(actor.weights(torch.float32))
+    a, b = (trained[f"{layer}mlp.experts.lora_{x}.default.weight"] for x in "AB")
+    for e in range(4):  # rank 4, alpha 8; the hub has (in, out)
+        product = 8 / 4 * b[:, e::4] @ a[4 * e : 4 * e + 4]
+        name = layer + "mlp.experts.down_proj"
+        close(weights[name][e], base[name][e] + product.T)
+    changed = {name for name in base if not torch.equal(base[name], weights[name])}
+    last_names = {name.removesuffix(".weight").split(".")[-1] for name in changed}
+    assert last_names == {"q_proj", "gate_up_proj", "down_proj"} and len(changed) == 3 * 3
+    actor.save(tmp_path)
+    merged = model.Actor.from_pretrained(str(tmp_path))
+    close(merged.logprobs(groups)[0], adapted, atol=1e-5)
+
+
+def test_experts_are_adapted_by_name_alone_and_without_dropout(family_folder):
+    for targets, last_names in (
+        ("all", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("down_proj", {"experts"}),
+        ("all,experts", {"q_proj", "k_proj", "v_proj", "o_proj", "experts", "base_layer"}),
+    ):
+        actor = model.Actor.from_pretrained(str(family_folder("qwen3_vl_moe")))
+        actor.add_lora(4, 8.0, targets=targets)
+        trained = [name for name, p in actor.model.named_parameters() if p.requires_grad]
+        assert {name.split(".lora_")[0].split(".")[-1] for name in trained} == last_names
+    actor = model.Actor.from_pretrained(str(family_folder("qwen3_vl_moe")))
+    with pytest.raises(
+        ValueError, match=r"--lora_dropout 0.1 .* an expert's has none.*set it to 0"
+    ):
+        actor.add_lora(4, 8.0, 0.1, "q_proj,experts")
+    actor.add_lora(4, 8.0, 0.1, "q_proj")
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_an_adapters_product_has_the_layout_of_its_experts(is_transposed):
+    layer = torch.nn.Module()
+    layer.experts = torch.nn.Module()
+    layer.experts.up = torch.nn.Parameter(torch.zeros(3, 5, 5))
+    layer.experts.is_transposed = is_transposed
+    settings = peft.LoraConfig(
+        r=2, lora_alpha=2, target_modules=[], target_parameters=["experts.up"],
+        init_lora_weights=False,
+    )  # fmt: skip
+    peft.inject_adapter_in_model(settings, layer)
+    product = model.adapter_product(layer.experts)
+    close(product, layer.experts.get_delta_weight("default"))  # what peft's forward adds
+    assert product.norm() > 0.1
+
+
+def test_adapters_of_experts_go_on_from_a_checkpoint_and_are_exported_merged_and_apart(
+    family_folder, process_group, tmp_path
+):
+    folder = family_folder("qwen3_vl_moe")
+    lora = dict(lora_rank=4, lora_alpha=8.0, lora_targets="q_proj,experts")
+    run, groups = adam_run(folder, tmp_path, prepare=adapt_experts, **lora)
+    learn(run, groups)
+    checkpoint.save_checkpoint(run)
+    again, _ = adam_run(folder, tmp_path, prepare=adapt_experts, **lora)
+    assert not same(whole_state(again), whole_state(run))
+    saved = checkpoint.newest_checkpoint(tmp_path / "tiny" / "checkpoints")
+    checkpoint.load_checkpoint(again, saved)
+    assert same(whole_state(again), whole_state(run))
+
+    checkpoint.record_launch(run.settings)
+    scored = random_groups(run.actor)
+    expected = run.actor.logprobs(scored)[0]
+    model.export(saved, tmp_path / "merged")
+    merged = model.Actor.from_pretrained(str(tmp_path / "merged"))
+    close(merged.logprobs(scored)[0], expected, atol=1e-5)
+    model.export(saved, tmp_path / "apart", merge=False)
+    network = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa")
+    network = peft.PeftModel.from_pretrained(network, tmp_path / "apart").base_model.model
+    apart = model.Actor(network, run.actor.processor)
+    close(apart.logprobs(scored)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, prepare, packing", [
+    ("qwen3_vl_moe", "adapt_experts", "shared"),
+    ("qwen3_5", "nothing", "shared"),
+    ("qwen3_5", "freeze_vision", "packed"),
+])  # fmt: skip
+def test_two_ranks_update_experts_and_recurrent_layers_as_one_that_pads(
+    name, prepare, packing, family_folder, process_group, tmp_path
+):
+    folder, out = str(family_folder(name)), tmp_path / "two.pt"
+    run_apart("save_one_update", folder, str(out), prepare, packing, ranks=2)
+    two = torch.load(out, weights_only=True)
+    totals, weights, _ = one_update(folder, packing="padded", prepare=globals()[prepare])
+    assert two["loss"] == pytest.approx(totals["loss"], rel=1e-5)
+    before = model.Actor.from_pretrained(folder)
+    globals()[prepare](before)
+    before = dict(before.model.named_parameters())
+    moved = {n: w - before[n] for n, w in weights.items() if not torch.equal(w, before[n])}
+    got = {n: w - before[n] for n, w in two["weights"].items() if not torch.equal(w, before[n])}
+    assert_same_gradients(got, moved, tolerance=1e-4)
+
+
 # --------------------------------------------------------------------------------------------------
 # rollout.py: engines
 
@@ -3484,6 +3610,9 @@ def test_what_vllm_cannot_sample_is_refused_before_any_weight_is_loaded(tiny, fa
             rollout.choose_engine("vllm", str(folder), temperature)
         kind, reason = rollout.choose_engine("auto", str(folder), temperature)
         assert kind == "hf" and re.search(why, reason)
+    settings = train.Settings(engine="vllm", model=str(family_folder("qwen3_5")), data="nowhere")
+    with pytest.raises(ValueError, match="--engine vllm cannot run: .*linear_attention"):
+        train.build(settings, torch.device("cpu"))
 
 
 def run_on_gpu(*flags):
@@ -4363,10 +4492,12 @@ def test_two_processes_that_share_prompts_equal_one_that_pads(
     )
 
 
-def save_one_update(folder, out, prepare):
+def save_one_update(folder, out, prepare, packing="shared"):
     """Run with 2 ranks."""
     processes.start_processes()
-    totals, weights, _ = one_update(folder, max_tokens_per_pack=100, prepare=globals()[prepare])
+    totals, weights, _ = one_update(
+        folder, max_tokens_per_pack=100, prepare=globals()[prepare], packing=packing
+    )
     if torch.distributed.get_rank() == 0:
         torch.save({"loss": totals["loss"], "weights": weights}, out)
     torch.distributed.destroy_process_group()

@@ -72,6 +72,7 @@ from rollout import (
     HFEngine,
     Rollout,
     build_engine,
+    choose_engine,
     describe,
     evaluate,
     find_environment,
@@ -872,6 +873,8 @@ def build_optimizer(
 def build(s: Settings, device: torch.device) -> Run:
     """Load, check and shard everything that the loop needs, in five steps; where --steps is 0, only
     what an evaluation needs."""
+    with explained_loading(s.model):
+        choose_engine(s.engine, s.model, s.temperature)  # refuses before weights and data are read
     actor = load_actor(s, device)
     reader, train_set, test_set, rows = load_data(s, actor)
     # vLLM measures the free memory of the GPU when it starts, so it comes before the trainer's
@@ -1272,7 +1275,8 @@ class Settings:
     )
     lora_dropout: Decay = setting(0.0, "of the adapters' inputs while learning")
     lora_targets: str = setting(
-        "all", "layers with an adapter, such as q_proj,v_proj; all: every linear one"
+        "all",
+        "layers with an adapter, such as q_proj,v_proj, or experts; all: every linear layer",
     )
     packing: Literal["shared", "packed", "padded"] = setting(
         "shared", "shared: each prompt once per group; packed: once per response; padded: plain"
