@@ -6944,9 +6944,9 @@ def test_a_run_that_stops_in_its_first_step_or_saves_every_step_ends_as_if_it_ha
         assert_same(outcome(folder), whole)
 
 
-def test_the_curriculum_of_the_readme_goes_on_as_if_nothing_had_happened(seedling, tmp_path):
-    readme = (HERE / "README.md").read_text()
-    block = re.search(r"```python\n(import data, torch, train\n.*?)```", readme, re.DOTALL)
+def test_the_curriculum_of_the_pages_goes_on_as_if_nothing_had_happened(seedling, tmp_path):
+    page = (HERE / "assets" / "survival.md").read_text()
+    block = re.search(r"```python\n(import data, torch, train\n.*?)```", page, re.DOTALL)
     script = tmp_path / "curriculum.py"
     script.write_text(block[1])
     whole, killed = (copy_start(seedling, tmp_path / name) for name in ("whole", "killed"))
