@@ -4291,7 +4291,8 @@ def test_eight_ranks_get_even_shares_of_real_geometry3k_groups(tiny):
     rows, rng = data.load_problems(GEO3K / "train.parquet"), random.Random(0)
     reader = data.Reader(processor, 262144, 1280 * 784)
     prompts = [len(reader(row).ids) for row in rows[:128]]
-    costs = [group(*(rng.randint(50, 2048) for _ in range(5)), prompt=n).cost for n in prompts]
+    groups = [group(*(rng.randint(50, 2048) for _ in range(5)), prompt=n) for n in prompts]
+    costs = [train.learning_cost(drawn) for drawn in groups]
     loads = [sum(costs[i] for i in share) for share in train.deal(costs, 8)]
     assert max(loads) * 8 / sum(loads) < 1.05
     # dealt as they come, 16 to each, they would not pass
@@ -4320,7 +4321,8 @@ def test_the_loss_of_a_pack_by_hand():
         groups=[], lengths=torch.tensor([2]), advantages=torch.tensor([1.0, -1.0]),
         sampler_logprobs=old + torch.tensor([0.5, 1.0]).log(), old_logprobs=old, ref_logprobs=old,
     )  # fmt: skip
-    minibatch = train.Minibatch([pack], tokens=4, responses=2, imbalance=0.0)
+    plan = train.Plan(packs=[], filler=[], tokens=4, responses=2, imbalance=0.0)
+    minibatch = train.Minibatch([pack], plan)
     loss, measured = train.pack_loss(settings, minibatch, pack, now, torch.zeros(2))
     kl = torch.tensor([1 / 2 - 1 + math.log(2), 4 - 1 - math.log(4)])
     close(measured["kl"], kl)
@@ -7073,9 +7075,9 @@ def test_a_run_that_stops_in_its_first_step_or_saves_every_step_ends_as_if_it_ha
         assert_same(outcome(folder), whole)
 
 
-def test_the_curriculum_of_the_readme_goes_on_as_if_nothing_had_happened(seedling, tmp_path):
-    readme = (HERE / "README.md").read_text()
-    block = re.search(r"```python\n(import data, torch, train\n.*?)```", readme, re.DOTALL)
+def test_the_curriculum_of_the_pages_goes_on_as_if_nothing_had_happened(seedling, tmp_path):
+    page = (HERE / "assets" / "survival.md").read_text()
+    block = re.search(r"```python\n(import data, torch, train\n.*?)```", page, re.DOTALL)
     script = tmp_path / "curriculum.py"
     script.write_text(block[1])
     whole, killed = (copy_start(seedling, tmp_path / name) for name in ("whole", "killed"))
@@ -7799,9 +7801,10 @@ def test_without_a_terminal_progress_is_a_plain_line_every_ten_steps(
     scores = {"reward": [0.5, 0.5, 0.0, 1.0], "accuracy": [0.0, 0.0, 0.0, 1.0]}
     groups = [dataclasses.replace(group, scores=scores) for group in groups]
     log = report.Log(run)
+    minibatch = SimpleNamespace(plan=SimpleNamespace(imbalance=0.0))
     capsys.readouterr()
     for step in log.progress(range(25)):
-        log.step(step + 1, groups, [SimpleNamespace(imbalance=0.0)], [{}], {"learn": 2.0}, {})
+        log.step(step + 1, groups, [minibatch], [{}], {"learn": 2.0}, {})
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert [line.split(":")[0] for line in lines] == [

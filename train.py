@@ -340,8 +340,8 @@ def pack_loss(
     weights = grpo.token_weights(
         pack.lengths,
         s.aggregation,
-        total_tokens=minibatch.tokens,
-        total_responses=minibatch.responses,
+        total_tokens=minibatch.plan.tokens,
+        total_responses=minibatch.plan.responses,
         max_response_tokens=s.max_response_tokens,
     )
     if pack.white_logprobs is not None:
@@ -381,30 +381,16 @@ class Group:
     def response_tokens(self) -> int:
         return sum(len(rollout.response) for rollout in self.rollouts)
 
-    @property
-    def cost(self) -> float:
-        """Estimated work of learning from this group, in tokens, each prompt and every response
-        counted once.
-
-        By operation count at Qwen2.5-VL-7B's shape, the vision tower adds a third of a token's work
-        to an image token, and a token's attention over 30,000 keys costs as much as the rest of its
-        layer.
-        """
-        lengths = [rollout.tokens for rollout in self.rollouts]
-        pairs = self.prompt_tokens**2 / 2
-        pairs += sum(length * (self.prompt_tokens + length / 2) for length in lengths)
-        return self.prompt_tokens + self.image_tokens / 3 + sum(lengths) + pairs / 30_000
-
 
 Share = tuple[Group, list[int]]  # a group, and which of its responses
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One update: the passes of every rank, and the global counts that normalise its loss."""
+    """One update: the packs of every rank, and the global counts that normalise its loss."""
 
-    passes: list[list[list[Share]]]  # of every rank: its passes, each some shares
-    filler: list[Share]  # a pass that counts nothing, for ranks that have fewer
+    packs: list[list[list[Share]]]  # of every rank: its packs, each some shares
+    filler: list[Share]  # a pack that counts nothing, for ranks that have fewer
     tokens: int
     responses: int
     imbalance: float  # dearest rank's cost over the mean, minus 1
@@ -412,23 +398,25 @@ class Plan:
 
 def plan_minibatches(groups: list[Group], s: Settings, ranks: int, packing: str) -> list[Plan]:
     """Cut the step's groups into minibatches, deal each over the ranks, and cut every rank's share
-    into passes.
+    into packs.
 
-    Every rank plans for all ranks, so no rank has to be asked how many passes it makes. Groups that
+    Every rank plans for all ranks, so no rank has to be asked how many packs it has. Groups that
     teach nothing are left out; they still count in the normalisation.
     """
     plans = []
     for i in range(0, len(groups), s.minibatch_prompts):
         chosen = groups[i : i + s.minibatch_prompts]
         teaching = [group for group in chosen if group.teaches(s)]
-        passes, loads = [], []
-        for indices in deal([group.cost for group in teaching], ranks):
+        costs = [learning_cost(group) for group in teaching]
+        packs = []
+        loads = []
+        for indices in deal(costs, ranks):
             share = [teaching[j] for j in indices]
-            passes.append(cut_into_packs(share, s.max_tokens_per_pack, packing == "shared"))
-            loads.append(sum(group.cost for group in share))
+            packs.append(cut_into_packs(share, s.max_tokens_per_pack, packing == "shared"))
+            loads.append(sum(costs[j] for j in indices))
         plans.append(
             Plan(
-                passes=passes,
+                packs=packs,
                 filler=[(group, [0]) for group in teaching[:1]],
                 tokens=sum(group.response_tokens for group in chosen),
                 responses=sum(len(group.rollouts) for group in chosen),
@@ -450,7 +438,7 @@ class TrainPack:
     ref_logprobs: Tensor | None = None
     white_logprobs: Tensor | None = None  # old_logprobs with white pictures, for --look_weight
     features: dict | None = None  # of a frozen vision tower, computed once for all passes
-    weight: float = 1.0  # 0 for a filler: all ranks make the same number of passes
+    weight: float = 1.0  # 0 for a filler: all ranks make equally many forward passes
 
     def remember(self, old_logprobs: Tensor) -> None:
         """Keep what the policy thought when the step began, for the epochs to come."""
@@ -459,27 +447,25 @@ class TrainPack:
 
 @dataclass(frozen=True)
 class Minibatch:
-    """This rank's passes of one update, and the global counts by which its loss is normalised."""
+    """One update on this rank: its packs, and the plan with the counts that normalise the loss."""
 
     packs: list[TrainPack]
-    tokens: int
-    responses: int
-    imbalance: float
+    plan: Plan
 
 
 def load_minibatch(run: Run, plan: Plan, is_first: bool) -> Minibatch:
-    """This rank's passes of a plan, on its device, each scored as soon as it is there: a GPU works
-    while the prompts of the next pass are made."""
-    own = plan.passes[dist.get_rank()]
+    """This rank's packs of a plan, on its device, each scored as soon as it is there: a GPU works
+    while the prompts of the next pack are made."""
+    own = plan.packs[dist.get_rank()]
     packs = [score_tokens(run, load_pack(run, shares), is_first) for shares in own]
-    for _ in range(max(map(len, plan.passes)) - len(own)):
+    for _ in range(max(map(len, plan.packs)) - len(own)):
         filler = score_tokens(run, load_pack(run, plan.filler), is_first)
         packs.append(replace(filler, weight=0.0))
-    return Minibatch(packs, plan.tokens, plan.responses, plan.imbalance)
+    return Minibatch(packs, plan)
 
 
 def load_pack(run: Run, shares: list[Share], problems: data.Problems | None = None) -> TrainPack:
-    """One pass; prompts that were sampled elsewhere are made again from their rows, those of the
+    """One pack; prompts that were sampled elsewhere are made again from their rows, those of the
     training set unless told. An advantage per token would be spread here."""
     problems = run.train_set if problems is None else problems
     groups, rollouts, advantages = [], [], []
@@ -501,7 +487,20 @@ def load_pack(run: Run, shares: list[Share], problems: data.Problems | None = No
 
 
 # --------------------------------------------------------------------------------------------------
-# --- from here on: what surrounds the algorithm. First: groups over ranks and passes
+# --- from here on: what surrounds the algorithm. First: groups over ranks and packs
+
+
+def learning_cost(group: Group) -> float:
+    """Estimated work of learning from a group, in tokens: its prompt and every response once.
+
+    By operation count at Qwen2.5-VL-7B's shape, the vision tower adds a third of a token's work to
+    an image token, and a token's attention over 30,000 keys costs as much as the rest of its layer.
+    """
+    lengths = [rollout.tokens for rollout in group.rollouts]
+    tokens = group.prompt_tokens + sum(lengths)
+    pairs = group.prompt_tokens**2 / 2
+    pairs += sum(length * (group.prompt_tokens + length / 2) for length in lengths)
+    return tokens + group.image_tokens / 3 + pairs / 30_000
 
 
 def deal(costs: list[float], ranks: int) -> list[list[int]]:
@@ -517,10 +516,10 @@ def deal(costs: list[float], ranks: int) -> list[list[int]]:
 
 
 def cut_into_packs(groups: list[Group], max_tokens: int, shared: bool = True) -> list[list[Share]]:
-    """Cut groups into forward passes of at most `max_tokens` tokens where possible.
+    """Cut groups into packs of at most `max_tokens` tokens where possible.
 
     Groups stay whole where they fit and are split along responses where not (each part then repeats
-    the prompt); a single response that does not fit gets a pass of its own. Without sharing every
+    the prompt); a single response that does not fit gets a pack of its own. Without sharing every
     response brings its prompt.
     """
     parts = []  # (tokens, share)
@@ -739,16 +738,16 @@ def measure_looks(run: Run, rollouts: dict[int, Rollout]) -> dict[str, float]:
         return {}
     own = seen[dist.get_rank() :: dist.get_world_size()]
     groups = [looked_at(run, i, rollouts[i]) for i in own]
-    # vLLM may be awake beside this, so the passes are small
-    passes = cut_into_packs(groups, run.settings.max_tokens_per_pack // 4)
+    # vLLM may be awake beside this, so the packs are small
+    packs = cut_into_packs(groups, run.settings.max_tokens_per_pack // 4)
     filler = [(looked_at(run, seen[0], rollouts[seen[0]]), [0])]
     sums = dict(looks=0.0, tokens=0.0, looks_answer=0.0, answer_tokens=0.0)
-    for i in range(int(all_max(len(passes)))):  # equally many on every rank
-        shares = passes[i] if i < len(passes) else filler
+    for i in range(int(all_max(len(packs)))):  # equally many on every rank
+        shares = packs[i] if i < len(packs) else filler
         pack = load_pack(run, shares, run.test_set)
         logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
         looks = (logprobs - score_white(run, pack)).cpu()
-        if i >= len(passes):
+        if i >= len(packs):
             continue
         inside = []
         for group, _ in shares:

@@ -105,7 +105,7 @@ class Log:
             synced: what the engine says about the weights that it took.
         """
         row = rollout_metrics(groups) | update_metrics(updates)
-        row["train/imbalance"] = mean([m.imbalance for m in minibatches])
+        row["train/imbalance"] = mean([m.plan.imbalance for m in minibatches])
         row["train/learning_rate"] = self.run.schedule.get_last_lr()[0]
         for phase, taken in seconds.items():
             row[f"seconds/{phase}"] = taken
