@@ -3611,7 +3611,7 @@ def test_what_vllm_cannot_sample_is_refused_before_any_weight_is_loaded(tiny, fa
         kind, reason = rollout.choose_engine("auto", str(folder), temperature)
         assert kind == "hf" and re.search(why, reason)
     settings = train.Settings(engine="vllm", model=str(family_folder("qwen3_5")), data="nowhere")
-    with pytest.raises(ValueError, match="--engine vllm cannot run: .*linear_attention"):
+    with pytest.raises(ValueError, match=r"--engine vllm cannot run: .*linear_attention"):
         train.build(settings, torch.device("cpu"))
 
 
