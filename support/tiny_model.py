@@ -132,7 +132,7 @@ def build_warm_tiny(
     instruction: str,
     seed: int = 0,
     noise: float = 0.5,
-    updates: int = 150,
+    updates: int = 300,
     environment: type | None = None,
 ) -> Path:
     """Write the tiny model, warmed up on the problems, turn by turn: what RL starts from.
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="another seed: other weights and labels"
     )
-    parser.add_argument("--updates", type=int, default=150, help="optimizer steps of the warm-up")
+    parser.add_argument("--updates", type=int, default=300, help="optimizer steps of the warm-up")
     args = parser.parse_args()
     quieten_libraries()
     problems = data.load_problems(args.data)
