@@ -4423,6 +4423,41 @@ def test_tokens_that_look_weigh_more_and_responses_the_same(tiny, process_group)
     close(gradients[0], gradients[1] * grpo.look_weights(looks, pack.lengths, 1.0))
 
 
+@pytest.mark.slow
+def test_a_model_looks_where_the_picture_has_the_answer_and_not_where_the_question_has(tmp_path):
+    looks = {}
+    for told in (False, True):
+        folder = tmp_path / f"told-{told}"
+        figures.make_figures(folder / "figures", train=1000, test=200)
+        for split in ("train", "test"):
+            file = folder / "figures" / f"{split}.parquet"
+            rows = [row for row in pq.read_table(file).to_pylist() if row["type"] == "colour"]
+            pictures = [row["images"] for row in rows]
+            if told:  # the question has the answer, and the picture is another row's
+                pictures = pictures[7:] + pictures[:7]
+            for row, images in zip(rows, pictures, strict=True):
+                row["images"] = images
+                row["problem"] = f"<image>Say {row['answer']}." if told else row["problem"]
+            pq.write_table(pa.Table.from_pylist(rows, figures.SCHEMA), file)
+        problems = data.load_problems(folder / "figures")
+        instruction = train.PRESETS["tiny"]["instruction"]
+        tiny_model.build_warm_tiny(folder / "tiny-model", problems, instruction, updates=60)
+        code, log = train_apart(
+            folder,
+            *("--prompts_per_step", "16", "--minibatch_prompts", "16", "--steps", "20"),
+            *("--responses_per_prompt", "8", "--max_response_tokens", "24", "--eval_rows", "0"),
+            *("--eval_every", "20", "--rewards", "accuracy=0.9,format=0.1"),
+        )
+        assert code == 0, log
+        *_, looks[told] = [row for row in metrics(folder / "tiny") if "eval/looks" in row]
+    for told, row in looks.items():
+        assert row["eval/accuracy"] > 0.9, told
+    # the tokens in the box look, those of the format do not
+    assert looks[False]["eval/looks_answer"] > 1
+    assert looks[False]["eval/looks_answer"] > 4 * looks[False]["eval/looks"]
+    assert abs(looks[True]["eval/looks_answer"]) < 0.1
+
+
 def test_an_alarm_is_given_where_accuracy_rises_and_looks_fall():
     def rows(accuracies, looks):
         told = [
