@@ -1,6 +1,6 @@
 """The actor: any Hugging Face vision-language model, scoring the tokens that the policy wrote.
 
-    groups [(prompt, [response, ...]), ...] --make_pack--> Pack, one row without padding
+    bundles [(prompt, [completion, ...]), ...] --make_pack--> Pack, one row without padding
     Pack --model forward--> hidden states --log-prob head--> logprobs (N,), entropy (N,), in nats
 
 In GRPO the n responses of a group share their prompt and its images, so a pack holds each prompt
@@ -110,8 +110,8 @@ except ImportError:  # optional: torch's own variable-length attention does the 
 
 
 Turn = Tensor | data.Prompt  # ids (R,) that the policy wrote, or what it read
-Response = list[Turn]  # all that follows a prompt; a single answer is a list of one
-Group = tuple[data.Prompt, list[Response]]
+Completion = list[Turn]  # all that follows a prompt; a single response is a list of one
+Bundle = tuple[data.Prompt, list[Completion]]  # a prompt, and what was drawn for it
 
 
 @dataclass
@@ -125,12 +125,13 @@ class Pack:
     layout: Layout
 
 
-def make_pack(groups: list[Group], positions: Callable, whole_images: str = "nowhere") -> Pack:
-    """Lay groups end to end: `[prompt_a | a_resp1 | a_resp2 | ... | prompt_b | ...]`.
+def make_pack(bundles: list[Bundle], positions: Callable, whole_images: str = "nowhere") -> Pack:
+    """Lay bundles end to end: `[prompt_a | a_resp1 | a_resp2 | ... | prompt_b | ...]`.
 
     Args:
-        groups: (prompt, responses) pairs; a prompt may have no response. A response is one segment
-            with all its turns, those of the environment included, which nothing is trained on.
+        bundles: (prompt, completions) pairs; a prompt may have no completion. A completion is one
+            segment with all its turns, those of the environment included, which nothing is trained
+            on.
         positions: Prompt -> (3 or 1, P).
         whole_images: layers in which a token of an image sees all of it: see Layout.
 
@@ -139,7 +140,7 @@ def make_pack(groups: list[Group], positions: Callable, whole_images: str = "now
     """
     ids, pieces, segments, keep, targets = [], [], [], [], []
     t = 0  # tokens laid so far
-    for prompt, responses in groups:
+    for prompt, completions in bundles:
         prompt_start = t
         prompt_positions = positions(prompt)
         ids.append(prompt.ids)
@@ -147,17 +148,18 @@ def make_pack(groups: list[Group], positions: Callable, whole_images: str = "now
         t += len(prompt.ids)
         prompt_end = t
         segments.append((prompt_start, prompt_end, prompt_start, prompt_start))
-        for response in responses:
-            row, row_positions, written = lay_out(response, positions, prompt_positions.max() + 1)
+        for completion in completions:
+            start = prompt_positions.max() + 1
+            row, row_positions, written = lay_out(completion, positions, start)
             predictor = torch.arange(t - 1, t - 1 + len(row))  # position t - 1 predicts token t,
-            predictor[0] = prompt_end - 1  # but a response's first token follows its prompt
+            predictor[0] = prompt_end - 1  # but a completion's first token follows its prompt
             keep.append(predictor[written])
             targets.append(row[written])
             ids.append(row)
             pieces.append(row_positions)
             segments.append((t, t + len(row), prompt_start, prompt_end))
             t += len(row)
-    images = None if whole_images == "nowhere" else image_numbers(turns_of(groups))
+    images = None if whole_images == "nowhere" else image_numbers(turns_of(bundles))
     return Pack(
         input_ids=torch.cat(ids)[None],
         position_ids=as_position_ids(join_positions(pieces)[:, None]),
@@ -518,13 +520,13 @@ class Actor:
         self.use_packing(packing)
 
     def logprobs(
-        self, groups: list[Group], features: dict | None = None, entropy: str = "value"
+        self, bundles: list[Bundle], features: dict | None = None, entropy: str = "value"
     ) -> tuple[Tensor, Tensor]:
         """Score responses under the model, at `temperature` and without the banned tokens.
 
         Args:
-            groups: (prompt, [response, ...]) pairs; a response is a list of turns (lay_out).
-            features: image_features of the groups, if they are at hand; else the tower runs on the
+            bundles: (prompt, [completion, ...]) pairs; a completion is a list of turns (lay_out).
+            features: image_features of the bundles, if they are at hand; else the tower runs on the
                 pixels.
             entropy: "none": all 0, and free; "value": without a gradient; "gradient": with one, for
                 a term of the loss.
@@ -535,17 +537,17 @@ class Actor:
         """
         self._choose_mode()
         if self.packing == "padded":
-            return self._padded_logprobs(groups, entropy)
+            return self._padded_logprobs(bundles, entropy)
         if self.packing == "packed":  # every response brings its own copy of the prompt
-            groups = one_by_one(groups)
-        anchors = [(anchor, []) for anchor in self._missing_anchors(groups)]
-        groups = [*groups, *anchors]
-        turns = turns_of(groups)
+            bundles = one_by_one(bundles)
+        anchors = [(anchor, []) for anchor in self._missing_anchors(bundles)]
+        bundles = [*bundles, *anchors]
+        turns = turns_of(bundles)
         if features is None:
             vision = self.multi_modal_inputs(prompts_of(turns))
         else:
             vision = {"mm_encoder_outputs": features}
-        pack = make_pack(groups, self.positions, self.whole_images)
+        pack = make_pack(bundles, self.positions, self.whole_images)
         request = Request(
             targets=pack.targets.to(self.device),
             banned=self._banned(),
@@ -570,13 +572,13 @@ class Actor:
     # --- from here on: the plain reference, layouts, the check of a packing, positions and inputs;
     # then freezing, LoRA, sharding, weights
 
-    def _padded_logprobs(self, groups, entropy):
-        """The plain way, as a reference: one row per response with all it follows, padded left."""
-        groups = one_by_one(groups)
-        anchors = self._missing_anchors(groups)
-        rows = [[prompt, *response] for prompt, [response] in groups]
+    def _padded_logprobs(self, bundles, entropy):
+        """The plain way, as a reference: one row per completion, behind its prompt, padded left."""
+        bundles = one_by_one(bundles)
+        anchors = self._missing_anchors(bundles)
+        rows = [[prompt, *completion] for prompt, [completion] in bundles]
         rows += [[anchor] for anchor in anchors]
-        turns = turns_of(groups) + anchors
+        turns = turns_of(bundles) + anchors
         all_ids, all_positions, all_written = [], [], []
         for row in rows:
             row_ids, row_positions, row_written = lay_out(row, self.positions)
@@ -748,7 +750,7 @@ class Actor:
         """How far the chosen packing is from the padded forward: log-probs in nats, and a weight's
         gradient as a share of its norm; then both for the padded forward in several batches, which
         is what rounding alone does."""
-        groups = self._random_groups(prompts, (5, 8))
+        bundles = self._random_bundles(prompts, (5, 8))
         weight = self._probed_weight()
         packing = self.packing
 
@@ -767,9 +769,9 @@ class Actor:
 
         self.model.zero_grad()
         self.checking = True
-        expected, expected_gradient = measure("padded", [groups])
-        noise = distance(*measure("padded", [[group] for group in groups]))
-        gaps = distance(*measure(packing, [groups]))
+        expected, expected_gradient = measure("padded", [bundles])
+        noise = distance(*measure("padded", [[bundle] for bundle in bundles]))
+        gaps = distance(*measure(packing, [bundles]))
         self.checking = False
         return *gaps, *noise
 
@@ -780,17 +782,17 @@ class Actor:
             if p.requires_grad and self.part(name) == "language" and "lora_A" not in name:
                 return p
 
-    def _random_groups(self, prompts, lengths):
+    def _random_bundles(self, prompts, lengths):
         generator = torch.Generator().manual_seed(0)
         allowed = torch.tensor(sorted(set(range(100)) - set(self.banned_ids) - set(self.eos_ids)))
-        groups = []
+        bundles = []
         for prompt in prompts:
             picks = [torch.randint(len(allowed), (n,), generator=generator) for n in lengths]
-            groups.append((prompt, [[allowed[pick]] for pick in picks]))
-        return groups
+            bundles.append((prompt, [[allowed[pick]] for pick in picks]))
+        return bundles
 
-    def _missing_anchors(self, groups):
-        prompts = prompts_of(turns_of(groups))
+    def _missing_anchors(self, bundles):
+        prompts = prompts_of(turns_of(bundles))
         missing = []
         for kind, anchor in self.anchors.items():
             if not any(getattr(prompt, kind) for prompt in prompts):
@@ -1272,22 +1274,22 @@ AttentionInterface.register("flash_tower", tower_attention)
 # Turns and inputs
 
 
-def turns_of(groups: list[Group]) -> list[Turn]:
-    """Every turn of groups, in the order of their pack."""
+def turns_of(bundles: list[Bundle]) -> list[Turn]:
+    """Every turn of bundles, in the order of their pack."""
     turns = []
-    for prompt, responses in groups:
+    for prompt, completions in bundles:
         turns.append(prompt)
-        for response in responses:
-            turns.extend(response)
+        for completion in completions:
+            turns.extend(completion)
     return turns
 
 
-def one_by_one(groups: list[Group]) -> list[Group]:
-    """The same responses in groups of one, each with its prompt."""
+def one_by_one(bundles: list[Bundle]) -> list[Bundle]:
+    """The same completions in bundles of one, each with its prompt."""
     single = []
-    for prompt, responses in groups:
-        for response in responses:
-            single.append((prompt, [response]))
+    for prompt, completions in bundles:
+        for completion in completions:
+            single.append((prompt, [completion]))
     return single
 
 

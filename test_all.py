@@ -4202,7 +4202,7 @@ def test_a_term_of_the_entropy_teaches_flat_groups_and_moves_weights(tiny, proce
     run, groups = small_run(tiny[False], minibatch_prompts=8, entropy_coefficient=0.5)
     flat = [dataclasses.replace(group, advantages=torch.zeros(4)) for group in groups]
     [minibatch] = minibatches_of(run, flat)
-    assert sum(len(responses) for pack in minibatch.packs for _, responses in pack.groups) == 8 * 4
+    assert sum(len(responses) for pack in minibatch.packs for _, responses in pack.bundles) == 8 * 4
     run.settings = dataclasses.replace(run.settings, max_sampler_gap=100.0)
     before = model.full(next(iter(run.actor.model.parameters()))).clone()
     assert train.update(run, minibatch, 0, None)["grad_norm"] > 0
@@ -4227,7 +4227,7 @@ def test_the_loss_does_not_depend_on_how_the_minibatch_is_cut(tiny, process_grou
 def test_flat_groups_change_nothing_but_are_not_computed(tiny, process_group):
     run, groups = small_run(tiny[False], minibatch_prompts=8)
     [minibatch] = minibatches_of(run, groups)
-    assert sum(len(responses) for pack in minibatch.packs for _, responses in pack.groups) == 7 * 4
+    assert sum(len(responses) for pack in minibatch.packs for _, responses in pack.bundles) == 7 * 4
     assert minibatch.responses == 8 * 4
     assert minibatch.tokens == sum(group.response_tokens for group in groups)  # flat ones too
     groups = [dataclasses.replace(g, advantages=torch.zeros(4)) for g in groups]
@@ -4276,7 +4276,7 @@ def test_tokens_that_look_weigh_more_and_responses_the_same(tiny, process_group)
     run, groups = small_run(tiny[False], minibatch_prompts=8, look_weight=1.0)
     [minibatch] = minibatches_of(run, groups)
     [pack] = minibatch.packs
-    logprobs, entropy = run.actor.logprobs(pack.groups)
+    logprobs, entropy = run.actor.logprobs(pack.bundles)
     pack.remember(logprobs.detach())
     weighted, _ = train.pack_loss(run.settings, minibatch, pack, logprobs, entropy)
     s = dataclasses.replace(run.settings, look_weight=0.0)
@@ -7348,7 +7348,7 @@ def test_a_forward_without_gradient_changes_nothing_of_a_checkpoint(tiny, proces
     before = whole_state(run)
     [minibatch] = minibatches_of(run, groups)
     with torch.no_grad():
-        run.actor.logprobs(minibatch.packs[0].groups)
+        run.actor.logprobs(minibatch.packs[0].bundles)
     assert same(whole_state(run), before)
     assert all(isinstance(p, DTensor) for p in run.actor.model.parameters())
 
