@@ -1105,7 +1105,7 @@ def majority(records: list[dict]) -> float:
     return max(votes.values(), key=len, default=[0.0])[0]
 
 
-def describe(metrics: dict[str, float]) -> str:
+def one_line(metrics: dict[str, float]) -> str:
     """An evaluation in a few words; all of it is in metrics.jsonl."""
     accuracy = f"accuracy {metrics['accuracy']:.3f} +- {metrics['accuracy_se']:.3f}"
     return f"{accuracy}, reward {metrics['reward']:.3f}, format {metrics['format']:.3f}"

@@ -3890,7 +3890,7 @@ def test_an_evaluation_keeps_every_turn_with_what_was_said_and_shown(actor, proc
 def test_an_evaluation_is_one_short_line():
     metrics = rollout.summarize([record(1, type="a"), record(0, type="b")], 1)
     # one right of two: 0.5, with an error of 0.7071 / sqrt(2)
-    assert rollout.describe(metrics) == "accuracy 0.500 +- 0.500, reward 0.000, format 0.000"
+    assert rollout.one_line(metrics) == "accuracy 0.500 +- 0.500, reward 0.000, format 0.000"
 
 
 def record(accuracy=0, response="", **facts):
@@ -3945,7 +3945,7 @@ def test_accuracy_is_told_by_type_number_of_images_and_source_where_they_differ(
 
 def test_an_evaluation_is_told_in_few_words():
     got = rollout.summarize([record(1, type="a"), record(0, type="b")], 1)
-    assert rollout.describe(got) == "accuracy 0.500 +- 0.500, reward 0.000, format 0.000"
+    assert rollout.one_line(got) == "accuracy 0.500 +- 0.500, reward 0.000, format 0.000"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -72,9 +72,9 @@ from rollout import (
     HFEngine,
     Rollout,
     build_engine,
-    describe,
     evaluate,
     find_environment,
+    one_line,
     score,
 )
 from support import report
@@ -712,7 +712,7 @@ def evaluation(run: Run, log: report.Log) -> float:
             metrics |= measure_looks(run, rollouts)
         name = "eval" if view == "own" else view
         log.write(run.step, {f"{name}/{metric}": value for metric, value in metrics.items()})
-        say(f"step {run.step}: {name}, {len(records)} responses: {describe(metrics)}")
+        say(f"step {run.step}: {name}, {len(records)} responses: {one_line(metrics)}")
         log.responses(name, records)
     log.check_looks(run.step)
     log.page()
