@@ -87,7 +87,6 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.activations import ACT2FN
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -98,12 +97,6 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
-
-try:
-    from flash_attn import flash_attn_varlen_func
-except ImportError:  # optional: torch's own variable-length attention does the same
-    flash_attn_varlen_func = None
-
 
 # --------------------------------------------------------------------------------------------------
 # One row, no padding
@@ -209,13 +202,14 @@ def as_position_ids(positions: Tensor) -> Tensor:
     return positions if len(positions) > 1 else positions[0]
 
 
+Segment = tuple[int, int, int, int]  # start, end, prompt_start, prompt_end in tokens of the pack
+
+
 @dataclass
 class Layout:
     """Who attends to whom in a pack: a segment sees its prompt, then itself up to each token."""
 
-    # (start, end, prompt_start, prompt_end) in tokens, of every prompt and response; a prompt's own
-    # prompt range is empty
-    segments: list[tuple[int, int, int, int]]
+    segments: list[Segment]  # every prompt, whose own prompt is empty, and every completion
     images: Tensor | None = None  # (T,) number of the image a token belongs to, -1 for text
     whole_images: str = "nowhere"  # or "everywhere" or "windows": layers with a sliding window
     _cache: dict = field(default_factory=dict)  # the same for all layers of a forward
@@ -226,101 +220,27 @@ class Layout:
             return bool(window)
         return self.whole_images == "everywhere"
 
-    def varlen(self, device) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """For the variable-length kernel: (sum of keys,) index of every segment's keys, (S + 1,)
-        cumulative counts of queries and of keys, and the longest of each."""
-        if ("varlen", device) not in self._cache:
-            index, queries, keys = [], [0], [0]
-            longest_query = longest_key = 0
-            for start, end, prompt_start, prompt_end in self.segments:
-                index += range(prompt_start, prompt_end)
-                index += range(start, end)
-                queries.append(end)
-                keys.append(len(index))
-                longest_query = max(longest_query, end - start)
-                longest_key = max(longest_key, keys[-1] - keys[-2])
-            counts = torch.tensor([queries, keys], dtype=torch.int32, device=device)
-            index = torch.tensor(index, device=device)
-            self._cache["varlen", device] = index, *counts, longest_query, longest_key
-        return self._cache["varlen", device]
+    @property
+    def batches(self) -> list[list[Segment]]:
+        """Prompts, and completions if there are any: the former are long, the latter many."""
+        prompts = [segment for segment in self.segments if segment[2] == segment[3]]
+        completions = [segment for segment in self.segments if segment[2] < segment[3]]
+        return [prompts, completions] if completions else [prompts]
 
     def padded(self, window: int | None, device) -> list[tuple]:
-        """For dense attention: prompts and responses, each as (query index, key index, mask,
-        places, real).
-
-        Shapes (S, L), (S, K), (S, 1, L, K), (queries,) and (S, L). Two batches, because prompts are
-        long and responses many; a mask of None is plain causal attention. `real` are the queries
-        that are no padding, `places` their rows.
-        """
+        """For dense attention: each batch as rows of its queries (S, L), which of them are no
+        padding (S, L), rows of its keys (S, K), and the mask (S, 1, L, K)."""
         if (window, device) not in self._cache:
-            prompts = [segment for segment in self.segments if segment[2] == segment[3]]
-            responses = [segment for segment in self.segments if segment[2] < segment[3]]
             batches = []
-            for segments in filter(None, (prompts, responses)):
-                batch = self._dense_batch(segments, window)
-                batches.append([x if x is None else x.to(device) for x in batch])
+            for segments in self.batches:
+                batch = dense_batch(self, segments, window)
+                batches.append([x.to(device) for x in batch])
             self._cache[window, device] = batches
         return self._cache[window, device]
-
-    def _dense_batch(self, segments, window):
-        start, end, prompt_start, prompt_end = torch.tensor(segments).T[..., None]  # (S, 1) each
-        length = end - start
-        prefix = prompt_end - prompt_start
-        q = torch.arange(int(length.max()))  # (L,)
-        k = torch.arange(int((prefix + length).max()))  # (K,): the prompt, then the segment itself
-        q_real = q < length
-        k_real = k < prefix + length
-        q_row = torch.where(q_real, start + q, start)  # where each lies in the pack
-        k_row = torch.where(k < prefix, prompt_start + k, start + k - prefix)
-        k_row = torch.where(k_real, k_row, end - 1)
-        own_key = (prefix + q)[..., None]  # (S, L, 1): causal, so the last that a query sees
-        mask = k <= own_key
-        looks_ahead = self.looks_ahead(window)
-        if looks_ahead:
-            q_image = self.images[q_row][..., None]
-            k_image = self.images[k_row][:, None]
-            mask = mask | (q_image == k_image) & (q_image >= 0)
-        mask = mask & k_real[:, None]
-        if window:
-            mask = mask & (k > own_key - window)
-            # a padding query that sees nothing would be nan, in the backward too
-            mask = mask | ~q_real[..., None]
-        whole = bool(prefix.max() == 0 and q_real.all())
-        is_causal = whole and not window and not looks_ahead
-        return q_row, k_row, None if is_causal else mask[:, None], q_row[q_real], q_real
 
 
 # --------------------------------------------------------------------------------------------------
 # Attention
-
-
-def kernel_runs(q: Tensor) -> bool:
-    """Whether FlashAttention computes this: on a GPU, in 16 bits, heads of at most 256 numbers."""
-    return q.is_cuda and q.itemsize == 2 and q.shape[-1] <= 256
-
-
-# torch 2.11 takes fewer heads of keys than of queries as they are, later ones want to be told
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-
-def varlen(q, k, v, queries, keys, longest_query, longest_key, scale, window) -> Tensor:
-    """Attention of sequences that lie end to end, by the variable-length kernel.
-
-    Args:
-        q, k, v: (tokens, heads, head size); k and v may have fewer heads (grouped queries).
-        queries, keys: (sequences + 1,) int32, where each sequence begins and ends in q and in k.
-        window: keys (left, right) of its own key that a query sees, -1: all. The last query's own
-            key is the last key. (-1, 0) is causal.
-
-    Returns:
-        (query tokens, heads, head size).
-    """
-    sizes = (queries, keys, longest_query, longest_key)
-    if flash_attn_varlen_func is not None:
-        return flash_attn_varlen_func(
-            q, k, v, *sizes, softmax_scale=scale, causal=window == (-1, 0), window_size=window
-        )
-    return varlen_attn(q, k, v, *sizes, scale=scale, window_size=window, **GROUPED)
 
 
 def shared_attention(
@@ -352,23 +272,18 @@ def shared_attention(
         )
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, head size)
     if kernel_runs(q) and not layout.looks_ahead(sliding_window):
-        key_index, *sizes = layout.varlen(q.device)
-        k = k.index_select(0, key_index)
-        v = v.index_select(0, key_index)
-        window = (sliding_window - 1, 0) if sliding_window else (-1, 0)
-        return varlen(q, k, v, *sizes, scaling, window)[None], None
+        return kernel_attention(q, k, v, layout, scaling, sliding_window)[None], None
     out = torch.empty_like(q)
-    for query_index, key_index, mask, places, real in layout.padded(sliding_window, q.device):
+    for rows, real, key_rows, mask in layout.padded(sliding_window, q.device):
         attended = F.scaled_dot_product_attention(
-            q[query_index].transpose(1, 2),
-            k[key_index].transpose(1, 2),
-            v[key_index].transpose(1, 2),
+            q[rows].transpose(1, 2),
+            k[key_rows].transpose(1, 2),
+            v[key_rows].transpose(1, 2),
             mask,
-            is_causal=mask is None,
             scale=scaling,
             enable_gqa=True,
         )
-        out = out.index_copy(0, places, attended.transpose(1, 2)[real])
+        out = out.index_copy(0, rows[real], attended.transpose(1, 2)[real])
     return out[None], None
 
 
@@ -672,7 +587,7 @@ class Actor:
             packing = "padded"
         self.packing = packing
         attention = {"text_config": "sdpa" if packing == "padded" else "shared"}
-        if tower_in_one_call(self.family):
+        if tower_in_one_call(self.family, self.compute):
             attention["vision_config"] = "flash_tower"
         self.model.set_attn_implementation(attention)
 
@@ -1002,6 +917,7 @@ class Actor:
         offload = offload and device.type == "cuda"
         self.sharded_on = device
         self.compute = compute or self.dtype
+        self.use_packing(self.packing)  # the tower's attention depends on the dtype
         whole = {
             p
             for name, p in self.model.named_parameters()
@@ -1232,7 +1148,74 @@ def shard_mesh(device: torch.device, shard_ranks: int) -> DeviceMesh:
 
 
 # --------------------------------------------------------------------------------------------------
-# The vision tower on a GPU
+# Attention: what the dense form and the kernels are given
+
+
+def dense_batch(layout: Layout, segments: list[Segment], window: int | None) -> tuple:
+    """Some segments of a pack side by side, as in Layout.padded."""
+    start, end, prompt_start, prompt_end = torch.tensor(segments).T  # (S,) each
+    rows, real = side_by_side(start, end)  # (S, L)
+    prompt_rows, prompt_real = side_by_side(prompt_start, prompt_end)
+    key_rows = torch.cat([prompt_rows, rows], 1)  # (S, K)
+    key_real = torch.cat([prompt_real, real], 1)
+    # a token's place in its sequence, prompt and segment
+    prompt_place = torch.arange(prompt_rows.shape[1]).expand_as(prompt_rows)
+    place = (prompt_end - prompt_start)[:, None] + torch.arange(rows.shape[1])
+    key_place = torch.cat([prompt_place, place], 1)[:, None]  # (S, 1, K)
+    place = place[..., None]  # (S, L, 1)
+    mask = key_place <= place
+    if layout.looks_ahead(window):
+        image = layout.images[rows][..., None]
+        mask = mask | (layout.images[key_rows][:, None] == image) & (image >= 0)
+    if window:
+        mask = mask & (key_place > place - window)
+    # padding sees everything: a query that sees nothing would be nan, in the backward too
+    mask = mask & key_real[:, None] | ~real[..., None]
+    return rows, real, key_rows, mask[:, None]
+
+
+def side_by_side(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (S, L) in the pack of what lies from `starts` to `ends` (S,), padded on the right, and
+    (S, L) bool: no padding."""
+    lengths = ends - starts
+    numbers = torch.arange(int(lengths.max()), device=starts.device)
+    real = numbers < lengths[:, None]
+    return torch.where(real, starts[:, None] + numbers, 0), real
+
+
+def kernel_runs(q: Tensor) -> bool:
+    """Whether FlashAttention computes this: on a GPU, in 16 bits, heads of at most 256 numbers."""
+    return q.is_cuda and q.itemsize == 2 and q.shape[-1] <= 256
+
+
+# torch 2.11 takes fewer heads of keys than of queries as they are, later ones want to be told
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def kernel_attention(q, k, v, layout: Layout, scaling: float, window: int | None) -> Tensor:
+    """Attention of a pack by the variable-length kernel, as shared_attention; (T, heads, head size)
+    all. The last query's own key is the last key."""
+    if q.device not in layout._cache:
+        layout._cache[q.device] = kernel_index(layout.segments, q.device)
+    keys, *sizes = layout._cache[q.device]
+    k = k.index_select(0, keys)
+    v = v.index_select(0, keys)
+    reach = (window - 1, 0) if window else (-1, 0)  # keys before and behind its own; -1: all
+    return varlen_attn(q, k, v, *sizes, scale=scaling, window_size=reach, **GROUPED)
+
+
+def kernel_index(segments: list[Segment], device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """(sum of keys,) rows of every segment's keys, (S + 1,) where each begins and ends among the
+    queries and among the keys, and the longest of each."""
+    rows, queries, keys = [], [0], [0]
+    for start, end, prompt_start, prompt_end in segments:
+        rows += range(prompt_start, prompt_end)
+        rows += range(start, end)
+        queries.append(end)
+        keys.append(len(rows))
+    ends = torch.tensor([queries, keys], dtype=torch.int32)
+    longest = ends.diff().amax(1).tolist()
+    return torch.tensor(rows, device=device), *ends.to(device), *longest
 
 
 def tower_attention(
@@ -1246,24 +1229,14 @@ def tower_attention(
         max_length_q: patches of the longest.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (patches, heads, head size)
-    if kernel_runs(q):
-        ends = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-        return varlen(q, k, v, *ends, scaling, (-1, -1))[None], None
-    lengths = cu_seq_lens_q.diff().tolist()
-    windows = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    out = []
-    for window in windows:
-        attended = F.scaled_dot_product_attention(
-            *(x.transpose(0, 1) for x in window), scale=scaling
-        )
-        out.append(attended.transpose(0, 1))
-    return torch.cat(out)[None], None
+    windows = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    return varlen_attn(q, k, v, *windows, scale=scaling)[None], None
 
 
-def tower_in_one_call(family: Family) -> bool:
-    """Whether the tower runs by tower_attention: Qwen's, which attend window by window, on a
-    GPU."""
-    return family is QWEN and torch.cuda.is_available()
+def tower_in_one_call(family: Family, dtype: torch.dtype) -> bool:
+    """Whether the tower runs by tower_attention: Qwen's, which attend window by window, on a GPU in
+    16 bits."""
+    return family is QWEN and torch.cuda.is_available() and dtype.itemsize == 2
 
 
 # transformers tells where windows begin and end to an attention with "flash" in its name
@@ -1624,30 +1597,19 @@ def packed_conv(plain, x, weight, bias=None, activation=None, layout=None, **res
     """
     if layout is None:
         return plain(x, weight, bias, activation=activation, **rest)
-    before = tokens_before(layout.segments).to(x.device)
-    # summed in float32, as the convolution of torch does; the last column is what is before a
-    # sequence begins
-    seen = F.pad(x, (0, 1)).to(torch.promote_types(weight.dtype, torch.float32))
-    out = torch.zeros_like(seen)
-    for column in reversed(range(weight.shape[1])):
-        out = out + weight[:, column, None] * seen
-        seen = seen.index_select(2, before)
-    if bias is not None:
-        out = out + bias[:, None]
-    out = out[..., :-1].to(weight.dtype)
-    if activation is not None:
-        out = ACT2FN[activation](out)
-    return out.to(x.dtype)
-
-
-def tokens_before(segments: list[tuple[int, int, int, int]]) -> Tensor:
-    """(T + 1,) the token before each one in its sequence; T where there is none, and T's own."""
-    total = max(end for _, end, _, _ in segments)
-    before = torch.arange(-1, total)
-    for start, _, prompt_start, prompt_end in segments:
-        is_prompt = prompt_start == prompt_end
-        before[start] = total if is_prompt else prompt_end - 1
-    return torch.cat([before[:-1], torch.tensor([total])])
+    reach = weight.shape[1] - 1
+    out = torch.empty_like(x)
+    for segments in layout.batches:
+        start, end, prompt_start, prompt_end = torch.tensor(segments, device=x.device).T  # (S,)
+        rows, real = side_by_side(start, end)  # (S, L)
+        before = prompt_end[:, None] + torch.arange(-reach, 0, device=x.device)  # (S, K - 1)
+        is_there = before >= prompt_start[:, None]
+        seen_rows = torch.cat([torch.where(is_there, before, 0), rows], 1)
+        seen = x[0][:, seen_rows] * torch.cat([is_there, real], 1)  # (channels, S, K - 1 + L)
+        convolved = plain(seen.transpose(0, 1), weight, bias, activation=activation, **rest)
+        part = convolved.transpose(0, 1)[..., reach:]
+        out = out.index_copy(2, rows[real], part[:, real][None])
+    return out
 
 
 def packed_delta_rule(plain, q, k, v, *, g, beta, layout=None, **rest):
@@ -1662,33 +1624,21 @@ def packed_delta_rule(plain, q, k, v, *, g, beta, layout=None, **rest):
     if layout is None:
         return plain(q, k, v, g=g, beta=beta, **rest)
     rest = rest | dict(initial_state=None, output_final_state=True)
-    prompts = [s for s in layout.segments if s[2] == s[3]]
-    responses = [s for s in layout.segments if s[2] != s[3]]
-    number = {prompt[0]: i for i, prompt in enumerate(prompts)}
     out = torch.empty_like(v[0])
-    states = None
-    for batch in (prompts, responses):
-        if not batch:
-            continue
+    states = prompts = None
+    for segments in layout.batches:
+        start, end, prompt_start, _ = torch.tensor(segments, device=v.device).T
         if states is not None:
-            mine = torch.tensor([number[prompt_start] for _, _, prompt_start, _ in batch])
-            rest["initial_state"] = states.index_select(0, mine.to(v.device))
-        rows, real = side_by_side(batch, v.device)
+            mine = (prompt_start[:, None] == prompts).int().argmax(1)
+            rest["initial_state"] = states.index_select(0, mine)
+        prompts = start
+        rows, real = side_by_side(start, end)  # (S, L)
         # padding neither decays the state nor writes into it
         still = g[0][rows] * real[..., None]
         silent = beta[0][rows] * real[..., None]
         part, states = plain(q[0][rows], k[0][rows], v[0][rows], g=still, beta=silent, **rest)
         out = out.index_copy(0, rows[real], part[real])
     return out[None], None
-
-
-def side_by_side(segments: list[tuple[int, int, int, int]], device) -> tuple[Tensor, Tensor]:
-    """Rows (S, L) in the pack of the tokens of segments, padded on the right, and (S, L) bool: no
-    padding."""
-    start, end, _, _ = torch.tensor(segments, device=device).T[..., None]  # (S, 1) each
-    rows = start + torch.arange(int((end - start).max()), device=device)
-    real = rows < end
-    return torch.where(real, rows, start), real
 
 
 # --------------------------------------------------------------------------------------------------
