@@ -53,13 +53,14 @@ import collections
 import contextlib
 import functools
 import inspect
+import itertools
 import json
 import math
 import re
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -86,7 +87,13 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -459,7 +466,7 @@ class Actor:
         bundles = [*bundles, *anchors]
         turns = turns_of(bundles)
         if features is None:
-            vision = self.multi_modal_inputs(prompts_of(turns))
+            vision = self.multi_modal_inputs(turns)
         else:
             vision = {"mm_encoder_outputs": features}
         pack = make_pack(bundles, self.positions, self.whole_images)
@@ -489,41 +496,45 @@ class Actor:
 
     def _padded_logprobs(self, bundles, entropy):
         """The plain way, as a reference: one row per completion, behind its prompt, padded left."""
-        bundles = one_by_one(bundles)
-        anchors = self._missing_anchors(bundles)
-        rows = [[prompt, *completion] for prompt, [completion] in bundles]
-        rows += [[anchor] for anchor in anchors]
-        turns = turns_of(bundles) + anchors
+        rows = [[prompt, *completion] for prompt, [completion] in one_by_one(bundles)]
+        rows += [[anchor] for anchor in self._missing_anchors(bundles)]
+        inputs, written = self.padded_inputs(rows)
+        # position t - 1 predicts token t; where no row's token was written, logits are not needed
+        predicted = written.any(0).nonzero()[:, 0]  # (R,)
+        logits = self.model(
+            **inputs,
+            **self.multi_modal_inputs(itertools.chain.from_iterable(rows)),
+            logits_to_keep=predicted - 1,
+            use_cache=False,
+        ).logits  # (B, R, V), softcapped by the model's own forward
+        logits = (logits.float() / self.temperature).index_fill(-1, self._banned(), -torch.inf)
+        logps = logits.log_softmax(-1)
+        written = written[:, predicted]
+        targets = inputs["input_ids"][:, predicted, None]
+        logprobs = logps.gather(-1, targets)[..., 0][written]
+        if entropy == "none":
+            return logprobs, torch.zeros_like(logprobs)
+        finite = logps.masked_fill(logps == -torch.inf, 0)
+        entropies = -(logps.exp() * finite).sum(-1)[written]
+        return logprobs, entropies if entropy == "gradient" else entropies.detach()
+
+    def padded_inputs(self, rows: list[list[Turn]]) -> tuple[dict[str, Tensor], Tensor]:
+        """What the plain forward takes of rows of turns beside pixels, padded on the left: ids,
+        mask, positions, token types (..., B, T); and (B, T) bool: written by the policy."""
         all_ids, all_positions, all_written = [], [], []
         for row in rows:
             row_ids, row_positions, row_written = lay_out(row, self.positions)
             all_ids.append(row_ids)
             all_positions.append(row_positions)
             all_written.append(row_written)
-        ids = left_pad(all_ids, self.pad_id).to(self.device)  # (B, T)
         mask = left_pad([torch.ones_like(row_ids) for row_ids in all_ids], 0)
         positions = left_pad(all_positions, 0).transpose(0, 1)  # (3 or 1, B, T)
-        written = left_pad(all_written, False).to(self.device)
-        # position t - 1 predicts token t; where no row's token was written, logits are not needed
-        predicted = written.any(0).nonzero()[:, 0]  # (R,)
-        logits = self.model(
-            input_ids=ids,
-            attention_mask=mask.to(self.device),
-            position_ids=as_position_ids(positions).to(self.device),
-            logits_to_keep=predicted - 1,
-            use_cache=False,
-            **self.multi_modal_inputs(prompts_of(turns)),
-            **self.token_types(rows),
-        ).logits  # (B, R, V), softcapped by the model's own forward
-        logits = (logits.float() / self.temperature).index_fill(-1, self._banned(), -torch.inf)
-        logps = logits.log_softmax(-1)
-        written = written[:, predicted]
-        logprobs = logps.gather(-1, ids[:, predicted, None])[..., 0][written]
-        if entropy == "none":
-            return logprobs, torch.zeros_like(logprobs)
-        finite = logps.masked_fill(logps == -torch.inf, 0)
-        entropies = -(logps.exp() * finite).sum(-1)[written]
-        return logprobs, entropies if entropy == "gradient" else entropies.detach()
+        inputs = {
+            "input_ids": left_pad(all_ids, self.pad_id).to(self.device),
+            "attention_mask": mask.to(self.device),
+            "position_ids": as_position_ids(positions).to(self.device),
+        }
+        return inputs | self.token_types(rows), left_pad(all_written, False).to(self.device)
 
     def _choose_mode(self):
         """Layers drop out and checkpoint while they are trained only."""
@@ -665,7 +676,9 @@ class Actor:
         """How far the chosen packing is from the padded forward: log-probs in nats, and a weight's
         gradient as a share of its norm; then both for the padded forward in several batches, which
         is what rounding alone does."""
-        bundles = self._random_bundles(prompts, (5, 8))
+        banned = {*self.banned_ids, *self.eos_ids}
+        ids = torch.tensor([i for i in range(100) if i not in banned])
+        bundles = [(prompt, [[ids[:5]], [ids[5:13]]]) for prompt in prompts]
         weight = self._probed_weight()
         packing = self.packing
 
@@ -697,15 +710,6 @@ class Actor:
             if p.requires_grad and self.part(name) == "language" and "lora_A" not in name:
                 return p
 
-    def _random_bundles(self, prompts, lengths):
-        generator = torch.Generator().manual_seed(0)
-        allowed = torch.tensor(sorted(set(range(100)) - set(self.banned_ids) - set(self.eos_ids)))
-        bundles = []
-        for prompt in prompts:
-            picks = [torch.randint(len(allowed), (n,), generator=generator) for n in lengths]
-            bundles.append((prompt, [[allowed[pick]] for pick in picks]))
-        return bundles
-
     def _missing_anchors(self, bundles):
         prompts = prompts_of(turns_of(bundles))
         missing = []
@@ -728,7 +732,7 @@ class Actor:
         return self._positions[prompt]
 
     def _make_positions(self, prompt: data.Prompt) -> Tensor:
-        inner = unwrap(self.model).model
+        inner = self.model.model
         plain = torch.arange(len(prompt.ids))[None]
         if not hasattr(inner, "get_rope_index"):
             return plain
@@ -741,9 +745,10 @@ class Actor:
         positions = inner.get_rope_index(prompt.ids[None], **inputs)[0][:, 0].cpu()
         return after_videos(positions, prompt.inputs["mm_token_type_ids"][0])
 
-    def multi_modal_inputs(self, prompts: list[data.Prompt]) -> dict[str, Tensor]:
-        """Pixels and grids of the prompts, on the model's device, ready for the forward."""
-        joined = join_inputs(prompts, self.family.image_axis)
+    def multi_modal_inputs(self, turns: Iterable[Turn]) -> dict[str, Tensor]:
+        """Pixels and grids of the Prompts among turns, on the model's device, ready for the
+        forward."""
+        joined = join_inputs(prompts_of(turns), self.family.image_axis)
         inputs = extract_multi_modal_inputs(self.model, joined)
         return {name: value.to(self.device) for name, value in inputs.items()}
 
@@ -757,18 +762,18 @@ class Actor:
         return padded
 
     @torch.no_grad()
-    def image_features(self, prompts: list[data.Prompt]) -> dict | None:
-        """What a frozen vision tower makes of the prompts' images and videos, for `logprobs` to use
-        again and again.
+    def image_features(self, turns: list[Turn]) -> dict | None:
+        """What a frozen vision tower makes of the images and videos among turns, for `logprobs` to
+        use again and again.
 
         Returns None where there is nothing to keep: no image, a tower that is trained, a model
         whose forward takes no `mm_encoder_outputs`, or a layout that needs an image several times.
         """
-        model = unwrap(self.model)
+        model = self.model
         takes_features = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
         if self.trains_vision() or self.packing != "shared" or not takes_features:
             return None
-        inputs = self.multi_modal_inputs(prompts)
+        inputs = self.multi_modal_inputs(turns)
         inputs.pop("second_per_grid_ts", None)  # only positions need it
         images = {name: value for name, value in inputs.items() if "video" not in name}
         videos = {name: value for name, value in inputs.items() if "video" in name}
@@ -846,16 +851,13 @@ class Actor:
             seed: of the adapters' start, the same on all ranks.
         """
         head = self.model.get_output_embeddings()
-        linear = [
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear)
-            and module is not head
-            and self.part(name) == "language"
-        ]
-        last_names = {name: name.split(".")[-1] for name in linear}
+        last_names = {}  # of linear layers
+        for name, module in self.model.named_modules():
+            is_linear = isinstance(module, nn.Linear) and module is not head
+            if is_linear and self.part(name) == "language":
+                last_names[name] = name.split(".")[-1]
         wanted = set(last_names.values()) if targets == "all" else set(targets.split(","))
-        chosen = [name for name in linear if last_names[name] in wanted]
+        chosen = [name for name, last in last_names.items() if last in wanted]
         if not chosen:
             known = ", ".join(sorted(set(last_names.values())))
             raise ValueError(
@@ -882,14 +884,6 @@ class Actor:
         finally:
             for layer in layers:
                 layer.set_scale("default", 1.0)
-
-    def checkpoint_activations(self, on: bool = True) -> None:
-        """Keep only the inputs of layers, and compute the rest again in the backward; or stop doing
-        so."""
-        if on:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
 
     def shard(
         self,
@@ -1266,7 +1260,7 @@ def one_by_one(bundles: list[Bundle]) -> list[Bundle]:
     return single
 
 
-def prompts_of(turns: list[Turn]) -> list[data.Prompt]:
+def prompts_of(turns: Iterable[Turn]) -> list[data.Prompt]:
     """The Prompts among turns; each holds the images that arrived with it."""
     return [turn for turn in turns if not isinstance(turn, Tensor)]
 
@@ -1275,7 +1269,7 @@ def join_token_types(turns: list[Turn]) -> dict[str, Tensor]:
     """The processor's per-token inputs (T,) of turns, end to end; 0 for what the policy wrote."""
     names = {}
     for prompt in prompts_of(turns):
-        names |= dict.fromkeys(filter(is_per_token, prompt.inputs))
+        names |= dict.fromkeys(PER_TOKEN & prompt.inputs.keys())
     joined = {}
     for name in names:
         pieces = []
@@ -1307,7 +1301,7 @@ def join_inputs(prompts: list[data.Prompt], axis: int = 0) -> dict[str, Tensor]:
         names |= dict.fromkeys(prompt.inputs)
     joined = {}
     for name in names:
-        if not is_per_token(name):
+        if name not in PER_TOKEN:
             tensors = [prompt.inputs[name] for prompt in prompts if name in prompt.inputs]
             joined[name] = torch.cat(fill_up(tensors, axis), axis)
     return joined
@@ -1326,16 +1320,12 @@ def fill_up(tensors: list[Tensor], axis: int) -> list[Tensor]:
     return filled
 
 
-PER_TOKEN = {  # (1, P) and, of a model with cross attention, more axes
+# processor outputs with one number per prompt token, (1, P), and of a model with cross attention
+# more axes; all others are per image or per patch
+PER_TOKEN = {
     "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "cross_attention_mask",
     "image_attention_mask", "image_embeds_position_mask",
 }  # fmt: skip
-
-
-def is_per_token(name: str) -> bool:
-    """Whether a processor output has one number per prompt token (1, P); all others are per image
-    or per patch."""
-    return name in PER_TOKEN
 
 
 def left_pad(rows: list[Tensor], value) -> Tensor:
@@ -1405,29 +1395,17 @@ SETTINGS = {  # of a forward, and what a model makes of its inputs; no processor
 }  # fmt: skip
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside PEFT, DistributedDataParallel, FSDP1 or torch.compile. FSDP2
-    does not wrap."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(
-            inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module
-        ):
-            model = inner
-        else:
-            return model
-
-
 def extract_multi_modal_inputs(model: nn.Module, batch: dict) -> dict:
     """The fields of a batch that this model's forward takes beyond text, as a new dict; None values
     are left out.
 
     The forward's own signature decides, so that a new family needs no list here: `pixel_values` and
     `image_grid_thw` for Qwen, `image_sizes` for LLaVA, `pixel_attention_mask` for SmolVLM. The
-    model may be wrapped, see unwrap.
+    model may be wrapped, by PEFT, DistributedDataParallel, FSDP1 or torch.compile.
     """
-    accepted = inspect.signature(unwrap(model).forward).parameters.keys()
+    models = (m for m in model.modules() if isinstance(m, PreTrainedModel))
+    outermost = next(models, model)
+    accepted = inspect.signature(outermost.forward).parameters.keys()
     names = accepted - TEXT_INPUTS - SETTINGS
     return {name: value for name, value in batch.items() if name in names and value is not None}
 
@@ -1684,7 +1662,7 @@ def _without(prompt: data.Prompt, trace: list[Turn], image_axis: int) -> data.Pr
     seen = join_inputs(earlier, image_axis)
     inputs = {}
     for name, value in prompt.inputs.items():
-        if is_per_token(name):
+        if name in PER_TOKEN:
             inputs[name] = value[:, len(seen_ids) :]
         elif name in seen:
             inputs[name] = cut(name, value, seen[name], image_axis)
@@ -1748,13 +1726,10 @@ def export(checkpoint: str | Path, out: str | Path, merge: bool = True) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Export a checkpoint of a run.")
-    jobs = parser.add_subparsers(required=True, dest="job")
-    exporter = jobs.add_parser(
-        "export", help="a checkpoint as a directory for transformers and vLLM"
-    )
-    exporter.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step-N")
-    exporter.add_argument("out", type=Path, help="folder for the Hugging Face model directory")
-    exporter.add_argument(
+    parser.add_argument("job", choices=["export"], help="as a directory for transformers and vLLM")
+    parser.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step-N")
+    parser.add_argument("out", type=Path, help="folder for the Hugging Face model directory")
+    parser.add_argument(
         "--keep_adapter", action="store_true", help="write a LoRA adapter by itself, not merged"
     )
     args = parser.parse_args()

@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 import data
 import reward
-from model import Actor, Turn, as_position_ids, lay_out, left_pad, prompts_of
+from model import Actor, Turn
 from support.cpu import pack_experts_again, vllm_options
 from support.processes import gather_objects, this_rank
 from support.report import thumbnail
@@ -426,45 +426,32 @@ def prefill(actor: Actor, conversations: list[list[Turn]], n: int) -> dict:
         What generate() takes: ids (B n, P), mask and positions padded on the left, and the cache;
         every conversation n times, one after the other.
     """
-    all_ids, all_positions, prompts = [], [], []
-    for turns in conversations:
-        its_ids, its_positions, _ = lay_out(turns, actor.positions)
-        all_ids.append(its_ids)
-        all_positions.append(its_positions)
-        prompts += prompts_of(turns)
-    ids = left_pad(all_ids, actor.pad_id).to(actor.device)
-    mask = left_pad([torch.ones_like(its_ids) for its_ids in all_ids], 0).to(actor.device)
-    positions = left_pad(all_positions, 0).transpose(0, 1)  # (3 or 1, B, P)
-    positions = as_position_ids(positions).to(actor.device)
-    types = actor.token_types(conversations)
+    inputs, _ = actor.padded_inputs(conversations)
     cache = actor.model(
-        input_ids=ids[:, :-1],
-        attention_mask=mask[:, :-1],
-        position_ids=positions[..., :-1],
+        **{name: values[..., :-1] for name, values in inputs.items()},
+        **actor.multi_modal_inputs(itertools.chain.from_iterable(conversations)),
         use_cache=True,
         logits_to_keep=1,
-        **actor.multi_modal_inputs(prompts),
-        **{name: values[:, :-1] for name, values in types.items()},
     ).past_key_values
+    ids = inputs["input_ids"]
     rows = torch.arange(len(ids), device=actor.device).repeat_interleave(n)
     cache.reorder_cache(rows)
     return {
         "inputs": ids[rows],
-        "attention_mask": mask[rows],
-        "position_ids": positions[..., rows, :],
+        "attention_mask": inputs["attention_mask"][rows],
+        "position_ids": inputs["position_ids"][..., rows, :],
         "past_key_values": cache,
     }
 
 
 def cut_at_end(responses: Tensor, logprobs: Tensor, eos_ids: list[int]) -> list[Rollout]:
     """Cut responses and log-probs, (B n, R) both, behind their first end token."""
-    is_end = torch.isin(responses, torch.tensor(eos_ids))
-    ended = is_end.any(1).tolist()
-    first_end = is_end.int().argmax(1).tolist()
+    ends = torch.tensor(eos_ids)
     rollouts = []
-    for i, response in enumerate(responses):
-        length = first_end[i] + 1 if ended[i] else len(response)
-        rollouts.append(Rollout([response[:length]], logprobs[i, :length], not ended[i]))
+    for ids, logps in zip(responses, logprobs, strict=True):
+        found = torch.isin(ids, ends).nonzero()
+        length = int(found[0]) + 1 if len(found) else len(ids)
+        rollouts.append(Rollout([ids[:length]], logps[:length], truncated=not len(found)))
     return rollouts
 
 

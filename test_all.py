@@ -1970,7 +1970,7 @@ def slide_windows(actor):
 
 
 def checkpoint_layers(actor):
-    actor.checkpoint_activations()
+    actor.model.gradient_checkpointing_enable()
     return actor
 
 
@@ -2018,7 +2018,7 @@ def test_every_layout_gives_the_same_logprobs_and_gradients(tiny, family_folder,
 
 
 def test_checkpointed_layers_run_again_in_the_backward_and_generation_goes_on(actor, process_group):
-    actor.checkpoint_activations()
+    actor.model.gradient_checkpointing_enable()
     groups = image_groups(actor)
     layer, calls = actor.model.model.language_model.layers[1].mlp, []
     layer.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -2071,7 +2071,8 @@ def _everyone_sees_all(layout):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_meter_counts_what_one_forward_keeps_for_its_backward(actor, checkpointing):
-    actor.checkpoint_activations(checkpointing)
+    if checkpointing:
+        actor.model.gradient_checkpointing_enable()
     saved, groups = memory.SavedTensors(), random_groups(actor, (1, 0, 1), ((30,) * 4,) * 3)
     tokens = sum(len(p.ids) + sum(len(r) for [r] in rs) for p, rs in groups)
     for _ in range(2):  # the most of any pass, not their sum
@@ -2377,7 +2378,7 @@ def check_kernels_under_fsdp(folder):
                 actor = model.Actor(network, processor)
                 if frozen:
                     actor.freeze("tower", "projector")
-                actor.checkpoint_activations()
+                actor.model.gradient_checkpointing_enable()
                 actor.shard(torch.device("cpu"))
                 groups = random_groups(actor, (2, 0, 1), ((300, 500), (40,), (7, 1)))
                 features = actor.image_features([prompt for prompt, _ in groups])
@@ -2472,8 +2473,8 @@ def use_in_a_notebook(folder):
     prompts = [actor.prompt("<image>How many sides?", [image]), actor.prompt("Which colour?")]
     drawn = draw(rollout.HFEngine(actor, max_response_tokens=6), prompts, 3)
     gaps = []
-    for on in (True, False):
-        actor.checkpoint_activations(on)
+    for switch in ("enable", "disable"):
+        getattr(actor.model, f"gradient_checkpointing_{switch}")()
         logprobs, _ = actor.logprobs(as_groups(prompts, drawn))
         logprobs.sum().backward()
         gaps.append((logprobs - sampled(drawn)).abs().max().item())
@@ -2941,7 +2942,7 @@ def plain_logprobs(actor, groups):
             types = {
                 k: torch.nn.functional.pad(v, (0, len(response)))
                 for k, v in prompt.inputs.items()
-                if model.is_per_token(k)
+                if k in model.PER_TOKEN
             }
             ids = torch.cat([prompt.ids, response])[None]
             inputs = model.extract_multi_modal_inputs(actor.model, prompt.inputs | types)
@@ -2995,7 +2996,7 @@ def test_a_family_is_scored_as_its_plain_forward_does_and_its_frozen_tower_stays
 
     inputs = model.extract_multi_modal_inputs(actor.model, prompts_with(actor, 2)[0].inputs)
     assert {
-        k: None if model.is_per_token(k) else tuple(v.shape) for k, v in inputs.items()
+        k: None if k in model.PER_TOKEN else tuple(v.shape) for k, v in inputs.items()
     } == PIXELS[name]
 
 
@@ -3130,8 +3131,8 @@ def test_every_input_of_every_class_of_transformers_is_known():
         if unknown:
             new[name] = sorted(unknown)
     assert len(classes) > 80 and new == {}, "media, per token, text or a setting?"
-    for name in ("cross_attention_mask", "image_attention_mask", "image_embeds_position_mask"):
-        assert model.is_per_token(name) and not model.is_per_token("image_position_ids")
+    cross = {"cross_attention_mask", "image_attention_mask", "image_embeds_position_mask"}
+    assert cross < model.PER_TOKEN and "image_position_ids" not in model.PER_TOKEN
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -8131,7 +8132,7 @@ def test_gpu_packing_in_bfloat16_is_within_its_floor(device, size, tiny, table):
 @each_device
 def test_gpu_update_at_full_width(device, tiny, table, process_group):
     actor = large_actor(tiny[False], device)
-    actor.checkpoint_activations()
+    actor.model.gradient_checkpointing_enable()
     sharded(actor, device)
     groups = large_groups(actor, device)
     optimizer = torch.optim.AdamW(actor.model.parameters(), 1e-6, fused=device == "cuda")

@@ -492,7 +492,7 @@ def load_pack(run: Run, shares: list[Share], problems: data.Problems | None = No
     sampler_logprobs = torch.cat([rollout.sampler_logprobs for rollout in rollouts])
     return TrainPack(
         bundles=bundles,
-        features=run.actor.image_features(prompts_of(turns_of(bundles))),
+        features=run.actor.image_features(turns_of(bundles)),
         lengths=lengths.to(run.device),
         advantages=grpo.spread(torch.cat(advantages), lengths).to(run.device),
         sampler_logprobs=sampler_logprobs.to(run.device),
@@ -1034,7 +1034,7 @@ def shard_actor(s: Settings, actor: Actor, device: torch.device, videos: bool) -
     elif frozen:
         actor.freeze(*frozen)
     if s.gradient_checkpointing:
-        actor.checkpoint_activations()
+        actor.model.gradient_checkpointing_enable()
     actor.shard(device, s.compute_dtype(device), videos=videos, shard_ranks=s.shard_ranks)
     say(actor.summarize_trained())
 
