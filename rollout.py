@@ -33,7 +33,7 @@ import runpy
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import data
@@ -98,8 +98,11 @@ class Rollout:
         return tokenizer.decode(turn if is_cut else turn[:-1])
 
     def __reduce__(self) -> tuple:
-        """Travel between ranks as arrays: they pickle a hundred times faster than small tensors."""
-        return from_arrays, as_arrays(self)
+        """Travel between ranks as arrays: small tensors pickle a hundred times slower, with all of
+        the batch that they are a part of."""
+        parts = [*self.turns, self.sampler_logprobs]
+        arrays = [part.numpy() if isinstance(part, Tensor) else part for part in parts]
+        return from_arrays, (arrays, self.truncated, self.reward)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,13 +171,11 @@ class HFEngine(Engine):
 
     Args:
         max_response_tokens: a longer response is cut.
-        rows: most responses that are decoded side by side.
     """
 
-    def __init__(self, actor: Actor, max_response_tokens: int, rows: int = 1024):
+    def __init__(self, actor: Actor, max_response_tokens: int):
         self.actor = actor
         self.max_response_tokens = max_response_tokens
-        self.rows = rows
 
     def generate(self, conversations, n, seed, greedy=False) -> list[list[Rollout]]:
         """As Engine.generate."""
@@ -182,7 +183,7 @@ class HFEngine(Engine):
         rank_seed = random.Random(f"{seed} {this_rank()}").getrandbits(63)
         device = self.actor.device
         gpus = [device] if device.type == "cuda" else []
-        per_call = max(1, self.rows // n)
+        per_call = max(1, 1024 // n)  # so many responses are decoded side by side
         groups = []
         with torch.no_grad(), self.actor.generating(), torch.random.fork_rng(devices=gpus):
             torch.manual_seed(rank_seed)
@@ -400,16 +401,10 @@ class VLLMEngine(Engine):
 # process; the choice of an engine; conversations; evaluation
 
 
-def as_arrays(rollout: Rollout) -> tuple:
-    """The fields of a rollout, its tensors as arrays."""
-    turns = [t.numpy() if isinstance(t, Tensor) else t for t in rollout.turns]
-    return turns, rollout.sampler_logprobs.numpy(), rollout.truncated, rollout.reward
-
-
-def from_arrays(turns: list, sampler_logprobs: np.ndarray, truncated, earned) -> Rollout:
-    """The rollout of these fields."""
-    turns = [torch.from_numpy(t) if isinstance(t, np.ndarray) else t for t in turns]
-    return Rollout(turns, torch.from_numpy(sampler_logprobs), truncated, earned)
+def from_arrays(arrays: list, truncated: bool, earned: float | None) -> Rollout:
+    """What Rollout.__reduce__ has taken apart."""
+    parts = [torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in arrays]
+    return Rollout(parts[:-1], parts[-1], truncated, earned)
 
 
 def check_greedy(n: int, greedy: bool) -> None:
@@ -479,12 +474,12 @@ def make_request(number: int, turns: list[Turn]) -> VLLMRequest:
             short_ids += turn.short_ids.tolist()
             images += turn.images
             videos += turn.videos
-    media = {}
-    if images:
-        media["image"] = images
-    if videos:
-        media["video"] = videos
-    return VLLMRequest(number, ids, {"prompt_token_ids": short_ids, "multi_modal_data": media})
+    media = {"image": images, "video": videos}
+    prompt = {
+        "prompt_token_ids": short_ids,
+        "multi_modal_data": {kind: items for kind, items in media.items() if items},
+    }
+    return VLLMRequest(number, ids, prompt)
 
 
 def read_output(request: VLLMRequest, output, n: int) -> list[Rollout]:
@@ -756,14 +751,14 @@ def build_engine(wanted: str, actor: Actor, model: str, **settings) -> tuple[Eng
 
     Args:
         wanted: auto, vllm or hf.
-        settings: of VLLMEngine; dtype is the actor's unless given. HFEngine needs
-            max_response_tokens alone.
+        settings: of VLLMEngine but its dtype, the actor's. HFEngine needs max_response_tokens
+            alone.
     """
     kind, why = choose_engine(wanted, model, actor.temperature)
+    why = f"rollout engine {kind}: {why}"
     if kind == "hf":
-        return HFEngine(actor, settings["max_response_tokens"]), f"rollout engine hf: {why}"
-    settings = {"dtype": actor.dtype} | settings
-    return VLLMEngine(actor, model, **settings), f"rollout engine vllm: {why}"
+        return HFEngine(actor, settings["max_response_tokens"]), why
+    return VLLMEngine(actor, model, dtype=actor.dtype, **settings), why
 
 
 # --------------------------------------------------------------------------------------------------
@@ -823,11 +818,11 @@ class Conversations(Engine):
             live = [talk for talk in talks if not talk.done]
             if not any(gather_objects(bool(live))):
                 break
-            so_far = [talk.so_far(self.reader) for talk in live]
+            so_far = [[talk.prompt, *talk.rollout.read(self.reader)] for talk in live]
             new_turns = self.engine.generate(so_far, 1, seed + turn, greedy)
             for talk, [new_turn] in zip(live, new_turns, strict=True):
                 talk.add(new_turn)
-        rollouts = [talk.rollout() for talk in talks]
+        rollouts = [talk.rollout for talk in talks]
         return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
 
 
@@ -837,44 +832,35 @@ class Conversation:
     def __init__(self, prompt: data.Prompt, environment, first_turn: Rollout):
         self.prompt = prompt
         self.environment = environment
-        self.turns: list[Tensor | Observation] = []
-        self.sampler_logprobs: list[Tensor] = []
-        self.reward = 0.0
-        self.truncated = False
+        self.rollout = replace(first_turn, reward=0.0)  # what has followed the prompt so far
         self.done = False
-        self.add(first_turn)
 
-    def add(self, new_turn: Rollout) -> None:
+    def add(self, new: Rollout) -> None:
         """Take what the policy wrote."""
-        self.turns += new_turn.turns
-        self.sampler_logprobs.append(new_turn.sampler_logprobs)
-        self.truncated = new_turn.truncated
+        self.rollout = replace(
+            self.rollout,
+            turns=self.rollout.turns + new.turns,
+            sampler_logprobs=torch.cat([self.rollout.sampler_logprobs, new.sampler_logprobs]),
+            truncated=new.truncated,
+        )
 
     def answer(self, reader: data.Reader, max_prompt_tokens: int) -> None:
         """Let the environment answer the last turn, unless that was cut, which earns nothing."""
-        if self.truncated:
-            self.done = True
+        self.done = True
+        if self.rollout.truncated:
             return
-        text = self.rollout().text(reader.processor.tokenizer)
+        text = self.rollout.text(reader.processor.tokenizer)
         problem, earned = self.environment.step(text)
-        self.reward += earned
+        self.rollout.reward += earned
         if problem is None:
-            self.done = True
             return
         observation = Observation(problem, len(reader.later(problem).ids))
-        length = len(self.prompt.ids) + self.rollout().tokens + observation.tokens
+        length = len(self.prompt.ids) + self.rollout.tokens + observation.tokens
         if length > max_prompt_tokens:
-            self.truncated = True
-            self.done = True
-        else:
-            self.turns.append(observation)
-
-    def so_far(self, reader: data.Reader) -> list[Turn]:
-        return [self.prompt, *self.rollout().read(reader)]
-
-    def rollout(self) -> Rollout:
-        logprobs = torch.cat(self.sampler_logprobs)
-        return Rollout(list(self.turns), logprobs, self.truncated, self.reward)
+            self.rollout.truncated = True
+            return
+        self.rollout = replace(self.rollout, turns=[*self.rollout.turns, observation])
+        self.done = False
 
 
 class Codeword:
