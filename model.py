@@ -119,7 +119,7 @@ class Pack:
     """The inputs of one forward pass over whole groups."""
 
     input_ids: Tensor  # (1, T)
-    position_ids: Tensor  # (3, 1, T) with M-RoPE, else (1, T)
+    positions: Tensor  # (3, 1, T) time, height and width: all the same for text
     keep: Tensor  # (N,) the positions that predict `targets`
     targets: Tensor  # (N,) what the policy wrote
     layout: Layout
@@ -132,7 +132,7 @@ def make_pack(bundles: list[Bundle], positions: Callable, whole_images: str = "n
         bundles: (prompt, completions) pairs; a prompt may have no completion. A completion is one
             segment with all its turns, those of the environment included, which nothing is trained
             on.
-        positions: Prompt -> (3 or 1, P).
+        positions: Prompt -> (3, P).
         whole_images: layers in which a token of an image sees all of it: see Layout.
 
     Returns:
@@ -162,7 +162,7 @@ def make_pack(bundles: list[Bundle], positions: Callable, whole_images: str = "n
     images = None if whole_images == "nowhere" else image_numbers(turns_of(bundles))
     return Pack(
         input_ids=torch.cat(ids)[None],
-        position_ids=as_position_ids(join_positions(pieces)[:, None]),
+        positions=torch.cat(pieces, 1)[:, None],
         keep=torch.cat(keep),
         targets=torch.cat(targets),
         layout=Layout(segments, images, whole_images),
@@ -176,11 +176,11 @@ def lay_out(
 
     Args:
         turns: Prompts, which the policy read, and Tensors of ids (R,), which it wrote, never empty.
-        positions: Prompt -> (3 or 1, P), from 0. Each turn starts after the largest position of the
+        positions: Prompt -> (3, P), from 0. Each turn starts after the largest position of the
             one before it, the first at `start`.
 
     Returns:
-        ids (T,), positions (3 or 1, T), and (T,) bool: written by the policy, so trained.
+        ids (T,), positions (3, T), and (T,) bool: written by the policy, so trained.
     """
     ids, pieces, written = [], [], []
     for turn in turns:
@@ -188,25 +188,12 @@ def lay_out(
         if is_written and len(turn) == 0:
             raise ValueError("an empty response has no token to score; drop it before packing")
         turn_ids = turn if is_written else turn.ids
-        turn_positions = torch.arange(len(turn))[None] if is_written else positions(turn)
+        turn_positions = count_up(turn) if is_written else positions(turn)
         ids.append(turn_ids)
         pieces.append(start + turn_positions)
         written.append(torch.full((len(turn_ids),), is_written))
         start = pieces[-1].max() + 1
-    return torch.cat(ids), join_positions(pieces), torch.cat(written)
-
-
-def join_positions(pieces: list[Tensor]) -> Tensor:
-    """(3 or 1, T) positions of pieces end to end; a piece of text has one row where one with images
-    has 3."""
-    rows = max(map(len, pieces))
-    return torch.cat([piece.expand(rows, -1) for piece in pieces], 1)
-
-
-def as_position_ids(positions: Tensor) -> Tensor:
-    """Positions (3 or 1, B, T) of rows as the forward takes them: (3, B, T) with M-RoPE, else
-    (B, T)."""
-    return positions if len(positions) > 1 else positions[0]
+    return torch.cat(ids), torch.cat(pieces, 1), torch.cat(written)
 
 
 Segment = tuple[int, int, int, int]  # start, end, prompt_start, prompt_end in tokens of the pack
@@ -219,7 +206,7 @@ class Layout:
     segments: list[Segment]  # every prompt, whose own prompt is empty, and every completion
     images: Tensor | None = None  # (T,) number of the image a token belongs to, -1 for text
     whole_images: str = "nowhere"  # or "everywhere" or "windows": layers with a sliding window
-    _cache: dict = field(default_factory=dict)  # the same for all layers of a forward
+    _made: dict = field(default_factory=dict)
 
     def looks_ahead(self, window: int | None) -> bool:
         """Whether an image's tokens see all of it in a layer with this sliding window."""
@@ -234,16 +221,12 @@ class Layout:
         completions = [segment for segment in self.segments if segment[2] < segment[3]]
         return [prompts, completions] if completions else [prompts]
 
-    def padded(self, window: int | None, device) -> list[tuple]:
-        """For dense attention: each batch as rows of its queries (S, L), which of them are no
-        padding (S, L), rows of its keys (S, K), and the mask (S, 1, L, K)."""
-        if (window, device) not in self._cache:
-            batches = []
-            for segments in self.batches:
-                batch = dense_batch(self, segments, window)
-                batches.append([x.to(device) for x in batch])
-            self._cache[window, device] = batches
-        return self._cache[window, device]
+    def once(self, make: Callable, *arguments):
+        """make(layout, *arguments), made once for all layers of a forward."""
+        key = (make, *arguments)
+        if key not in self._made:
+            self._made[key] = make(self, *arguments)
+        return self._made[key]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -281,7 +264,7 @@ def shared_attention(
     if kernel_runs(q) and not layout.looks_ahead(sliding_window):
         return kernel_attention(q, k, v, layout, scaling, sliding_window)[None], None
     out = torch.empty_like(q)
-    for rows, real, key_rows, mask in layout.padded(sliding_window, q.device):
+    for rows, real, key_rows, mask in layout.once(padded_batches, sliding_window, q.device):
         attended = F.scaled_dot_product_attention(
             q[rows].transpose(1, 2),
             k[key_rows].transpose(1, 2),
@@ -407,9 +390,8 @@ class Actor:
         model, processor: the Hugging Face objects.
         temperature: of the trained distribution; logits are divided by it, in sampling and in
             scoring.
-        banned_ids: vision tokens, which the policy may not write: an <|image_pad|> in a response
-            would ask for image features that do not exist. They have probability 0 in sampling and
-            in scoring alike.
+        banned_ids: vision tokens, which have probability 0 in sampling and in scoring alike: an
+            <|image_pad|> in a response would ask for image features that do not exist.
         compute: dtype in which the blocks compute.
     """
 
@@ -481,7 +463,7 @@ class Actor:
         with self._head_asked(request):
             out = self.model(
                 input_ids=pack.input_ids.to(self.device),
-                position_ids=pack.position_ids.to(self.device),
+                position_ids=self.position_ids(pack.positions),
                 logits_to_keep=pack.keep.to(self.device),
                 layout=pack.layout,
                 use_cache=False,
@@ -528,11 +510,11 @@ class Actor:
             all_positions.append(row_positions)
             all_written.append(row_written)
         mask = left_pad([torch.ones_like(row_ids) for row_ids in all_ids], 0)
-        positions = left_pad(all_positions, 0).transpose(0, 1)  # (3 or 1, B, T)
+        positions = left_pad(all_positions, 0).transpose(0, 1)  # (3, B, T)
         inputs = {
             "input_ids": left_pad(all_ids, self.pad_id).to(self.device),
             "attention_mask": mask.to(self.device),
-            "position_ids": as_position_ids(positions).to(self.device),
+            "position_ids": self.position_ids(positions),
         }
         return inputs | self.token_types(rows), left_pad(all_written, False).to(self.device)
 
@@ -722,7 +704,7 @@ class Actor:
         return torch.tensor(self.banned_ids, dtype=torch.long, device=self.device)
 
     def positions(self, prompt: data.Prompt) -> Tensor:
-        """Positions of a prompt's tokens: (3, P) time, height, width for M-RoPE, else (1, P).
+        """Positions of a prompt's tokens, (3, P) time, height and width.
 
         Explicit, because a Qwen forward without mm_token_type_ids falls back to 1-D positions
         without a word. Kept, because every forward of a prompt asks for them.
@@ -731,13 +713,15 @@ class Actor:
             self._positions[prompt] = self._make_positions(prompt)
         return self._positions[prompt]
 
+    def position_ids(self, positions: Tensor) -> Tensor:
+        """Positions (3, B, T) as the forward takes them: all with M-RoPE, else (B, T)."""
+        has_axes = hasattr(self.model.model, "get_rope_index")
+        return (positions if has_axes else positions[0]).to(self.device)
+
     def _make_positions(self, prompt: data.Prompt) -> Tensor:
         inner = self.model.model
-        plain = torch.arange(len(prompt.ids))[None]
-        if not hasattr(inner, "get_rope_index"):
-            return plain
-        if not prompt.images and not prompt.videos:
-            return plain.expand(3, -1)
+        if not hasattr(inner, "get_rope_index") or not (prompt.images or prompt.videos):
+            return count_up(prompt.ids)
         names = inspect.signature(inner.get_rope_index).parameters
         inputs = {name: value for name, value in prompt.inputs.items() if name in names}
         if "second_per_grid_ts" in inputs:  # vLLM rounds products of these in double precision
@@ -1145,8 +1129,18 @@ def shard_mesh(device: torch.device, shard_ranks: int) -> DeviceMesh:
 # Attention: what the dense form and the kernels are given
 
 
-def dense_batch(layout: Layout, segments: list[Segment], window: int | None) -> tuple:
-    """Some segments of a pack side by side, as in Layout.padded."""
+def padded_batches(layout: Layout, window: int | None, device) -> list[list[Tensor]]:
+    """For dense attention: of prompts, and of completions, the rows of their queries (S, L), which
+    of them are no padding (S, L), the rows of their keys (S, K), and the mask (S, 1, L, K)."""
+    batches = []
+    for segments in layout.batches:
+        batch = padded_batch(layout, segments, window)
+        batches.append([x.to(device) for x in batch])
+    return batches
+
+
+def padded_batch(layout: Layout, segments: list[Segment], window: int | None) -> tuple:
+    """Some segments of a pack side by side, as in padded_batches."""
     start, end, prompt_start, prompt_end = torch.tensor(segments).T  # (S,) each
     rows, real = side_by_side(start, end)  # (S, L)
     prompt_rows, prompt_real = side_by_side(prompt_start, prompt_end)
@@ -1189,20 +1183,18 @@ GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn)
 def kernel_attention(q, k, v, layout: Layout, scaling: float, window: int | None) -> Tensor:
     """Attention of a pack by the variable-length kernel, as shared_attention; (T, heads, head size)
     all. The last query's own key is the last key."""
-    if q.device not in layout._cache:
-        layout._cache[q.device] = kernel_index(layout.segments, q.device)
-    keys, *sizes = layout._cache[q.device]
+    keys, *sizes = layout.once(kernel_index, q.device)
     k = k.index_select(0, keys)
     v = v.index_select(0, keys)
     reach = (window - 1, 0) if window else (-1, 0)  # keys before and behind its own; -1: all
     return varlen_attn(q, k, v, *sizes, scale=scaling, window_size=reach, **GROUPED)
 
 
-def kernel_index(segments: list[Segment], device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+def kernel_index(layout: Layout, device) -> tuple[Tensor, Tensor, Tensor, int, int]:
     """(sum of keys,) rows of every segment's keys, (S + 1,) where each begins and ends among the
     queries and among the keys, and the longest of each."""
     rows, queries, keys = [], [0], [0]
-    for start, end, prompt_start, prompt_end in segments:
+    for start, end, prompt_start, prompt_end in layout.segments:
         rows += range(prompt_start, prompt_end)
         rows += range(start, end)
         queries.append(end)
@@ -1326,6 +1318,11 @@ PER_TOKEN = {
     "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "cross_attention_mask",
     "image_attention_mask", "image_embeds_position_mask",
 }  # fmt: skip
+
+
+def count_up(ids: Tensor) -> Tensor:
+    """(3, P) positions of text: 0, 1, 2, ..."""
+    return torch.arange(len(ids)).expand(3, -1)
 
 
 def left_pad(rows: list[Tensor], value) -> Tensor:

@@ -297,8 +297,8 @@ class VLLMEngine(Engine):
         counts = gather_objects(len(conversations))
         first = sum(counts[: dist.get_rank()])
         own = [make_request(first + i, turns) for i, turns in enumerate(conversations)]
-        requests = self._gather_requests(own)
-        sampling = [self._sampling(request.number, n, seed, greedy) for request in requests]
+        requests = gather_requests(own, self.tp_group)
+        sampling = [sampling_params(self, r.number, n, seed, greedy) for r in requests]
         with kept_globals():
             outputs = self.llm.generate([r.prompt for r in requests], sampling, use_tqdm=False)
         groups = []
@@ -306,38 +306,6 @@ class VLLMEngine(Engine):
             if first <= request.number < first + len(own):
                 groups.append(read_output(request, output, n))
         return groups
-
-    def _gather_requests(self, own: list[VLLMRequest]) -> list[VLLMRequest]:
-        """Those of all ranks that share the engine."""
-        ranks = dist.get_world_size(self.tp_group)
-        if ranks == 1:  # images are slow to pickle
-            return own
-        shares = [None] * ranks
-        dist.all_gather_object(shares, own, group=self.tp_group)
-        return list(itertools.chain.from_iterable(shares))
-
-    def _sampling(self, number: int, n: int, seed: int, greedy: bool):
-        """vLLM's SamplingParams; it seeds the n responses with seed, seed + 1, ..."""
-        from vllm import SamplingParams
-
-        # one seed for all would give every conversation the same noise; n apart, no two responses
-        # of a call share a seed
-        base = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        return SamplingParams(
-            n=n,
-            seed=base + number * n,
-            temperature=0.0 if greedy else self.actor.temperature,
-            top_p=1.0,
-            top_k=0,
-            min_p=0.0,
-            logit_bias={token: -math.inf for token in self.actor.banned_ids},
-            max_tokens=self.max_response_tokens,
-            stop_token_ids=self.actor.eos_ids,
-            ignore_eos=True,  # vLLM's own notion; all end tokens are stop_token_ids
-            logprobs=0,  # of the drawn tokens alone
-            flat_logprobs=True,
-            detokenize=False,
-        )
 
     def sync(self, actor: Actor) -> dict[str, float]:
         """Make vLLM's policy the actor's: wake up, load every weight, forget what was computed with
@@ -480,6 +448,41 @@ def make_request(number: int, turns: list[Turn]) -> VLLMRequest:
         "multi_modal_data": {kind: items for kind, items in media.items() if items},
     }
     return VLLMRequest(number, ids, prompt)
+
+
+def gather_requests(own: list[VLLMRequest], tp_group) -> list[VLLMRequest]:
+    """Those of all ranks that share the engine."""
+    ranks = dist.get_world_size(tp_group)
+    if ranks == 1:  # images are slow to pickle
+        return own
+    shares = [None] * ranks
+    dist.all_gather_object(shares, own, group=tp_group)
+    return list(itertools.chain.from_iterable(shares))
+
+
+def sampling_params(engine: VLLMEngine, number: int, n: int, seed: int, greedy: bool):
+    """How conversation `number` of all ranks is sampled; vLLM seeds its n responses with seed,
+    seed + 1, ..."""
+    from vllm import SamplingParams
+
+    # one seed for all would give every conversation the same noise; n apart, no two responses of a
+    # call share a seed
+    base = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return SamplingParams(
+        n=n,
+        seed=base + number * n,
+        temperature=0.0 if greedy else engine.actor.temperature,
+        top_p=1.0,
+        top_k=0,
+        min_p=0.0,
+        logit_bias={token: -math.inf for token in engine.actor.banned_ids},
+        max_tokens=engine.max_response_tokens,
+        stop_token_ids=engine.actor.eos_ids,
+        ignore_eos=True,  # vLLM's own notion; all end tokens are stop_token_ids
+        logprobs=0,  # of the drawn tokens alone
+        flat_logprobs=True,
+        detokenize=False,
+    )
 
 
 def read_output(request: VLLMRequest, output, n: int) -> list[Rollout]:

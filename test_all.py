@@ -2048,9 +2048,7 @@ def test_the_check_at_start_up_passes_and_refuses_a_wrong_layout(actor, monkeypa
     prompts = prompts_with(actor, 2, 0)
     assert actor.check_packing(prompts) < 1e-5
     assert all(p.grad is None for p in actor.model.parameters()) and actor.packing == "shared"
-    monkeypatch.setattr(
-        model.Layout, "padded", lambda self, window, device: _everyone_sees_all(self)
-    )
+    monkeypatch.setattr(model, "padded_batches", lambda layout, *_: _everyone_sees_all(layout))
     with pytest.raises(
         RuntimeError, match=r"packing 'shared' is not exact for Qwen2_5_VLFor.*--packing padded"
     ):
@@ -2268,7 +2266,7 @@ def test_a_wrong_mask_is_refused_in_bfloat16_too(tiny, monkeypatch):
     actor = model.Actor.from_pretrained(str(tiny[False]), torch.bfloat16)
     prompts = prompts_with(actor, 2, 0)
     assert 1e-4 < actor.check_packing(prompts) < 0.01  # above the floor of float32
-    monkeypatch.setattr(model.Layout, "padded", lambda self, *_: _everyone_sees_all(self))
+    monkeypatch.setattr(model, "padded_batches", lambda layout, *_: _everyone_sees_all(layout))
     with pytest.raises(RuntimeError, match="packing 'shared' is not exact"):
         actor.check_packing(prompts)
 
@@ -2714,7 +2712,7 @@ def test_positions_and_logprobs_of_a_trace_are_those_of_the_plain_forward_of_the
     assert torch.equal(pack.input_ids, ids)
     types = (ids == actor.processor.image_token_id).int()
     positions, _ = actor.model.model.get_rope_index(ids, types, whole.inputs["image_grid_thw"])
-    assert torch.equal(pack.position_ids, positions)
+    assert torch.equal(pack.positions, positions)
     got, entropy = actor.logprobs([(prompt, [turns])])
     actor.use_packing("padded")
     with torch.no_grad():
@@ -3466,10 +3464,8 @@ def test_positions_that_deep_sleep_dropped_are_zeroed_before_a_cuda_graph_reads_
 
 
 def test_an_engine_of_one_rank_pickles_no_image(process_group):
-    engine = object.__new__(rollout.VLLMEngine)
-    engine.tp_group = torch.distributed.group.WORLD
     requests = [rollout.VLLMRequest(0, [1], {"multi_modal_data": lambda: "cannot be pickled"})]
-    assert engine._gather_requests(requests) == requests
+    assert rollout.gather_requests(requests, torch.distributed.group.WORLD) == requests
 
 
 @needs_vllm
@@ -7843,7 +7839,7 @@ def test_the_picture_of_a_pack_shows_what_make_pack_lays_out():
     pack = draw_pack.example()
     count = len(draw_pack.NAMES)
     sees = torch.zeros(count, count, dtype=torch.bool)
-    for queries, real, keys, mask in pack.layout.padded(None, torch.device("cpu")):
+    for queries, real, keys, mask in model.padded_batches(pack.layout, None, "cpu"):
         for segment in range(len(queries)):
             for i, query in enumerate(queries[segment]):
                 if real[segment, i]:
