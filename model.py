@@ -796,9 +796,9 @@ class Actor:
         """Which part of the model a parameter or module belongs to, by its full name: tower,
         projector or language."""
         path = set(name.split("."))
-        if path & self.family.projector:
+        if path & set(self.family.projector.split()):
             return "projector"
-        return "tower" if path & self.family.tower else "language"
+        return "tower" if path & set(self.family.tower.split()) else "language"
 
     def freeze(self, *parts: str) -> int:
         """Stop training the given parts ("tower", "projector"). Returns how many numbers they hold.
@@ -811,7 +811,7 @@ class Actor:
             if not any(p.requires_grad for p in weights):
                 raise RuntimeError(
                     f"freezing the {part} froze nothing: no trained parameter of "
-                    f"{type(self.model).__name__} has one of {sorted(getattr(self.family, part))} "
+                    f"{type(self.model).__name__} has one of {getattr(self.family, part).split()} "
                     "on its path; correct its entry in FAMILIES"
                 )
             for p in weights:
@@ -819,9 +819,7 @@ class Actor:
             frozen += sum(p.numel() for p in weights)
         return frozen
 
-    def add_lora(
-        self, rank: int, alpha: float, dropout: float = 0.0, targets: str = "all", seed: int = 0
-    ) -> None:
+    def add_lora(self, rank: int, alpha: float, dropout: float = 0.0, targets: str = "all") -> None:
         """Freeze every weight, and train low-rank adapters beside linear layers of the language
         model instead.
 
@@ -832,7 +830,6 @@ class Actor:
         Args:
             targets: last names of the layers, separated by commas ("q_proj,v_proj"; ValueError if
                 there are none); "all" of the language model, but the head.
-            seed: of the adapters' start, the same on all ranks.
         """
         head = self.model.get_output_embeddings()
         last_names = {}  # of linear layers
@@ -853,7 +850,7 @@ class Actor:
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(0)  # the same start on all ranks
             inject_adapter_in_model(self.lora, self.model)
 
     @contextlib.contextmanager
@@ -1474,29 +1471,26 @@ class Family:
     """What has to be known of a model family and can be read neither from its config nor from its
     forward.
 
-    tower, projector: names of modules. A weight with one of `projector` on its path belongs to the
-        projector, else with one of `tower` to the vision tower, else to the language model.
+    tower, projector: names of modules, with blanks between. A weight with one of `projector` on its
+        path belongs to the projector, else with one of `tower` to the vision tower, else to the
+        language model.
     bound: (image processor, least, most pixels) -> its settings that keep every image within about
         so many pixels.
     image_axis: axis of `pixel_values` along which the images of several prompts are joined.
     whole_images: a token of an image attends to its whole image, not only backwards.
     """
 
-    tower: frozenset[str]
-    projector: frozenset[str]
+    tower: str
+    projector: str
     bound: Callable[..., dict] = bound_pixels
     image_axis: int = 0
     whole_images: bool = False
 
 
-def family(tower: str, projector: str, *rest, **special) -> Family:
-    return Family(frozenset(tower.split()), frozenset(projector.split()), *rest, **special)
-
-
 # both inside `visual`; deepstack feeds the first layers too
-QWEN = family("visual", "merger deepstack_merger_list")
-IDEFICS = family("vision_model", "connector", bound_edge, image_axis=1)
-LLAVA = family("vision_tower", "multi_modal_projector")
+QWEN = Family("visual", "merger deepstack_merger_list")
+IDEFICS = Family("vision_model", "connector", bound_edge, image_axis=1)
+LLAVA = Family("vision_tower", "multi_modal_projector")
 
 
 FAMILIES = {  # by the config's model_type
@@ -1508,16 +1502,16 @@ FAMILIES = {  # by the config's model_type
     "glm4v": replace(QWEN, bound=bound_frames),
     "internvl": replace(LLAVA, bound=bound_tiles),
     "llava": replace(LLAVA, bound=bound_nothing),
-    "llava_onevision": family("vision_tower", "multi_modal_projector image_newline", bound_grids),
+    "llava_onevision": Family("vision_tower", "multi_modal_projector image_newline", bound_grids),
     "mistral3": replace(LLAVA, bound=bound_square),
     "smolvlm": IDEFICS,
     "idefics3": IDEFICS,
     "gemma3": replace(LLAVA, bound=bound_nothing, whole_images=True),
-    "gemma4": family("vision_tower", "embed_vision", bound_tokens),
+    "gemma4": Family("vision_tower", "embed_vision", bound_tokens),
 }
 
 
-USUAL = family(  # names that many share
+USUAL = Family(  # names that many share
     "visual vision_tower vision_model",
     "merger deepstack_merger_list multi_modal_projector image_newline connector embed_vision",
     bound_nothing,
@@ -1529,10 +1523,12 @@ def family_of(model: nn.Module) -> Family:
     none of them."""
     kind = model.config.model_type
     found = FAMILIES.get(kind, USUAL)
-    if not any(found.tower & set(name.split(".")) for name, _ in model.named_parameters()):
+    towers = found.tower.split()
+    parts = itertools.chain.from_iterable(name.split(".") for name, _ in model.named_parameters())
+    if not set(towers).intersection(parts):
         raise ValueError(
             f"{kind} is not in FAMILIES, and no module of {type(model).__name__} is called one of "
-            f"{sorted(found.tower)}; add an entry with the names of its vision tower and its "
+            f"{towers}; add an entry with the names of its vision tower and its "
             "projector"
         )
     return found

@@ -256,32 +256,15 @@ class VLLMEngine(Engine):
 
     Args:
         model: Hugging Face directory or name to start from; `sync` brings the actor's weights.
-        dtype: of weights and cache inside vLLM. Log-probs are float32 in any case.
-        tp: ranks that share one engine.
-        max_response_tokens: a longer response is cut.
-        settings: the other limits of the run, and of the machine: see start_vllm.
+        settings: limits of the run and of the machine, see start_vllm.
     """
 
-    def __init__(
-        self,
-        actor: Actor,
-        model: str,
-        *,
-        dtype: torch.dtype,
-        tp: int,
-        max_response_tokens,
-        **settings,
-    ):
-        world = dist.get_world_size()
-        if world % tp:
-            raise ValueError(f"--rollout_tp {tp} does not divide the {world} processes of this run")
+    def __init__(self, actor: Actor, model: str, **settings):
         self.actor = actor
-        self.dtype = dtype
-        self.max_response_tokens = max_response_tokens
+        self.dtype = settings["dtype"]
+        self.max_response_tokens = settings["max_response_tokens"]
         self.asleep = False
-        self.llm, self.tp_group = start_vllm(
-            actor, model, dtype, tp, max_response_tokens=max_response_tokens, **settings
-        )
+        self.llm, self.tp_group = start_vllm(actor, model, **settings)
 
     def generate(self, conversations, n, seed, greedy=False) -> list[list[Rollout]]:
         """As Engine.generate. A conversation is prefilled once for its n responses, which depend on
@@ -514,9 +497,9 @@ def read_output(request: VLLMRequest, output, n: int) -> list[Rollout]:
 def start_vllm(
     actor: Actor,
     model: str,
+    *,
     dtype: torch.dtype,
     tp: int,
-    *,
     memory_fraction: float,
     eager: bool,
     max_prompt_tokens: int,
@@ -527,12 +510,17 @@ def start_vllm(
     """A vllm.LLM in this process, and the process group of the ranks that share it.
 
     Args:
-        actor, model, dtype, tp: as of VLLMEngine.
+        actor, model: as of VLLMEngine.
+        dtype: of weights and cache inside vLLM. Log-probs are float32 in any case.
+        tp: ranks that share one engine. ValueError if it does not divide their number.
         memory_fraction: of the GPU, for weights and cache while awake. Ignored without a GPU.
         eager: no CUDA graphs: slower tokens, a faster start.
-        max_prompt_tokens, max_response_tokens: limits of the run.
+        max_prompt_tokens, max_response_tokens: limits of the run; a longer response is cut.
         max_images, max_videos: most images and videos in one conversation.
     """
+    world = dist.get_world_size()
+    if world % tp:
+        raise ValueError(f"--rollout_tp {tp} does not divide the {world} processes of this run")
     longest = max_prompt_tokens + max_response_tokens
     cuda = torch.cuda.is_available()
     set_vllm_environment()

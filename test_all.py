@@ -3030,7 +3030,7 @@ def test_the_usual_names_sort_the_weights_of_every_family_as_its_entry_does(name
 def test_an_unknown_family_works_by_the_usual_names_or_says_what_to_add(actor, monkeypatch):
     monkeypatch.delitem(model.FAMILIES, "qwen2_5_vl")
     assert model.family_of(actor.model) is model.USUAL
-    monkeypatch.setattr(model, "USUAL", model.family("eyes", "nerve"))
+    monkeypatch.setattr(model, "USUAL", model.Family("eyes", "nerve"))
     with pytest.raises(
         ValueError, match=r"qwen2_5_vl is not in FAMILIES.*called one of \['eyes'\].*add an entry"
     ):
