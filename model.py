@@ -489,8 +489,7 @@ class Actor:
             logits_to_keep=predicted - 1,
             use_cache=False,
         ).logits  # (B, R, V), softcapped by the model's own forward
-        logits = (logits.float() / self.temperature).index_fill(-1, self._banned(), -torch.inf)
-        logps = logits.log_softmax(-1)
+        logps = self.trained_logprobs(logits)
         written = written[:, predicted]
         targets = inputs["input_ids"][:, predicted, None]
         logprobs = logps.gather(-1, targets)[..., 0][written]
@@ -699,6 +698,11 @@ class Actor:
             if not any(getattr(prompt, kind) for prompt in prompts):
                 missing.append(anchor)
         return missing
+
+    def trained_logprobs(self, logits: Tensor) -> Tensor:
+        """(..., V) log-probs, in float32, of the distribution that is sampled and trained."""
+        logits = logits.float() / self.temperature
+        return logits.index_fill(-1, self._banned(), -torch.inf).log_softmax(-1)
 
     def _banned(self):
         return torch.tensor(self.banned_ids, dtype=torch.long, device=self.device)
@@ -1255,12 +1259,10 @@ def prompts_of(turns: Iterable[Turn]) -> list[data.Prompt]:
 
 
 def join_token_types(turns: list[Turn]) -> dict[str, Tensor]:
-    """The processor's per-token inputs (T,) of turns, end to end; 0 for what the policy wrote."""
-    names = {}
-    for prompt in prompts_of(turns):
-        names |= dict.fromkeys(PER_TOKEN & prompt.inputs.keys())
+    """The processor's per-token inputs (T,) of turns, end to end; 0 for what the policy wrote. The
+    first turn is a Prompt; all Prompts have the same ones."""
     joined = {}
-    for name in names:
+    for name in PER_TOKEN & turns[0].inputs.keys():
         pieces = []
         for turn in turns:
             is_written = isinstance(turn, Tensor)
@@ -1285,15 +1287,11 @@ def join_inputs(prompts: list[data.Prompt], axis: int = 0) -> dict[str, Tensor]:
     Other axes than `axis` are filled up with zeros to the longest: LLaVA's images differ in their
     number of tiles, and its forward cuts the filling off again.
     """
-    names = {}
+    found = collections.defaultdict(list)
     for prompt in prompts:
-        names |= dict.fromkeys(prompt.inputs)
-    joined = {}
-    for name in names:
-        if name not in PER_TOKEN:
-            tensors = [prompt.inputs[name] for prompt in prompts if name in prompt.inputs]
-            joined[name] = torch.cat(fill_up(tensors, axis), axis)
-    return joined
+        for name in prompt.inputs.keys() - PER_TOKEN:
+            found[name].append(prompt.inputs[name])
+    return {name: torch.cat(fill_up(tensors, axis), axis) for name, tensors in found.items()}
 
 
 def fill_up(tensors: list[Tensor], axis: int) -> list[Tensor]:

@@ -27,6 +27,7 @@ import importlib.util
 import itertools
 import logging
 import math
+import operator
 import os
 import random
 import runpy
@@ -194,7 +195,7 @@ class HFEngine(Engine):
     def _generate(self, conversations, n, greedy):
         actor = self.actor
         prefilled = prefill(actor, conversations, n)
-        distribution = TrainedDistribution(actor.temperature, actor.banned_ids)
+        distribution = TrainedDistribution(actor)
         # every sampling setting is spelled out: generate() fills in what is missing from the
         # model's generation config
         config = GenerationConfig(
@@ -224,18 +225,15 @@ class TrainedDistribution(LogitsProcessor):
     """Turns logits into the log-probs of the trained distribution, and remembers those of the
     tokens drawn."""
 
-    def __init__(self, temperature: float, banned_ids: list[int]):
-        self.temperature = temperature
-        self.banned_ids = banned_ids
+    def __init__(self, actor: Actor):
+        self.actor = actor
         self.drawn: list[Tensor] = []  # (B n,) each, one per token position
         self.last: Tensor | None = None  # (B n, V), which the next token is drawn from
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.last is not None:
             self.record(input_ids[:, -1])
-        banned = torch.tensor(self.banned_ids, dtype=torch.long, device=scores.device)
-        scores = (scores.float() / self.temperature).index_fill(-1, banned, -torch.inf)
-        self.last = scores.log_softmax(-1)
+        self.last = self.actor.trained_logprobs(scores)
         return self.last
 
     def record(self, tokens: Tensor) -> None:
@@ -875,9 +873,7 @@ class Codeword:
             return self.later.pop(0), 0.0
         answer = reward.last_boxed(text) or ""
         said = answer.split()
-        right = 0
-        for letter, expected in zip(said, self.word, strict=False):
-            right += letter == expected
+        right = sum(map(operator.eq, said, self.word))
         return None, right / max(len(said), len(self.word))
 
 
