@@ -4183,7 +4183,7 @@ def test_the_loss_of_a_pack_by_hand():
     old = torch.tensor([-2.0, -1.0])
     now = old + torch.tensor([2.0, 0.25]).log()
     pack = train.TrainPack(
-        groups=[], lengths=torch.tensor([2]), advantages=torch.tensor([1.0, -1.0]),
+        bundles=[], lengths=torch.tensor([2]), advantages=torch.tensor([1.0, -1.0]),
         sampler_logprobs=old + torch.tensor([0.5, 1.0]).log(), old_logprobs=old, ref_logprobs=old,
     )  # fmt: skip
     minibatch = train.Minibatch([pack], tokens=4, responses=2, imbalance=0.0)
