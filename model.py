@@ -1,6 +1,6 @@
 """The actor: any Hugging Face vision-language model, scoring the tokens that the policy wrote.
 
-    groups [(prompt, [response, ...]), ...] --make_pack--> Pack, one row without padding
+    bundles [(prompt, [completion, ...]), ...] --make_pack--> Pack, one row without padding
     Pack --model forward--> hidden states --log-prob head--> logprobs (N,), entropy (N,), in nats
 
 In GRPO the n responses of a group share their prompt and its images, so a pack holds each prompt
@@ -53,13 +53,14 @@ import collections
 import contextlib
 import functools
 import inspect
+import itertools
 import json
 import math
 import re
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -86,8 +87,13 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.activations import ACT2FN
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -99,19 +105,13 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-try:
-    from flash_attn import flash_attn_varlen_func
-except ImportError:  # optional: torch's own variable-length attention does the same
-    flash_attn_varlen_func = None
-
-
 # --------------------------------------------------------------------------------------------------
 # One row, no padding
 
 
 Turn = Tensor | data.Prompt  # ids (R,) that the policy wrote, or what it read
-Response = list[Turn]  # all that follows a prompt; a single answer is a list of one
-Group = tuple[data.Prompt, list[Response]]
+Completion = list[Turn]  # all that follows a prompt; a single response is a list of one
+Bundle = tuple[data.Prompt, list[Completion]]  # a prompt, and what was drawn for it
 
 
 @dataclass
@@ -119,19 +119,20 @@ class Pack:
     """The inputs of one forward pass over whole groups."""
 
     input_ids: Tensor  # (1, T)
-    position_ids: Tensor  # (3, 1, T) with M-RoPE, else (1, T)
+    positions: Tensor  # (3, 1, T) time, height and width: all the same for text
     keep: Tensor  # (N,) the positions that predict `targets`
     targets: Tensor  # (N,) what the policy wrote
     layout: Layout
 
 
-def make_pack(groups: list[Group], positions: Callable, whole_images: str = "nowhere") -> Pack:
-    """Lay groups end to end: `[prompt_a | a_resp1 | a_resp2 | ... | prompt_b | ...]`.
+def make_pack(bundles: list[Bundle], positions: Callable, whole_images: str = "nowhere") -> Pack:
+    """Lay bundles end to end: `[prompt_a | a_resp1 | a_resp2 | ... | prompt_b | ...]`.
 
     Args:
-        groups: (prompt, responses) pairs; a prompt may have no response. A response is one segment
-            with all its turns, those of the environment included, which nothing is trained on.
-        positions: Prompt -> (3 or 1, P).
+        bundles: (prompt, completions) pairs; a prompt may have no completion. A completion is one
+            segment with all its turns, those of the environment included, which nothing is trained
+            on.
+        positions: Prompt -> (3, P).
         whole_images: layers in which a token of an image sees all of it: see Layout.
 
     Returns:
@@ -139,7 +140,7 @@ def make_pack(groups: list[Group], positions: Callable, whole_images: str = "now
     """
     ids, pieces, segments, keep, targets = [], [], [], [], []
     t = 0  # tokens laid so far
-    for prompt, responses in groups:
+    for prompt, completions in bundles:
         prompt_start = t
         prompt_positions = positions(prompt)
         ids.append(prompt.ids)
@@ -147,20 +148,21 @@ def make_pack(groups: list[Group], positions: Callable, whole_images: str = "now
         t += len(prompt.ids)
         prompt_end = t
         segments.append((prompt_start, prompt_end, prompt_start, prompt_start))
-        for response in responses:
-            row, row_positions, written = lay_out(response, positions, prompt_positions.max() + 1)
+        for completion in completions:
+            start = prompt_positions.max() + 1
+            row, row_positions, written = lay_out(completion, positions, start)
             predictor = torch.arange(t - 1, t - 1 + len(row))  # position t - 1 predicts token t,
-            predictor[0] = prompt_end - 1  # but a response's first token follows its prompt
+            predictor[0] = prompt_end - 1  # but a completion's first token follows its prompt
             keep.append(predictor[written])
             targets.append(row[written])
             ids.append(row)
             pieces.append(row_positions)
             segments.append((t, t + len(row), prompt_start, prompt_end))
             t += len(row)
-    images = None if whole_images == "nowhere" else image_numbers(turns_of(groups))
+    images = None if whole_images == "nowhere" else image_numbers(turns_of(bundles))
     return Pack(
         input_ids=torch.cat(ids)[None],
-        position_ids=as_position_ids(join_positions(pieces)[:, None]),
+        positions=torch.cat(pieces, 1)[:, None],
         keep=torch.cat(keep),
         targets=torch.cat(targets),
         layout=Layout(segments, images, whole_images),
@@ -174,11 +176,11 @@ def lay_out(
 
     Args:
         turns: Prompts, which the policy read, and Tensors of ids (R,), which it wrote, never empty.
-        positions: Prompt -> (3 or 1, P), from 0. Each turn starts after the largest position of the
+        positions: Prompt -> (3, P), from 0. Each turn starts after the largest position of the
             one before it, the first at `start`.
 
     Returns:
-        ids (T,), positions (3 or 1, T), and (T,) bool: written by the policy, so trained.
+        ids (T,), positions (3, T), and (T,) bool: written by the policy, so trained.
     """
     ids, pieces, written = [], [], []
     for turn in turns:
@@ -186,37 +188,25 @@ def lay_out(
         if is_written and len(turn) == 0:
             raise ValueError("an empty response has no token to score; drop it before packing")
         turn_ids = turn if is_written else turn.ids
-        turn_positions = torch.arange(len(turn))[None] if is_written else positions(turn)
+        turn_positions = count_up(turn) if is_written else positions(turn)
         ids.append(turn_ids)
         pieces.append(start + turn_positions)
         written.append(torch.full((len(turn_ids),), is_written))
         start = pieces[-1].max() + 1
-    return torch.cat(ids), join_positions(pieces), torch.cat(written)
+    return torch.cat(ids), torch.cat(pieces, 1), torch.cat(written)
 
 
-def join_positions(pieces: list[Tensor]) -> Tensor:
-    """(3 or 1, T) positions of pieces end to end; a piece of text has one row where one with images
-    has 3."""
-    rows = max(map(len, pieces))
-    return torch.cat([piece.expand(rows, -1) for piece in pieces], 1)
-
-
-def as_position_ids(positions: Tensor) -> Tensor:
-    """Positions (3 or 1, B, T) of rows as the forward takes them: (3, B, T) with M-RoPE, else
-    (B, T)."""
-    return positions if len(positions) > 1 else positions[0]
+Segment = tuple[int, int, int, int]  # start, end, prompt_start, prompt_end in tokens of the pack
 
 
 @dataclass
 class Layout:
     """Who attends to whom in a pack: a segment sees its prompt, then itself up to each token."""
 
-    # (start, end, prompt_start, prompt_end) in tokens, of every prompt and response; a prompt's own
-    # prompt range is empty
-    segments: list[tuple[int, int, int, int]]
+    segments: list[Segment]  # every prompt, whose own prompt is empty, and every completion
     images: Tensor | None = None  # (T,) number of the image a token belongs to, -1 for text
     whole_images: str = "nowhere"  # or "everywhere" or "windows": layers with a sliding window
-    _cache: dict = field(default_factory=dict)  # the same for all layers of a forward
+    _made: dict = field(default_factory=dict)
 
     def looks_ahead(self, window: int | None) -> bool:
         """Whether an image's tokens see all of it in a layer with this sliding window."""
@@ -224,101 +214,23 @@ class Layout:
             return bool(window)
         return self.whole_images == "everywhere"
 
-    def varlen(self, device) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """For the variable-length kernel: (sum of keys,) index of every segment's keys, (S + 1,)
-        cumulative counts of queries and of keys, and the longest of each."""
-        if ("varlen", device) not in self._cache:
-            index, queries, keys = [], [0], [0]
-            longest_query = longest_key = 0
-            for start, end, prompt_start, prompt_end in self.segments:
-                index += range(prompt_start, prompt_end)
-                index += range(start, end)
-                queries.append(end)
-                keys.append(len(index))
-                longest_query = max(longest_query, end - start)
-                longest_key = max(longest_key, keys[-1] - keys[-2])
-            counts = torch.tensor([queries, keys], dtype=torch.int32, device=device)
-            index = torch.tensor(index, device=device)
-            self._cache["varlen", device] = index, *counts, longest_query, longest_key
-        return self._cache["varlen", device]
+    @property
+    def batches(self) -> list[list[Segment]]:
+        """Prompts, and completions if there are any: the former are long, the latter many."""
+        prompts = [segment for segment in self.segments if segment[2] == segment[3]]
+        completions = [segment for segment in self.segments if segment[2] < segment[3]]
+        return [prompts, completions] if completions else [prompts]
 
-    def padded(self, window: int | None, device) -> list[tuple]:
-        """For dense attention: prompts and responses, each as (query index, key index, mask,
-        places, real).
-
-        Shapes (S, L), (S, K), (S, 1, L, K), (queries,) and (S, L). Two batches, because prompts are
-        long and responses many; a mask of None is plain causal attention. `real` are the queries
-        that are no padding, `places` their rows.
-        """
-        if (window, device) not in self._cache:
-            prompts = [segment for segment in self.segments if segment[2] == segment[3]]
-            responses = [segment for segment in self.segments if segment[2] < segment[3]]
-            batches = []
-            for segments in filter(None, (prompts, responses)):
-                batch = self._dense_batch(segments, window)
-                batches.append([x if x is None else x.to(device) for x in batch])
-            self._cache[window, device] = batches
-        return self._cache[window, device]
-
-    def _dense_batch(self, segments, window):
-        start, end, prompt_start, prompt_end = torch.tensor(segments).T[..., None]  # (S, 1) each
-        length = end - start
-        prefix = prompt_end - prompt_start
-        q = torch.arange(int(length.max()))  # (L,)
-        k = torch.arange(int((prefix + length).max()))  # (K,): the prompt, then the segment itself
-        q_real = q < length
-        k_real = k < prefix + length
-        q_row = torch.where(q_real, start + q, start)  # where each lies in the pack
-        k_row = torch.where(k < prefix, prompt_start + k, start + k - prefix)
-        k_row = torch.where(k_real, k_row, end - 1)
-        own_key = (prefix + q)[..., None]  # (S, L, 1): causal, so the last that a query sees
-        mask = k <= own_key
-        looks_ahead = self.looks_ahead(window)
-        if looks_ahead:
-            q_image = self.images[q_row][..., None]
-            k_image = self.images[k_row][:, None]
-            mask = mask | (q_image == k_image) & (q_image >= 0)
-        mask = mask & k_real[:, None]
-        if window:
-            mask = mask & (k > own_key - window)
-            # a padding query that sees nothing would be nan, in the backward too
-            mask = mask | ~q_real[..., None]
-        whole = bool(prefix.max() == 0 and q_real.all())
-        is_causal = whole and not window and not looks_ahead
-        return q_row, k_row, None if is_causal else mask[:, None], q_row[q_real], q_real
+    def once(self, make: Callable, *arguments):
+        """make(layout, *arguments), made once for all layers of a forward."""
+        key = (make, *arguments)
+        if key not in self._made:
+            self._made[key] = make(self, *arguments)
+        return self._made[key]
 
 
 # --------------------------------------------------------------------------------------------------
 # Attention
-
-
-def kernel_runs(q: Tensor) -> bool:
-    """Whether FlashAttention computes this: on a GPU, in 16 bits, heads of at most 256 numbers."""
-    return q.is_cuda and q.itemsize == 2 and q.shape[-1] <= 256
-
-
-# torch 2.11 takes fewer heads of keys than of queries as they are, later ones want to be told
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-
-def varlen(q, k, v, queries, keys, longest_query, longest_key, scale, window) -> Tensor:
-    """Attention of sequences that lie end to end, by the variable-length kernel.
-
-    Args:
-        q, k, v: (tokens, heads, head size); k and v may have fewer heads (grouped queries).
-        queries, keys: (sequences + 1,) int32, where each sequence begins and ends in q and in k.
-        window: keys (left, right) of its own key that a query sees, -1: all. The last query's own
-            key is the last key. (-1, 0) is causal.
-
-    Returns:
-        (query tokens, heads, head size).
-    """
-    sizes = (queries, keys, longest_query, longest_key)
-    if flash_attn_varlen_func is not None:
-        return flash_attn_varlen_func(
-            q, k, v, *sizes, softmax_scale=scale, causal=window == (-1, 0), window_size=window
-        )
-    return varlen_attn(q, k, v, *sizes, scale=scale, window_size=window, **GROUPED)
 
 
 def shared_attention(
@@ -350,23 +262,18 @@ def shared_attention(
         )
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, head size)
     if kernel_runs(q) and not layout.looks_ahead(sliding_window):
-        key_index, *sizes = layout.varlen(q.device)
-        k = k.index_select(0, key_index)
-        v = v.index_select(0, key_index)
-        window = (sliding_window - 1, 0) if sliding_window else (-1, 0)
-        return varlen(q, k, v, *sizes, scaling, window)[None], None
+        return kernel_attention(q, k, v, layout, scaling, sliding_window)[None], None
     out = torch.empty_like(q)
-    for query_index, key_index, mask, places, real in layout.padded(sliding_window, q.device):
+    for rows, real, key_rows, mask in layout.once(padded_batches, sliding_window, q.device):
         attended = F.scaled_dot_product_attention(
-            q[query_index].transpose(1, 2),
-            k[key_index].transpose(1, 2),
-            v[key_index].transpose(1, 2),
+            q[rows].transpose(1, 2),
+            k[key_rows].transpose(1, 2),
+            v[key_rows].transpose(1, 2),
             mask,
-            is_causal=mask is None,
             scale=scaling,
             enable_gqa=True,
         )
-        out = out.index_copy(0, places, attended.transpose(1, 2)[real])
+        out = out.index_copy(0, rows[real], attended.transpose(1, 2)[real])
     return out[None], None
 
 
@@ -483,9 +390,8 @@ class Actor:
         model, processor: the Hugging Face objects.
         temperature: of the trained distribution; logits are divided by it, in sampling and in
             scoring.
-        banned_ids: vision tokens, which the policy may not write: an <|image_pad|> in a response
-            would ask for image features that do not exist. They have probability 0 in sampling and
-            in scoring alike.
+        banned_ids: vision tokens, which have probability 0 in sampling and in scoring alike: an
+            <|image_pad|> in a response would ask for image features that do not exist.
         compute: dtype in which the blocks compute.
     """
 
@@ -518,13 +424,13 @@ class Actor:
         self.use_packing(packing)
 
     def logprobs(
-        self, groups: list[Group], features: dict | None = None, entropy: str = "value"
+        self, bundles: list[Bundle], features: dict | None = None, entropy: str = "value"
     ) -> tuple[Tensor, Tensor]:
         """Score responses under the model, at `temperature` and without the banned tokens.
 
         Args:
-            groups: (prompt, [response, ...]) pairs; a response is a list of turns (lay_out).
-            features: image_features of the groups, if they are at hand; else the tower runs on the
+            bundles: (prompt, [completion, ...]) pairs; a completion is a list of turns (lay_out).
+            features: image_features of the bundles, if they are at hand; else the tower runs on the
                 pixels.
             entropy: "none": all 0, and free; "value": without a gradient; "gradient": with one, for
                 a term of the loss.
@@ -535,17 +441,17 @@ class Actor:
         """
         self._choose_mode()
         if self.packing == "padded":
-            return self._padded_logprobs(groups, entropy)
+            return self._padded_logprobs(bundles, entropy)
         if self.packing == "packed":  # every response brings its own copy of the prompt
-            groups = one_by_one(groups)
-        anchors = [(anchor, []) for anchor in self._missing_anchors(groups)]
-        groups = [*groups, *anchors]
-        turns = turns_of(groups)
+            bundles = one_by_one(bundles)
+        anchors = [(anchor, []) for anchor in self._missing_anchors(bundles)]
+        bundles = [*bundles, *anchors]
+        turns = turns_of(bundles)
         if features is None:
-            vision = self.multi_modal_inputs(prompts_of(turns))
+            vision = self.multi_modal_inputs(turns)
         else:
             vision = {"mm_encoder_outputs": features}
-        pack = make_pack(groups, self.positions, self.whole_images)
+        pack = make_pack(bundles, self.positions, self.whole_images)
         request = Request(
             targets=pack.targets.to(self.device),
             banned=self._banned(),
@@ -557,7 +463,7 @@ class Actor:
         with self._head_asked(request):
             out = self.model(
                 input_ids=pack.input_ids.to(self.device),
-                position_ids=pack.position_ids.to(self.device),
+                position_ids=self.position_ids(pack.positions),
                 logits_to_keep=pack.keep.to(self.device),
                 layout=pack.layout,
                 use_cache=False,
@@ -570,43 +476,46 @@ class Actor:
     # --- from here on: the plain reference, layouts, the check of a packing, positions and inputs;
     # then freezing, LoRA, sharding, weights
 
-    def _padded_logprobs(self, groups, entropy):
-        """The plain way, as a reference: one row per response with all it follows, padded left."""
-        groups = one_by_one(groups)
-        anchors = self._missing_anchors(groups)
-        rows = [[prompt, *response] for prompt, [response] in groups]
-        rows += [[anchor] for anchor in anchors]
-        turns = turns_of(groups) + anchors
+    def _padded_logprobs(self, bundles, entropy):
+        """The plain way, as a reference: one row per completion, behind its prompt, padded left."""
+        rows = [[prompt, *completion] for prompt, [completion] in one_by_one(bundles)]
+        rows += [[anchor] for anchor in self._missing_anchors(bundles)]
+        inputs, written = self.padded_inputs(rows)
+        # position t - 1 predicts token t; where no row's token was written, logits are not needed
+        predicted = written.any(0).nonzero()[:, 0]  # (R,)
+        logits = self.model(
+            **inputs,
+            **self.multi_modal_inputs(itertools.chain.from_iterable(rows)),
+            logits_to_keep=predicted - 1,
+            use_cache=False,
+        ).logits  # (B, R, V), softcapped by the model's own forward
+        logps = self.trained_logprobs(logits)
+        written = written[:, predicted]
+        targets = inputs["input_ids"][:, predicted, None]
+        logprobs = logps.gather(-1, targets)[..., 0][written]
+        if entropy == "none":
+            return logprobs, torch.zeros_like(logprobs)
+        finite = logps.masked_fill(logps == -torch.inf, 0)
+        entropies = -(logps.exp() * finite).sum(-1)[written]
+        return logprobs, entropies if entropy == "gradient" else entropies.detach()
+
+    def padded_inputs(self, rows: list[list[Turn]]) -> tuple[dict[str, Tensor], Tensor]:
+        """What the plain forward takes of rows of turns beside pixels, padded on the left: ids,
+        mask, positions, token types (..., B, T); and (B, T) bool: written by the policy."""
         all_ids, all_positions, all_written = [], [], []
         for row in rows:
             row_ids, row_positions, row_written = lay_out(row, self.positions)
             all_ids.append(row_ids)
             all_positions.append(row_positions)
             all_written.append(row_written)
-        ids = left_pad(all_ids, self.pad_id).to(self.device)  # (B, T)
         mask = left_pad([torch.ones_like(row_ids) for row_ids in all_ids], 0)
-        positions = left_pad(all_positions, 0).transpose(0, 1)  # (3 or 1, B, T)
-        written = left_pad(all_written, False).to(self.device)
-        # position t - 1 predicts token t; where no row's token was written, logits are not needed
-        predicted = written.any(0).nonzero()[:, 0]  # (R,)
-        logits = self.model(
-            input_ids=ids,
-            attention_mask=mask.to(self.device),
-            position_ids=as_position_ids(positions).to(self.device),
-            logits_to_keep=predicted - 1,
-            use_cache=False,
-            **self.multi_modal_inputs(prompts_of(turns)),
-            **self.token_types(rows),
-        ).logits  # (B, R, V), softcapped by the model's own forward
-        logits = (logits.float() / self.temperature).index_fill(-1, self._banned(), -torch.inf)
-        logps = logits.log_softmax(-1)
-        written = written[:, predicted]
-        logprobs = logps.gather(-1, ids[:, predicted, None])[..., 0][written]
-        if entropy == "none":
-            return logprobs, torch.zeros_like(logprobs)
-        finite = logps.masked_fill(logps == -torch.inf, 0)
-        entropies = -(logps.exp() * finite).sum(-1)[written]
-        return logprobs, entropies if entropy == "gradient" else entropies.detach()
+        positions = left_pad(all_positions, 0).transpose(0, 1)  # (3, B, T)
+        inputs = {
+            "input_ids": left_pad(all_ids, self.pad_id).to(self.device),
+            "attention_mask": mask.to(self.device),
+            "position_ids": self.position_ids(positions),
+        }
+        return inputs | self.token_types(rows), left_pad(all_written, False).to(self.device)
 
     def _choose_mode(self):
         """Layers drop out and checkpoint while they are trained only."""
@@ -670,7 +579,7 @@ class Actor:
             packing = "padded"
         self.packing = packing
         attention = {"text_config": "sdpa" if packing == "padded" else "shared"}
-        if tower_in_one_call(self.family):
+        if tower_in_one_call(self.family, self.compute):
             attention["vision_config"] = "flash_tower"
         self.model.set_attn_implementation(attention)
 
@@ -748,7 +657,9 @@ class Actor:
         """How far the chosen packing is from the padded forward: log-probs in nats, and a weight's
         gradient as a share of its norm; then both for the padded forward in several batches, which
         is what rounding alone does."""
-        groups = self._random_groups(prompts, (5, 8))
+        banned = {*self.banned_ids, *self.eos_ids}
+        ids = torch.tensor([i for i in range(100) if i not in banned])
+        bundles = [(prompt, [[ids[:5]], [ids[5:13]]]) for prompt in prompts]
         weight = self._probed_weight()
         packing = self.packing
 
@@ -767,9 +678,9 @@ class Actor:
 
         self.model.zero_grad()
         self.checking = True
-        expected, expected_gradient = measure("padded", [groups])
-        noise = distance(*measure("padded", [[group] for group in groups]))
-        gaps = distance(*measure(packing, [groups]))
+        expected, expected_gradient = measure("padded", [bundles])
+        noise = distance(*measure("padded", [[bundle] for bundle in bundles]))
+        gaps = distance(*measure(packing, [bundles]))
         self.checking = False
         return *gaps, *noise
 
@@ -780,28 +691,24 @@ class Actor:
             if p.requires_grad and self.part(name) == "language" and "lora_A" not in name:
                 return p
 
-    def _random_groups(self, prompts, lengths):
-        generator = torch.Generator().manual_seed(0)
-        allowed = torch.tensor(sorted(set(range(100)) - set(self.banned_ids) - set(self.eos_ids)))
-        groups = []
-        for prompt in prompts:
-            picks = [torch.randint(len(allowed), (n,), generator=generator) for n in lengths]
-            groups.append((prompt, [[allowed[pick]] for pick in picks]))
-        return groups
-
-    def _missing_anchors(self, groups):
-        prompts = prompts_of(turns_of(groups))
+    def _missing_anchors(self, bundles):
+        prompts = prompts_of(turns_of(bundles))
         missing = []
         for kind, anchor in self.anchors.items():
             if not any(getattr(prompt, kind) for prompt in prompts):
                 missing.append(anchor)
         return missing
 
+    def trained_logprobs(self, logits: Tensor) -> Tensor:
+        """(..., V) log-probs, in float32, of the distribution that is sampled and trained."""
+        logits = logits.float() / self.temperature
+        return logits.index_fill(-1, self._banned(), -torch.inf).log_softmax(-1)
+
     def _banned(self):
         return torch.tensor(self.banned_ids, dtype=torch.long, device=self.device)
 
     def positions(self, prompt: data.Prompt) -> Tensor:
-        """Positions of a prompt's tokens: (3, P) time, height, width for M-RoPE, else (1, P).
+        """Positions of a prompt's tokens, (3, P) time, height and width.
 
         Explicit, because a Qwen forward without mm_token_type_ids falls back to 1-D positions
         without a word. Kept, because every forward of a prompt asks for them.
@@ -810,13 +717,15 @@ class Actor:
             self._positions[prompt] = self._make_positions(prompt)
         return self._positions[prompt]
 
+    def position_ids(self, positions: Tensor) -> Tensor:
+        """Positions (3, B, T) as the forward takes them: all with M-RoPE, else (B, T)."""
+        has_axes = hasattr(self.model.model, "get_rope_index")
+        return (positions if has_axes else positions[0]).to(self.device)
+
     def _make_positions(self, prompt: data.Prompt) -> Tensor:
-        inner = unwrap(self.model).model
-        plain = torch.arange(len(prompt.ids))[None]
-        if not hasattr(inner, "get_rope_index"):
-            return plain
-        if not prompt.images and not prompt.videos:
-            return plain.expand(3, -1)
+        inner = self.model.model
+        if not hasattr(inner, "get_rope_index") or not (prompt.images or prompt.videos):
+            return count_up(prompt.ids)
         names = inspect.signature(inner.get_rope_index).parameters
         inputs = {name: value for name, value in prompt.inputs.items() if name in names}
         if "second_per_grid_ts" in inputs:  # vLLM rounds products of these in double precision
@@ -824,9 +733,10 @@ class Actor:
         positions = inner.get_rope_index(prompt.ids[None], **inputs)[0][:, 0].cpu()
         return after_videos(positions, prompt.inputs["mm_token_type_ids"][0])
 
-    def multi_modal_inputs(self, prompts: list[data.Prompt]) -> dict[str, Tensor]:
-        """Pixels and grids of the prompts, on the model's device, ready for the forward."""
-        joined = join_inputs(prompts, self.family.image_axis)
+    def multi_modal_inputs(self, turns: Iterable[Turn]) -> dict[str, Tensor]:
+        """Pixels and grids of the Prompts among turns, on the model's device, ready for the
+        forward."""
+        joined = join_inputs(prompts_of(turns), self.family.image_axis)
         inputs = extract_multi_modal_inputs(self.model, joined)
         return {name: value.to(self.device) for name, value in inputs.items()}
 
@@ -840,18 +750,18 @@ class Actor:
         return padded
 
     @torch.no_grad()
-    def image_features(self, prompts: list[data.Prompt]) -> dict | None:
-        """What a frozen vision tower makes of the prompts' images and videos, for `logprobs` to use
-        again and again.
+    def image_features(self, turns: list[Turn]) -> dict | None:
+        """What a frozen vision tower makes of the images and videos among turns, for `logprobs` to
+        use again and again.
 
         Returns None where there is nothing to keep: no image, a tower that is trained, a model
         whose forward takes no `mm_encoder_outputs`, or a layout that needs an image several times.
         """
-        model = unwrap(self.model)
+        model = self.model
         takes_features = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
         if self.trains_vision() or self.packing != "shared" or not takes_features:
             return None
-        inputs = self.multi_modal_inputs(prompts)
+        inputs = self.multi_modal_inputs(turns)
         inputs.pop("second_per_grid_ts", None)  # only positions need it
         images = {name: value for name, value in inputs.items() if "video" not in name}
         videos = {name: value for name, value in inputs.items() if "video" in name}
@@ -890,9 +800,9 @@ class Actor:
         """Which part of the model a parameter or module belongs to, by its full name: tower,
         projector or language."""
         path = set(name.split("."))
-        if path & self.family.projector:
+        if path & set(self.family.projector.split()):
             return "projector"
-        return "tower" if path & self.family.tower else "language"
+        return "tower" if path & set(self.family.tower.split()) else "language"
 
     def freeze(self, *parts: str) -> int:
         """Stop training the given parts ("tower", "projector"). Returns how many numbers they hold.
@@ -905,7 +815,7 @@ class Actor:
             if not any(p.requires_grad for p in weights):
                 raise RuntimeError(
                     f"freezing the {part} froze nothing: no trained parameter of "
-                    f"{type(self.model).__name__} has one of {sorted(getattr(self.family, part))} "
+                    f"{type(self.model).__name__} has one of {getattr(self.family, part).split()} "
                     "on its path; correct its entry in FAMILIES"
                 )
             for p in weights:
@@ -913,9 +823,7 @@ class Actor:
             frozen += sum(p.numel() for p in weights)
         return frozen
 
-    def add_lora(
-        self, rank: int, alpha: float, dropout: float = 0.0, targets: str = "all", seed: int = 0
-    ) -> None:
+    def add_lora(self, rank: int, alpha: float, dropout: float = 0.0, targets: str = "all") -> None:
         """Freeze every weight, and train low-rank adapters beside linear layers and experts of the
         language model instead.
 
@@ -927,7 +835,6 @@ class Actor:
             targets: last names of the layers, separated by commas ("q_proj,v_proj"); "all" of the
                 language model, but the head. "experts", or the last names of their weights, give
                 every expert an adapter of its own.
-            seed: of the adapters' start, the same on all ranks.
 
         Raises:
             ValueError: the language model has no such layer, or dropout is asked for on experts.
@@ -965,7 +872,7 @@ class Actor:
             target_parameters=weights,
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(0)  # the same start on all ranks
             inject_adapter_in_model(self.lora, self.model)
 
     @contextlib.contextmanager
@@ -980,14 +887,6 @@ class Actor:
         finally:
             for layer in layers:
                 layer.set_scale("default", 1.0)
-
-    def checkpoint_activations(self, on: bool = True) -> None:
-        """Keep only the inputs of layers, and compute the rest again in the backward; or stop doing
-        so."""
-        if on:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
 
     def shard(
         self,
@@ -1015,6 +914,7 @@ class Actor:
         offload = offload and device.type == "cuda"
         self.sharded_on = device
         self.compute = compute or self.dtype
+        self.use_packing(self.packing)  # the tower's attention depends on the dtype
         whole = {
             p
             for name, p in self.model.named_parameters()
@@ -1260,7 +1160,82 @@ def shard_mesh(device: torch.device, shard_ranks: int) -> DeviceMesh:
 
 
 # --------------------------------------------------------------------------------------------------
-# The vision tower on a GPU
+# Attention: what the dense form and the kernels are given
+
+
+def padded_batches(layout: Layout, window: int | None, device) -> list[list[Tensor]]:
+    """For dense attention: of prompts, and of completions, the rows of their queries (S, L), which
+    of them are no padding (S, L), the rows of their keys (S, K), and the mask (S, 1, L, K)."""
+    batches = []
+    for segments in layout.batches:
+        batch = padded_batch(layout, segments, window)
+        batches.append([x.to(device) for x in batch])
+    return batches
+
+
+def padded_batch(layout: Layout, segments: list[Segment], window: int | None) -> tuple:
+    """Some segments of a pack side by side, as in padded_batches."""
+    start, end, prompt_start, prompt_end = torch.tensor(segments).T  # (S,) each
+    rows, real = side_by_side(start, end)  # (S, L)
+    prompt_rows, prompt_real = side_by_side(prompt_start, prompt_end)
+    key_rows = torch.cat([prompt_rows, rows], 1)  # (S, K)
+    key_real = torch.cat([prompt_real, real], 1)
+    # a token's place in its sequence, prompt and segment
+    prompt_place = torch.arange(prompt_rows.shape[1]).expand_as(prompt_rows)
+    place = (prompt_end - prompt_start)[:, None] + torch.arange(rows.shape[1])
+    key_place = torch.cat([prompt_place, place], 1)[:, None]  # (S, 1, K)
+    place = place[..., None]  # (S, L, 1)
+    mask = key_place <= place
+    if layout.looks_ahead(window):
+        image = layout.images[rows][..., None]
+        mask = mask | (layout.images[key_rows][:, None] == image) & (image >= 0)
+    if window:
+        mask = mask & (key_place > place - window)
+    # padding sees everything: a query that sees nothing would be nan, in the backward too
+    mask = mask & key_real[:, None] | ~real[..., None]
+    return rows, real, key_rows, mask[:, None]
+
+
+def side_by_side(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (S, L) in the pack of what lies from `starts` to `ends` (S,), padded on the right, and
+    (S, L) bool: no padding."""
+    lengths = ends - starts
+    numbers = torch.arange(int(lengths.max()), device=starts.device)
+    real = numbers < lengths[:, None]
+    return torch.where(real, starts[:, None] + numbers, 0), real
+
+
+def kernel_runs(q: Tensor) -> bool:
+    """Whether FlashAttention computes this: on a GPU, in 16 bits, heads of at most 256 numbers."""
+    return q.is_cuda and q.itemsize == 2 and q.shape[-1] <= 256
+
+
+# torch 2.11 takes fewer heads of keys than of queries as they are, later ones want to be told
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def kernel_attention(q, k, v, layout: Layout, scaling: float, window: int | None) -> Tensor:
+    """Attention of a pack by the variable-length kernel, as shared_attention; (T, heads, head size)
+    all. The last query's own key is the last key."""
+    keys, *sizes = layout.once(kernel_index, q.device)
+    k = k.index_select(0, keys)
+    v = v.index_select(0, keys)
+    reach = (window - 1, 0) if window else (-1, 0)  # keys before and behind its own; -1: all
+    return varlen_attn(q, k, v, *sizes, scale=scaling, window_size=reach, **GROUPED)
+
+
+def kernel_index(layout: Layout, device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """(sum of keys,) rows of every segment's keys, (S + 1,) where each begins and ends among the
+    queries and among the keys, and the longest of each."""
+    rows, queries, keys = [], [0], [0]
+    for start, end, prompt_start, prompt_end in layout.segments:
+        rows += range(prompt_start, prompt_end)
+        rows += range(start, end)
+        queries.append(end)
+        keys.append(len(rows))
+    ends = torch.tensor([queries, keys], dtype=torch.int32)
+    longest = ends.diff().amax(1).tolist()
+    return torch.tensor(rows, device=device), *ends.to(device), *longest
 
 
 def tower_attention(
@@ -1274,24 +1249,14 @@ def tower_attention(
         max_length_q: patches of the longest.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (patches, heads, head size)
-    if kernel_runs(q):
-        ends = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-        return varlen(q, k, v, *ends, scaling, (-1, -1))[None], None
-    lengths = cu_seq_lens_q.diff().tolist()
-    windows = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    out = []
-    for window in windows:
-        attended = F.scaled_dot_product_attention(
-            *(x.transpose(0, 1) for x in window), scale=scaling
-        )
-        out.append(attended.transpose(0, 1))
-    return torch.cat(out)[None], None
+    windows = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    return varlen_attn(q, k, v, *windows, scale=scaling)[None], None
 
 
-def tower_in_one_call(family: Family) -> bool:
-    """Whether the tower runs by tower_attention: Qwen's, which attend window by window, on a
-    GPU."""
-    return family is QWEN and torch.cuda.is_available()
+def tower_in_one_call(family: Family, dtype: torch.dtype) -> bool:
+    """Whether the tower runs by tower_attention: Qwen's, which attend window by window, on a GPU in
+    16 bits."""
+    return family is QWEN and torch.cuda.is_available() and dtype.itemsize == 2
 
 
 # transformers tells where windows begin and end to an attention with "flash" in its name
@@ -1302,37 +1267,35 @@ AttentionInterface.register("flash_tower", tower_attention)
 # Turns and inputs
 
 
-def turns_of(groups: list[Group]) -> list[Turn]:
-    """Every turn of groups, in the order of their pack."""
+def turns_of(bundles: list[Bundle]) -> list[Turn]:
+    """Every turn of bundles, in the order of their pack."""
     turns = []
-    for prompt, responses in groups:
+    for prompt, completions in bundles:
         turns.append(prompt)
-        for response in responses:
-            turns.extend(response)
+        for completion in completions:
+            turns.extend(completion)
     return turns
 
 
-def one_by_one(groups: list[Group]) -> list[Group]:
-    """The same responses in groups of one, each with its prompt."""
+def one_by_one(bundles: list[Bundle]) -> list[Bundle]:
+    """The same completions in bundles of one, each with its prompt."""
     single = []
-    for prompt, responses in groups:
-        for response in responses:
-            single.append((prompt, [response]))
+    for prompt, completions in bundles:
+        for completion in completions:
+            single.append((prompt, [completion]))
     return single
 
 
-def prompts_of(turns: list[Turn]) -> list[data.Prompt]:
+def prompts_of(turns: Iterable[Turn]) -> list[data.Prompt]:
     """The Prompts among turns; each holds the images that arrived with it."""
     return [turn for turn in turns if not isinstance(turn, Tensor)]
 
 
 def join_token_types(turns: list[Turn]) -> dict[str, Tensor]:
-    """The processor's per-token inputs (T,) of turns, end to end; 0 for what the policy wrote."""
-    names = {}
-    for prompt in prompts_of(turns):
-        names |= dict.fromkeys(filter(is_per_token, prompt.inputs))
+    """The processor's per-token inputs (T,) of turns, end to end; 0 for what the policy wrote. The
+    first turn is a Prompt; all Prompts have the same ones."""
     joined = {}
-    for name in names:
+    for name in PER_TOKEN & turns[0].inputs.keys():
         pieces = []
         for turn in turns:
             is_written = isinstance(turn, Tensor)
@@ -1357,15 +1320,11 @@ def join_inputs(prompts: list[data.Prompt], axis: int = 0) -> dict[str, Tensor]:
     Other axes than `axis` are filled up with zeros to the longest: LLaVA's images differ in their
     number of tiles, and its forward cuts the filling off again.
     """
-    names = {}
+    found = collections.defaultdict(list)
     for prompt in prompts:
-        names |= dict.fromkeys(prompt.inputs)
-    joined = {}
-    for name in names:
-        if not is_per_token(name):
-            tensors = [prompt.inputs[name] for prompt in prompts if name in prompt.inputs]
-            joined[name] = torch.cat(fill_up(tensors, axis), axis)
-    return joined
+        for name in prompt.inputs.keys() - PER_TOKEN:
+            found[name].append(prompt.inputs[name])
+    return {name: torch.cat(fill_up(tensors, axis), axis) for name, tensors in found.items()}
 
 
 def fill_up(tensors: list[Tensor], axis: int) -> list[Tensor]:
@@ -1381,16 +1340,17 @@ def fill_up(tensors: list[Tensor], axis: int) -> list[Tensor]:
     return filled
 
 
-PER_TOKEN = {  # (1, P) and, of a model with cross attention, more axes
+# processor outputs with one number per prompt token, (1, P), and of a model with cross attention
+# more axes; all others are per image or per patch
+PER_TOKEN = {
     "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "cross_attention_mask",
     "image_attention_mask", "image_embeds_position_mask",
 }  # fmt: skip
 
 
-def is_per_token(name: str) -> bool:
-    """Whether a processor output has one number per prompt token (1, P); all others are per image
-    or per patch."""
-    return name in PER_TOKEN
+def count_up(ids: Tensor) -> Tensor:
+    """(3, P) positions of text: 0, 1, 2, ..."""
+    return torch.arange(len(ids)).expand(3, -1)
 
 
 def left_pad(rows: list[Tensor], value) -> Tensor:
@@ -1460,29 +1420,17 @@ SETTINGS = {  # of a forward, and what a model makes of its inputs; no processor
 }  # fmt: skip
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside PEFT, DistributedDataParallel, FSDP1 or torch.compile. FSDP2
-    does not wrap."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(
-            inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module
-        ):
-            model = inner
-        else:
-            return model
-
-
 def extract_multi_modal_inputs(model: nn.Module, batch: dict) -> dict:
     """The fields of a batch that this model's forward takes beyond text, as a new dict; None values
     are left out.
 
     The forward's own signature decides, so that a new family needs no list here: `pixel_values` and
     `image_grid_thw` for Qwen, `image_sizes` for LLaVA, `pixel_attention_mask` for SmolVLM. The
-    model may be wrapped, see unwrap.
+    model may be wrapped, by PEFT, DistributedDataParallel, FSDP1 or torch.compile.
     """
-    accepted = inspect.signature(unwrap(model).forward).parameters.keys()
+    models = (m for m in model.modules() if isinstance(m, PreTrainedModel))
+    outermost = next(models, model)
+    accepted = inspect.signature(outermost.forward).parameters.keys()
     names = accepted - TEXT_INPUTS - SETTINGS
     return {name: value for name, value in batch.items() if name in names and value is not None}
 
@@ -1554,29 +1502,26 @@ class Family:
     """What has to be known of a model family and can be read neither from its config nor from its
     forward.
 
-    tower, projector: names of modules. A weight with one of `projector` on its path belongs to the
-        projector, else with one of `tower` to the vision tower, else to the language model.
+    tower, projector: names of modules, with blanks between. A weight with one of `projector` on its
+        path belongs to the projector, else with one of `tower` to the vision tower, else to the
+        language model.
     bound: (image processor, least, most pixels) -> its settings that keep every image within about
         so many pixels.
     image_axis: axis of `pixel_values` along which the images of several prompts are joined.
     whole_images: a token of an image attends to its whole image, not only backwards.
     """
 
-    tower: frozenset[str]
-    projector: frozenset[str]
+    tower: str
+    projector: str
     bound: Callable[..., dict] = bound_pixels
     image_axis: int = 0
     whole_images: bool = False
 
 
-def family(tower: str, projector: str, *rest, **special) -> Family:
-    return Family(frozenset(tower.split()), frozenset(projector.split()), *rest, **special)
-
-
 # both inside `visual`; deepstack feeds the first layers too
-QWEN = family("visual", "merger deepstack_merger_list")
-IDEFICS = family("vision_model", "connector", bound_edge, image_axis=1)
-LLAVA = family("vision_tower", "multi_modal_projector")
+QWEN = Family("visual", "merger deepstack_merger_list")
+IDEFICS = Family("vision_model", "connector", bound_edge, image_axis=1)
+LLAVA = Family("vision_tower", "multi_modal_projector")
 
 
 FAMILIES = {  # by the config's model_type
@@ -1588,16 +1533,16 @@ FAMILIES = {  # by the config's model_type
     "glm4v": replace(QWEN, bound=bound_frames),
     "internvl": replace(LLAVA, bound=bound_tiles),
     "llava": replace(LLAVA, bound=bound_nothing),
-    "llava_onevision": family("vision_tower", "multi_modal_projector image_newline", bound_grids),
+    "llava_onevision": Family("vision_tower", "multi_modal_projector image_newline", bound_grids),
     "mistral3": replace(LLAVA, bound=bound_square),
     "smolvlm": IDEFICS,
     "idefics3": IDEFICS,
     "gemma3": replace(LLAVA, bound=bound_nothing, whole_images=True),
-    "gemma4": family("vision_tower", "embed_vision", bound_tokens),
+    "gemma4": Family("vision_tower", "embed_vision", bound_tokens),
 }
 
 
-USUAL = family(  # names that many share
+USUAL = Family(  # names that many share
     "visual vision_tower vision_model",
     "merger deepstack_merger_list multi_modal_projector image_newline connector embed_vision",
     bound_nothing,
@@ -1609,10 +1554,12 @@ def family_of(model: nn.Module) -> Family:
     none of them."""
     kind = model.config.model_type
     found = FAMILIES.get(kind, USUAL)
-    if not any(found.tower & set(name.split(".")) for name, _ in model.named_parameters()):
+    towers = found.tower.split()
+    parts = itertools.chain.from_iterable(name.split(".") for name, _ in model.named_parameters())
+    if not set(towers).intersection(parts):
         raise ValueError(
             f"{kind} is not in FAMILIES, and no module of {type(model).__name__} is called one of "
-            f"{sorted(found.tower)}; add an entry with the names of its vision tower and its "
+            f"{towers}; add an entry with the names of its vision tower and its "
             "projector"
         )
     return found
@@ -1652,30 +1599,19 @@ def packed_conv(plain, x, weight, bias=None, activation=None, layout=None, **res
     """
     if layout is None:
         return plain(x, weight, bias, activation=activation, **rest)
-    before = tokens_before(layout.segments).to(x.device)
-    # summed in float32, as the convolution of torch does; the last column is what is before a
-    # sequence begins
-    seen = F.pad(x, (0, 1)).to(torch.promote_types(weight.dtype, torch.float32))
-    out = torch.zeros_like(seen)
-    for column in reversed(range(weight.shape[1])):
-        out = out + weight[:, column, None] * seen
-        seen = seen.index_select(2, before)
-    if bias is not None:
-        out = out + bias[:, None]
-    out = out[..., :-1].to(weight.dtype)
-    if activation is not None:
-        out = ACT2FN[activation](out)
-    return out.to(x.dtype)
-
-
-def tokens_before(segments: list[tuple[int, int, int, int]]) -> Tensor:
-    """(T + 1,) the token before each one in its sequence; T where there is none, and T's own."""
-    total = max(end for _, end, _, _ in segments)
-    before = torch.arange(-1, total)
-    for start, _, prompt_start, prompt_end in segments:
-        is_prompt = prompt_start == prompt_end
-        before[start] = total if is_prompt else prompt_end - 1
-    return torch.cat([before[:-1], torch.tensor([total])])
+    reach = weight.shape[1] - 1
+    out = torch.empty_like(x)
+    for segments in layout.batches:
+        start, end, prompt_start, prompt_end = torch.tensor(segments, device=x.device).T  # (S,)
+        rows, real = side_by_side(start, end)  # (S, L)
+        before = prompt_end[:, None] + torch.arange(-reach, 0, device=x.device)  # (S, K - 1)
+        is_there = before >= prompt_start[:, None]
+        seen_rows = torch.cat([torch.where(is_there, before, 0), rows], 1)
+        seen = x[0][:, seen_rows] * torch.cat([is_there, real], 1)  # (channels, S, K - 1 + L)
+        convolved = plain(seen.transpose(0, 1), weight, bias, activation=activation, **rest)
+        part = convolved.transpose(0, 1)[..., reach:]
+        out = out.index_copy(2, rows[real], part[:, real][None])
+    return out
 
 
 def packed_delta_rule(plain, q, k, v, *, g, beta, layout=None, **rest):
@@ -1690,33 +1626,21 @@ def packed_delta_rule(plain, q, k, v, *, g, beta, layout=None, **rest):
     if layout is None:
         return plain(q, k, v, g=g, beta=beta, **rest)
     rest = rest | dict(initial_state=None, output_final_state=True)
-    prompts = [s for s in layout.segments if s[2] == s[3]]
-    responses = [s for s in layout.segments if s[2] != s[3]]
-    number = {prompt[0]: i for i, prompt in enumerate(prompts)}
     out = torch.empty_like(v[0])
-    states = None
-    for batch in (prompts, responses):
-        if not batch:
-            continue
+    states = prompts = None
+    for segments in layout.batches:
+        start, end, prompt_start, _ = torch.tensor(segments, device=v.device).T
         if states is not None:
-            mine = torch.tensor([number[prompt_start] for _, _, prompt_start, _ in batch])
-            rest["initial_state"] = states.index_select(0, mine.to(v.device))
-        rows, real = side_by_side(batch, v.device)
+            mine = (prompt_start[:, None] == prompts).int().argmax(1)
+            rest["initial_state"] = states.index_select(0, mine)
+        prompts = start
+        rows, real = side_by_side(start, end)  # (S, L)
         # padding neither decays the state nor writes into it
         still = g[0][rows] * real[..., None]
         silent = beta[0][rows] * real[..., None]
         part, states = plain(q[0][rows], k[0][rows], v[0][rows], g=still, beta=silent, **rest)
         out = out.index_copy(0, rows[real], part[real])
     return out[None], None
-
-
-def side_by_side(segments: list[tuple[int, int, int, int]], device) -> tuple[Tensor, Tensor]:
-    """Rows (S, L) in the pack of the tokens of segments, padded on the right, and (S, L) bool: no
-    padding."""
-    start, end, _, _ = torch.tensor(segments, device=device).T[..., None]  # (S, 1) each
-    rows = start + torch.arange(int((end - start).max()), device=device)
-    real = rows < end
-    return torch.where(real, rows, start), real
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1762,7 +1686,7 @@ def _without(prompt: data.Prompt, trace: list[Turn], image_axis: int) -> data.Pr
     seen = join_inputs(earlier, image_axis)
     inputs = {}
     for name, value in prompt.inputs.items():
-        if is_per_token(name):
+        if name in PER_TOKEN:
             inputs[name] = value[:, len(seen_ids) :]
         elif name in seen:
             inputs[name] = cut(name, value, seen[name], image_axis)
@@ -1826,13 +1750,10 @@ def export(checkpoint: str | Path, out: str | Path, merge: bool = True) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Export a checkpoint of a run.")
-    jobs = parser.add_subparsers(required=True, dest="job")
-    exporter = jobs.add_parser(
-        "export", help="a checkpoint as a directory for transformers and vLLM"
-    )
-    exporter.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step-N")
-    exporter.add_argument("out", type=Path, help="folder for the Hugging Face model directory")
-    exporter.add_argument(
+    parser.add_argument("job", choices=["export"], help="as a directory for transformers and vLLM")
+    parser.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step-N")
+    parser.add_argument("out", type=Path, help="folder for the Hugging Face model directory")
+    parser.add_argument(
         "--keep_adapter", action="store_true", help="write a LoRA adapter by itself, not merged"
     )
     args = parser.parse_args()

@@ -27,18 +27,19 @@ import importlib.util
 import itertools
 import logging
 import math
+import operator
 import os
 import random
 import runpy
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import data
 import reward
-from model import Actor, Turn, as_position_ids, lay_out, left_pad, prompts_of
+from model import Actor, Turn
 from support.cpu import pack_experts_again, vllm_options
 from support.processes import gather_objects, this_rank
 from support.report import thumbnail
@@ -98,8 +99,11 @@ class Rollout:
         return tokenizer.decode(turn if is_cut else turn[:-1])
 
     def __reduce__(self) -> tuple:
-        """Travel between ranks as arrays: they pickle a hundred times faster than small tensors."""
-        return from_arrays, as_arrays(self)
+        """Travel between ranks as arrays: small tensors pickle a hundred times slower, with all of
+        the batch that they are a part of."""
+        parts = [*self.turns, self.sampler_logprobs]
+        arrays = [part.numpy() if isinstance(part, Tensor) else part for part in parts]
+        return from_arrays, (arrays, self.truncated, self.reward)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,13 +172,11 @@ class HFEngine(Engine):
 
     Args:
         max_response_tokens: a longer response is cut.
-        rows: most responses that are decoded side by side.
     """
 
-    def __init__(self, actor: Actor, max_response_tokens: int, rows: int = 1024):
+    def __init__(self, actor: Actor, max_response_tokens: int):
         self.actor = actor
         self.max_response_tokens = max_response_tokens
-        self.rows = rows
 
     def generate(self, conversations, n, seed, greedy=False) -> list[list[Rollout]]:
         """As Engine.generate."""
@@ -182,7 +184,7 @@ class HFEngine(Engine):
         rank_seed = random.Random(f"{seed} {this_rank()}").getrandbits(63)
         device = self.actor.device
         gpus = [device] if device.type == "cuda" else []
-        per_call = max(1, self.rows // n)
+        per_call = max(1, 1024 // n)  # so many responses are decoded side by side
         groups = []
         with torch.no_grad(), self.actor.generating(), torch.random.fork_rng(devices=gpus):
             torch.manual_seed(rank_seed)
@@ -193,7 +195,7 @@ class HFEngine(Engine):
     def _generate(self, conversations, n, greedy):
         actor = self.actor
         prefilled = prefill(actor, conversations, n)
-        distribution = TrainedDistribution(actor.temperature, actor.banned_ids)
+        distribution = TrainedDistribution(actor)
         # every sampling setting is spelled out: generate() fills in what is missing from the
         # model's generation config
         config = GenerationConfig(
@@ -223,18 +225,15 @@ class TrainedDistribution(LogitsProcessor):
     """Turns logits into the log-probs of the trained distribution, and remembers those of the
     tokens drawn."""
 
-    def __init__(self, temperature: float, banned_ids: list[int]):
-        self.temperature = temperature
-        self.banned_ids = banned_ids
+    def __init__(self, actor: Actor):
+        self.actor = actor
         self.drawn: list[Tensor] = []  # (B n,) each, one per token position
         self.last: Tensor | None = None  # (B n, V), which the next token is drawn from
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.last is not None:
             self.record(input_ids[:, -1])
-        banned = torch.tensor(self.banned_ids, dtype=torch.long, device=scores.device)
-        scores = (scores.float() / self.temperature).index_fill(-1, banned, -torch.inf)
-        self.last = scores.log_softmax(-1)
+        self.last = self.actor.trained_logprobs(scores)
         return self.last
 
     def record(self, tokens: Tensor) -> None:
@@ -255,32 +254,15 @@ class VLLMEngine(Engine):
 
     Args:
         model: Hugging Face directory or name to start from; `sync` brings the actor's weights.
-        dtype: of weights and cache inside vLLM. Log-probs are float32 in any case.
-        tp: ranks that share one engine.
-        max_response_tokens: a longer response is cut.
-        settings: the other limits of the run, and of the machine: see start_vllm.
+        settings: limits of the run and of the machine, see start_vllm.
     """
 
-    def __init__(
-        self,
-        actor: Actor,
-        model: str,
-        *,
-        dtype: torch.dtype,
-        tp: int,
-        max_response_tokens,
-        **settings,
-    ):
-        world = dist.get_world_size()
-        if world % tp:
-            raise ValueError(f"--rollout_tp {tp} does not divide the {world} processes of this run")
+    def __init__(self, actor: Actor, model: str, **settings):
         self.actor = actor
-        self.dtype = dtype
-        self.max_response_tokens = max_response_tokens
+        self.dtype = settings["dtype"]
+        self.max_response_tokens = settings["max_response_tokens"]
         self.asleep = False
-        self.llm, self.tp_group = start_vllm(
-            actor, model, dtype, tp, max_response_tokens=max_response_tokens, **settings
-        )
+        self.llm, self.tp_group = start_vllm(actor, model, **settings)
 
     def generate(self, conversations, n, seed, greedy=False) -> list[list[Rollout]]:
         """As Engine.generate. A conversation is prefilled once for its n responses, which depend on
@@ -296,8 +278,8 @@ class VLLMEngine(Engine):
         counts = gather_objects(len(conversations))
         first = sum(counts[: dist.get_rank()])
         own = [make_request(first + i, turns) for i, turns in enumerate(conversations)]
-        requests = self._gather_requests(own)
-        sampling = [self._sampling(request.number, n, seed, greedy) for request in requests]
+        requests = gather_requests(own, self.tp_group)
+        sampling = [sampling_params(self, r.number, n, seed, greedy) for r in requests]
         with kept_globals():
             outputs = self.llm.generate([r.prompt for r in requests], sampling, use_tqdm=False)
         groups = []
@@ -305,38 +287,6 @@ class VLLMEngine(Engine):
             if first <= request.number < first + len(own):
                 groups.append(read_output(request, output, n))
         return groups
-
-    def _gather_requests(self, own: list[VLLMRequest]) -> list[VLLMRequest]:
-        """Those of all ranks that share the engine."""
-        ranks = dist.get_world_size(self.tp_group)
-        if ranks == 1:  # images are slow to pickle
-            return own
-        shares = [None] * ranks
-        dist.all_gather_object(shares, own, group=self.tp_group)
-        return list(itertools.chain.from_iterable(shares))
-
-    def _sampling(self, number: int, n: int, seed: int, greedy: bool):
-        """vLLM's SamplingParams; it seeds the n responses with seed, seed + 1, ..."""
-        from vllm import SamplingParams
-
-        # one seed for all would give every conversation the same noise; n apart, no two responses
-        # of a call share a seed
-        base = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        return SamplingParams(
-            n=n,
-            seed=base + number * n,
-            temperature=0.0 if greedy else self.actor.temperature,
-            top_p=1.0,
-            top_k=0,
-            min_p=0.0,
-            logit_bias={token: -math.inf for token in self.actor.banned_ids},
-            max_tokens=self.max_response_tokens,
-            stop_token_ids=self.actor.eos_ids,
-            ignore_eos=True,  # vLLM's own notion; all end tokens are stop_token_ids
-            logprobs=0,  # of the drawn tokens alone
-            flat_logprobs=True,
-            detokenize=False,
-        )
 
     def sync(self, actor: Actor) -> dict[str, float]:
         """Make vLLM's policy the actor's: wake up, load every weight, forget what was computed with
@@ -400,16 +350,10 @@ class VLLMEngine(Engine):
 # process; the choice of an engine; conversations; evaluation
 
 
-def as_arrays(rollout: Rollout) -> tuple:
-    """The fields of a rollout, its tensors as arrays."""
-    turns = [t.numpy() if isinstance(t, Tensor) else t for t in rollout.turns]
-    return turns, rollout.sampler_logprobs.numpy(), rollout.truncated, rollout.reward
-
-
-def from_arrays(turns: list, sampler_logprobs: np.ndarray, truncated, earned) -> Rollout:
-    """The rollout of these fields."""
-    turns = [torch.from_numpy(t) if isinstance(t, np.ndarray) else t for t in turns]
-    return Rollout(turns, torch.from_numpy(sampler_logprobs), truncated, earned)
+def from_arrays(arrays: list, truncated: bool, earned: float | None) -> Rollout:
+    """What Rollout.__reduce__ has taken apart."""
+    parts = [torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in arrays]
+    return Rollout(parts[:-1], parts[-1], truncated, earned)
 
 
 def check_greedy(n: int, greedy: bool) -> None:
@@ -426,45 +370,32 @@ def prefill(actor: Actor, conversations: list[list[Turn]], n: int) -> dict:
         What generate() takes: ids (B n, P), mask and positions padded on the left, and the cache;
         every conversation n times, one after the other.
     """
-    all_ids, all_positions, prompts = [], [], []
-    for turns in conversations:
-        its_ids, its_positions, _ = lay_out(turns, actor.positions)
-        all_ids.append(its_ids)
-        all_positions.append(its_positions)
-        prompts += prompts_of(turns)
-    ids = left_pad(all_ids, actor.pad_id).to(actor.device)
-    mask = left_pad([torch.ones_like(its_ids) for its_ids in all_ids], 0).to(actor.device)
-    positions = left_pad(all_positions, 0).transpose(0, 1)  # (3 or 1, B, P)
-    positions = as_position_ids(positions).to(actor.device)
-    types = actor.token_types(conversations)
+    inputs, _ = actor.padded_inputs(conversations)
     cache = actor.model(
-        input_ids=ids[:, :-1],
-        attention_mask=mask[:, :-1],
-        position_ids=positions[..., :-1],
+        **{name: values[..., :-1] for name, values in inputs.items()},
+        **actor.multi_modal_inputs(itertools.chain.from_iterable(conversations)),
         use_cache=True,
         logits_to_keep=1,
-        **actor.multi_modal_inputs(prompts),
-        **{name: values[:, :-1] for name, values in types.items()},
     ).past_key_values
+    ids = inputs["input_ids"]
     rows = torch.arange(len(ids), device=actor.device).repeat_interleave(n)
     cache.reorder_cache(rows)
     return {
         "inputs": ids[rows],
-        "attention_mask": mask[rows],
-        "position_ids": positions[..., rows, :],
+        "attention_mask": inputs["attention_mask"][rows],
+        "position_ids": inputs["position_ids"][..., rows, :],
         "past_key_values": cache,
     }
 
 
 def cut_at_end(responses: Tensor, logprobs: Tensor, eos_ids: list[int]) -> list[Rollout]:
     """Cut responses and log-probs, (B n, R) both, behind their first end token."""
-    is_end = torch.isin(responses, torch.tensor(eos_ids))
-    ended = is_end.any(1).tolist()
-    first_end = is_end.int().argmax(1).tolist()
+    ends = torch.tensor(eos_ids)
     rollouts = []
-    for i, response in enumerate(responses):
-        length = first_end[i] + 1 if ended[i] else len(response)
-        rollouts.append(Rollout([response[:length]], logprobs[i, :length], not ended[i]))
+    for ids, logps in zip(responses, logprobs, strict=True):
+        found = torch.isin(ids, ends).nonzero()
+        length = int(found[0]) + 1 if len(found) else len(ids)
+        rollouts.append(Rollout([ids[:length]], logps[:length], truncated=not len(found)))
     return rollouts
 
 
@@ -492,12 +423,47 @@ def make_request(number: int, turns: list[Turn]) -> VLLMRequest:
             short_ids += turn.short_ids.tolist()
             images += turn.images
             videos += turn.videos
-    media = {}
-    if images:
-        media["image"] = images
-    if videos:
-        media["video"] = videos
-    return VLLMRequest(number, ids, {"prompt_token_ids": short_ids, "multi_modal_data": media})
+    media = {"image": images, "video": videos}
+    prompt = {
+        "prompt_token_ids": short_ids,
+        "multi_modal_data": {kind: items for kind, items in media.items() if items},
+    }
+    return VLLMRequest(number, ids, prompt)
+
+
+def gather_requests(own: list[VLLMRequest], tp_group) -> list[VLLMRequest]:
+    """Those of all ranks that share the engine."""
+    ranks = dist.get_world_size(tp_group)
+    if ranks == 1:  # images are slow to pickle
+        return own
+    shares = [None] * ranks
+    dist.all_gather_object(shares, own, group=tp_group)
+    return list(itertools.chain.from_iterable(shares))
+
+
+def sampling_params(engine: VLLMEngine, number: int, n: int, seed: int, greedy: bool):
+    """How conversation `number` of all ranks is sampled; vLLM seeds its n responses with seed,
+    seed + 1, ..."""
+    from vllm import SamplingParams
+
+    # one seed for all would give every conversation the same noise; n apart, no two responses of a
+    # call share a seed
+    base = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return SamplingParams(
+        n=n,
+        seed=base + number * n,
+        temperature=0.0 if greedy else engine.actor.temperature,
+        top_p=1.0,
+        top_k=0,
+        min_p=0.0,
+        logit_bias={token: -math.inf for token in engine.actor.banned_ids},
+        max_tokens=engine.max_response_tokens,
+        stop_token_ids=engine.actor.eos_ids,
+        ignore_eos=True,  # vLLM's own notion; all end tokens are stop_token_ids
+        logprobs=0,  # of the drawn tokens alone
+        flat_logprobs=True,
+        detokenize=False,
+    )
 
 
 def read_output(request: VLLMRequest, output, n: int) -> list[Rollout]:
@@ -529,9 +495,9 @@ def read_output(request: VLLMRequest, output, n: int) -> list[Rollout]:
 def start_vllm(
     actor: Actor,
     model: str,
+    *,
     dtype: torch.dtype,
     tp: int,
-    *,
     memory_fraction: float,
     eager: bool,
     max_prompt_tokens: int,
@@ -542,12 +508,17 @@ def start_vllm(
     """A vllm.LLM in this process, and the process group of the ranks that share it.
 
     Args:
-        actor, model, dtype, tp: as of VLLMEngine.
+        actor, model: as of VLLMEngine.
+        dtype: of weights and cache inside vLLM. Log-probs are float32 in any case.
+        tp: ranks that share one engine. ValueError if it does not divide their number.
         memory_fraction: of the GPU, for weights and cache while awake. Ignored without a GPU.
         eager: no CUDA graphs: slower tokens, a faster start.
-        max_prompt_tokens, max_response_tokens: limits of the run.
+        max_prompt_tokens, max_response_tokens: limits of the run; a longer response is cut.
         max_images, max_videos: most images and videos in one conversation.
     """
+    world = dist.get_world_size()
+    if world % tp:
+        raise ValueError(f"--rollout_tp {tp} does not divide the {world} processes of this run")
     longest = max_prompt_tokens + max_response_tokens
     cuda = torch.cuda.is_available()
     set_vllm_environment()
@@ -769,14 +740,14 @@ def build_engine(wanted: str, actor: Actor, model: str, **settings) -> tuple[Eng
 
     Args:
         wanted: auto, vllm or hf.
-        settings: of VLLMEngine; dtype is the actor's unless given. HFEngine needs
-            max_response_tokens alone.
+        settings: of VLLMEngine but its dtype, the actor's. HFEngine needs max_response_tokens
+            alone.
     """
     kind, why = choose_engine(wanted, model, actor.temperature)
+    why = f"rollout engine {kind}: {why}"
     if kind == "hf":
-        return HFEngine(actor, settings["max_response_tokens"]), f"rollout engine hf: {why}"
-    settings = {"dtype": actor.dtype} | settings
-    return VLLMEngine(actor, model, **settings), f"rollout engine vllm: {why}"
+        return HFEngine(actor, settings["max_response_tokens"]), why
+    return VLLMEngine(actor, model, dtype=actor.dtype, **settings), why
 
 
 # --------------------------------------------------------------------------------------------------
@@ -836,11 +807,11 @@ class Conversations(Engine):
             live = [talk for talk in talks if not talk.done]
             if not any(gather_objects(bool(live))):
                 break
-            so_far = [talk.so_far(self.reader) for talk in live]
+            so_far = [[talk.prompt, *talk.rollout.read(self.reader)] for talk in live]
             new_turns = self.engine.generate(so_far, 1, seed + turn, greedy)
             for talk, [new_turn] in zip(live, new_turns, strict=True):
                 talk.add(new_turn)
-        rollouts = [talk.rollout() for talk in talks]
+        rollouts = [talk.rollout for talk in talks]
         return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
 
 
@@ -850,44 +821,35 @@ class Conversation:
     def __init__(self, prompt: data.Prompt, environment, first_turn: Rollout):
         self.prompt = prompt
         self.environment = environment
-        self.turns: list[Tensor | Observation] = []
-        self.sampler_logprobs: list[Tensor] = []
-        self.reward = 0.0
-        self.truncated = False
+        self.rollout = replace(first_turn, reward=0.0)  # what has followed the prompt so far
         self.done = False
-        self.add(first_turn)
 
-    def add(self, new_turn: Rollout) -> None:
+    def add(self, new: Rollout) -> None:
         """Take what the policy wrote."""
-        self.turns += new_turn.turns
-        self.sampler_logprobs.append(new_turn.sampler_logprobs)
-        self.truncated = new_turn.truncated
+        self.rollout = replace(
+            self.rollout,
+            turns=self.rollout.turns + new.turns,
+            sampler_logprobs=torch.cat([self.rollout.sampler_logprobs, new.sampler_logprobs]),
+            truncated=new.truncated,
+        )
 
     def answer(self, reader: data.Reader, max_prompt_tokens: int) -> None:
         """Let the environment answer the last turn, unless that was cut, which earns nothing."""
-        if self.truncated:
-            self.done = True
+        self.done = True
+        if self.rollout.truncated:
             return
-        text = self.rollout().text(reader.processor.tokenizer)
+        text = self.rollout.text(reader.processor.tokenizer)
         problem, earned = self.environment.step(text)
-        self.reward += earned
+        self.rollout.reward += earned
         if problem is None:
-            self.done = True
             return
         observation = Observation(problem, len(reader.later(problem).ids))
-        length = len(self.prompt.ids) + self.rollout().tokens + observation.tokens
+        length = len(self.prompt.ids) + self.rollout.tokens + observation.tokens
         if length > max_prompt_tokens:
-            self.truncated = True
-            self.done = True
-        else:
-            self.turns.append(observation)
-
-    def so_far(self, reader: data.Reader) -> list[Turn]:
-        return [self.prompt, *self.rollout().read(reader)]
-
-    def rollout(self) -> Rollout:
-        logprobs = torch.cat(self.sampler_logprobs)
-        return Rollout(list(self.turns), logprobs, self.truncated, self.reward)
+            self.rollout.truncated = True
+            return
+        self.rollout = replace(self.rollout, turns=[*self.rollout.turns, observation])
+        self.done = False
 
 
 class Codeword:
@@ -911,9 +873,7 @@ class Codeword:
             return self.later.pop(0), 0.0
         answer = reward.last_boxed(text) or ""
         said = answer.split()
-        right = 0
-        for letter, expected in zip(said, self.word, strict=False):
-            right += letter == expected
+        right = sum(map(operator.eq, said, self.word))
         return None, right / max(len(said), len(self.word))
 
 
@@ -1105,7 +1065,7 @@ def majority(records: list[dict]) -> float:
     return max(votes.values(), key=len, default=[0.0])[0]
 
 
-def describe(metrics: dict[str, float]) -> str:
+def one_line(metrics: dict[str, float]) -> str:
     """An evaluation in a few words; all of it is in metrics.jsonl."""
     accuracy = f"accuracy {metrics['accuracy']:.3f} +- {metrics['accuracy_se']:.3f}"
     return f"{accuracy}, reward {metrics['reward']:.3f}, format {metrics['format']:.3f}"

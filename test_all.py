@@ -788,10 +788,9 @@ def check_varlen_arguments(q, k, v, queries, keys, longest_query, longest_key, *
 
 def force_kernels(monkeypatch, kernel):
     """As on a GPU in 16 bits, with `kernel` in the place of varlen_attn."""
-    monkeypatch.setattr(model, "flash_attn_varlen_func", None)
     monkeypatch.setattr(model, "varlen_attn", kernel)
     monkeypatch.setattr(model, "kernel_runs", lambda q: True)
-    monkeypatch.setattr(model, "tower_in_one_call", lambda family: family is model.QWEN)
+    monkeypatch.setattr(model, "tower_in_one_call", lambda family, _: family is model.QWEN)
 
 
 def sized_config(folder, size, layers=2, depth=3):
@@ -1972,7 +1971,7 @@ def slide_windows(actor):
 
 
 def checkpoint_layers(actor):
-    actor.checkpoint_activations()
+    actor.model.gradient_checkpointing_enable()
     return actor
 
 
@@ -2020,7 +2019,7 @@ def test_every_layout_gives_the_same_logprobs_and_gradients(tiny, family_folder,
 
 
 def test_checkpointed_layers_run_again_in_the_backward_and_generation_goes_on(actor, process_group):
-    actor.checkpoint_activations()
+    actor.model.gradient_checkpointing_enable()
     groups = image_groups(actor)
     layer, calls = actor.model.model.language_model.layers[1].mlp, []
     layer.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -2050,9 +2049,7 @@ def test_the_check_at_start_up_passes_and_refuses_a_wrong_layout(actor, monkeypa
     prompts = prompts_with(actor, 2, 0)
     assert actor.check_packing(prompts) < 1e-5
     assert all(p.grad is None for p in actor.model.parameters()) and actor.packing == "shared"
-    monkeypatch.setattr(
-        model.Layout, "padded", lambda self, window, device: _everyone_sees_all(self)
-    )
+    monkeypatch.setattr(model, "padded_batches", lambda layout, *_: _everyone_sees_all(layout))
     with pytest.raises(
         RuntimeError, match=r"packing 'shared' is not exact for Qwen2_5_VLFor.*--packing padded"
     ):
@@ -2064,17 +2061,17 @@ def _everyone_sees_all(layout):
     return [
         (
             torch.arange(n)[None],
+            torch.ones(1, n, dtype=torch.bool),
             torch.arange(n)[None],
             torch.ones(1, 1, n, n).tril().bool(),
-            torch.arange(n),
-            torch.ones(1, n, dtype=torch.bool),
         )
     ]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_meter_counts_what_one_forward_keeps_for_its_backward(actor, checkpointing):
-    actor.checkpoint_activations(checkpointing)
+    if checkpointing:
+        actor.model.gradient_checkpointing_enable()
     saved, groups = memory.SavedTensors(), random_groups(actor, (1, 0, 1), ((30,) * 4,) * 3)
     tokens = sum(len(p.ids) + sum(len(r) for [r] in rs) for p, rs in groups)
     for _ in range(2):  # the most of any pass, not their sum
@@ -2270,7 +2267,7 @@ def test_a_wrong_mask_is_refused_in_bfloat16_too(tiny, monkeypatch):
     actor = model.Actor.from_pretrained(str(tiny[False]), torch.bfloat16)
     prompts = prompts_with(actor, 2, 0)
     assert 1e-4 < actor.check_packing(prompts) < 0.01  # above the floor of float32
-    monkeypatch.setattr(model.Layout, "padded", lambda self, *_: _everyone_sees_all(self))
+    monkeypatch.setattr(model, "padded_batches", lambda layout, *_: _everyone_sees_all(layout))
     with pytest.raises(RuntimeError, match="packing 'shared' is not exact"):
         actor.check_packing(prompts)
 
@@ -2380,7 +2377,7 @@ def check_kernels_under_fsdp(folder):
                 actor = model.Actor(network, processor)
                 if frozen:
                     actor.freeze("tower", "projector")
-                actor.checkpoint_activations()
+                actor.model.gradient_checkpointing_enable()
                 actor.shard(torch.device("cpu"))
                 groups = random_groups(actor, (2, 0, 1), ((300, 500), (40,), (7, 1)))
                 features = actor.image_features([prompt for prompt, _ in groups])
@@ -2475,8 +2472,8 @@ def use_in_a_notebook(folder):
     prompts = [actor.prompt("<image>How many sides?", [image]), actor.prompt("Which colour?")]
     drawn = draw(rollout.HFEngine(actor, max_response_tokens=6), prompts, 3)
     gaps = []
-    for on in (True, False):
-        actor.checkpoint_activations(on)
+    for switch in ("enable", "disable"):
+        getattr(actor.model, f"gradient_checkpointing_{switch}")()
         logprobs, _ = actor.logprobs(as_groups(prompts, drawn))
         logprobs.sum().backward()
         gaps.append((logprobs - sampled(drawn)).abs().max().item())
@@ -2716,7 +2713,7 @@ def test_positions_and_logprobs_of_a_trace_are_those_of_the_plain_forward_of_the
     assert torch.equal(pack.input_ids, ids)
     types = (ids == actor.processor.image_token_id).int()
     positions, _ = actor.model.model.get_rope_index(ids, types, whole.inputs["image_grid_thw"])
-    assert torch.equal(pack.position_ids, positions)
+    assert torch.equal(pack.positions, positions)
     got, entropy = actor.logprobs([(prompt, [turns])])
     actor.use_packing("padded")
     with torch.no_grad():
@@ -2944,7 +2941,7 @@ def plain_logprobs(actor, groups):
             types = {
                 k: torch.nn.functional.pad(v, (0, len(response)))
                 for k, v in prompt.inputs.items()
-                if model.is_per_token(k)
+                if k in model.PER_TOKEN
             }
             ids = torch.cat([prompt.ids, response])[None]
             inputs = model.extract_multi_modal_inputs(actor.model, prompt.inputs | types)
@@ -2998,7 +2995,7 @@ def test_a_family_is_scored_as_its_plain_forward_does_and_its_frozen_tower_stays
 
     inputs = model.extract_multi_modal_inputs(actor.model, prompts_with(actor, 2)[0].inputs)
     assert {
-        k: None if model.is_per_token(k) else tuple(v.shape) for k, v in inputs.items()
+        k: None if k in model.PER_TOKEN else tuple(v.shape) for k, v in inputs.items()
     } == PIXELS[name]
 
 
@@ -3034,7 +3031,7 @@ def test_the_usual_names_sort_the_weights_of_every_family_as_its_entry_does(name
 def test_an_unknown_family_works_by_the_usual_names_or_says_what_to_add(actor, monkeypatch):
     monkeypatch.delitem(model.FAMILIES, "qwen2_5_vl")
     assert model.family_of(actor.model) is model.USUAL
-    monkeypatch.setattr(model, "USUAL", model.family("eyes", "nerve"))
+    monkeypatch.setattr(model, "USUAL", model.Family("eyes", "nerve"))
     with pytest.raises(
         ValueError, match=r"qwen2_5_vl is not in FAMILIES.*called one of \['eyes'\].*add an entry"
     ):
@@ -3133,8 +3130,8 @@ def test_every_input_of_every_class_of_transformers_is_known():
         if unknown:
             new[name] = sorted(unknown)
     assert len(classes) > 80 and new == {}, "media, per token, text or a setting?"
-    for name in ("cross_attention_mask", "image_attention_mask", "image_embeds_position_mask"):
-        assert model.is_per_token(name) and not model.is_per_token("image_position_ids")
+    cross = {"cross_attention_mask", "image_attention_mask", "image_embeds_position_mask"}
+    assert cross < model.PER_TOKEN and "image_position_ids" not in model.PER_TOKEN
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -3593,10 +3590,8 @@ def test_positions_that_deep_sleep_dropped_are_zeroed_before_a_cuda_graph_reads_
 
 
 def test_an_engine_of_one_rank_pickles_no_image(process_group):
-    engine = object.__new__(rollout.VLLMEngine)
-    engine.tp_group = torch.distributed.group.WORLD
     requests = [rollout.VLLMRequest(0, [1], {"multi_modal_data": lambda: "cannot be pickled"})]
-    assert engine._gather_requests(requests) == requests
+    assert rollout.gather_requests(requests, torch.distributed.group.WORLD) == requests
 
 
 @needs_vllm
@@ -4019,7 +4014,7 @@ def test_an_evaluation_keeps_every_turn_with_what_was_said_and_shown(actor, proc
 def test_an_evaluation_is_one_short_line():
     metrics = rollout.summarize([record(1, type="a"), record(0, type="b")], 1)
     # one right of two: 0.5, with an error of 0.7071 / sqrt(2)
-    assert rollout.describe(metrics) == "accuracy 0.500 +- 0.500, reward 0.000, format 0.000"
+    assert rollout.one_line(metrics) == "accuracy 0.500 +- 0.500, reward 0.000, format 0.000"
 
 
 def record(accuracy=0, response="", **facts):
@@ -4074,7 +4069,7 @@ def test_accuracy_is_told_by_type_number_of_images_and_source_where_they_differ(
 
 def test_an_evaluation_is_told_in_few_words():
     got = rollout.summarize([record(1, type="a"), record(0, type="b")], 1)
-    assert rollout.describe(got) == "accuracy 0.500 +- 0.500, reward 0.000, format 0.000"
+    assert rollout.one_line(got) == "accuracy 0.500 +- 0.500, reward 0.000, format 0.000"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4318,7 +4313,7 @@ def test_the_loss_of_a_pack_by_hand():
     old = torch.tensor([-2.0, -1.0])
     now = old + torch.tensor([2.0, 0.25]).log()
     pack = train.TrainPack(
-        groups=[], lengths=torch.tensor([2]), advantages=torch.tensor([1.0, -1.0]),
+        bundles=[], lengths=torch.tensor([2]), advantages=torch.tensor([1.0, -1.0]),
         sampler_logprobs=old + torch.tensor([0.5, 1.0]).log(), old_logprobs=old, ref_logprobs=old,
     )  # fmt: skip
     plan = train.Plan(packs=[], filler=[], tokens=4, responses=2, imbalance=0.0)
@@ -4333,7 +4328,7 @@ def test_a_term_of_the_entropy_teaches_flat_groups_and_moves_weights(tiny, proce
     run, groups = small_run(tiny[False], minibatch_prompts=8, entropy_coefficient=0.5)
     flat = [dataclasses.replace(group, advantages=torch.zeros(4)) for group in groups]
     [minibatch] = minibatches_of(run, flat)
-    assert sum(len(responses) for pack in minibatch.packs for _, responses in pack.groups) == 8 * 4
+    assert sum(len(responses) for pack in minibatch.packs for _, responses in pack.bundles) == 8 * 4
     run.settings = dataclasses.replace(run.settings, max_sampler_gap=100.0)
     before = model.full(next(iter(run.actor.model.parameters()))).clone()
     assert train.update(run, minibatch, 0, None)["grad_norm"] > 0
@@ -4358,7 +4353,7 @@ def test_the_loss_does_not_depend_on_how_the_minibatch_is_cut(tiny, process_grou
 def test_flat_groups_change_nothing_but_are_not_computed(tiny, process_group):
     run, groups = small_run(tiny[False], minibatch_prompts=8)
     [minibatch] = minibatches_of(run, groups)
-    assert sum(len(responses) for pack in minibatch.packs for _, responses in pack.groups) == 7 * 4
+    assert sum(len(responses) for pack in minibatch.packs for _, responses in pack.bundles) == 7 * 4
     assert minibatch.responses == 8 * 4
     assert minibatch.tokens == sum(group.response_tokens for group in groups)  # flat ones too
     groups = [dataclasses.replace(g, advantages=torch.zeros(4)) for g in groups]
@@ -4407,7 +4402,7 @@ def test_tokens_that_look_weigh_more_and_responses_the_same(tiny, process_group)
     run, groups = small_run(tiny[False], minibatch_prompts=8, look_weight=1.0)
     [minibatch] = minibatches_of(run, groups)
     [pack] = minibatch.packs
-    logprobs, entropy = run.actor.logprobs(pack.groups)
+    logprobs, entropy = run.actor.logprobs(pack.bundles)
     pack.remember(logprobs.detach())
     weighted, _ = train.pack_loss(run.settings, minibatch, pack, logprobs, entropy)
     s = dataclasses.replace(run.settings, look_weight=0.0)
@@ -7516,7 +7511,7 @@ def test_a_forward_without_gradient_changes_nothing_of_a_checkpoint(tiny, proces
     before = whole_state(run)
     [minibatch] = minibatches_of(run, groups)
     with torch.no_grad():
-        run.actor.logprobs(minibatch.packs[0].groups)
+        run.actor.logprobs(minibatch.packs[0].bundles)
     assert same(whole_state(run), before)
     assert all(isinstance(p, DTensor) for p in run.actor.model.parameters())
 
@@ -8013,7 +8008,7 @@ def test_the_picture_of_a_pack_shows_what_make_pack_lays_out():
     pack = draw_pack.example()
     count = len(draw_pack.NAMES)
     sees = torch.zeros(count, count, dtype=torch.bool)
-    for queries, keys, mask, _, real in pack.layout.padded(1000, torch.device("cpu")):
+    for queries, real, keys, mask in model.padded_batches(pack.layout, None, "cpu"):
         for segment in range(len(queries)):
             for i, query in enumerate(queries[segment]):
                 if real[segment, i]:
@@ -8302,7 +8297,7 @@ def test_gpu_packing_in_bfloat16_is_within_its_floor(device, size, tiny, table):
 @each_device
 def test_gpu_update_at_full_width(device, tiny, table, process_group):
     actor = large_actor(tiny[False], device)
-    actor.checkpoint_activations()
+    actor.model.gradient_checkpointing_enable()
     sharded(actor, device)
     groups = large_groups(actor, device)
     optimizer = torch.optim.AdamW(actor.model.parameters(), 1e-6, fused=device == "cuda")
@@ -8326,7 +8321,9 @@ def test_gpu_update_at_full_width(device, tiny, table, process_group):
 
 
 @each_device
-def test_gpu_tower_in_one_call(device, tiny, table):
+def test_gpu_tower_in_one_call(device, tiny, table, monkeypatch):
+    if device == "cpu":
+        force_kernels(monkeypatch, plain_varlen)
     actor = large_actor(tiny[False], device)
     tower = actor.model.model.visual
     grid = torch.tensor([[1, 34, 42]] * 6 if device == "cuda" else [[1, 8, 6]] * 2, device=device)

@@ -65,7 +65,7 @@ import data
 import grpo
 import reward
 from data import INSTRUCTION, VideoLimits
-from model import Actor, full, lay_out, prompts_of, turns_of
+from model import Actor, Bundle, full, lay_out, prompts_of, turns_of
 from rollout import (
     Conversations,
     Engine,
@@ -73,9 +73,9 @@ from rollout import (
     Rollout,
     build_engine,
     choose_engine,
-    describe,
     evaluate,
     find_environment,
+    one_line,
     score,
 )
 from support import report
@@ -249,10 +249,10 @@ def score_tokens(run: Run, pack: TrainPack, is_first: bool) -> TrainPack:
     """
     old = ref = white = None
     if not is_first:
-        old, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
+        old, _ = run.actor.logprobs(pack.bundles, pack.features, entropy="none")
     if run.reference is not None:
         with run.reference.without_adapters():
-            ref, _ = run.reference.logprobs(pack.groups, pack.features, entropy="none")
+            ref, _ = run.reference.logprobs(pack.bundles, pack.features, entropy="none")
     if run.settings.look_weight:
         white = score_white(run, pack)
     return replace(pack, old_logprobs=old, ref_logprobs=ref, white_logprobs=white)
@@ -278,7 +278,7 @@ def update(
     gap_max = 0.0
     for pack in minibatch.packs:
         with meter or contextlib.nullcontext():
-            logprobs, entropy = run.actor.logprobs(pack.groups, pack.features, entropy_kind)
+            logprobs, entropy = run.actor.logprobs(pack.bundles, pack.features, entropy_kind)
         if pack.old_logprobs is None:  # first forward of the step: the policy has not moved
             pack.remember(logprobs.detach())
         loss, measured = pack_loss(s, minibatch, pack, logprobs, entropy)
@@ -430,7 +430,7 @@ def plan_minibatches(groups: list[Group], s: Settings, ranks: int, packing: str)
 class TrainPack:
     """One forward pass of one rank, with all that its loss needs, flat over its N tokens."""
 
-    groups: list[tuple]  # (prompt, responses) pairs for Actor.logprobs
+    bundles: list[Bundle]  # for Actor.logprobs
     lengths: Tensor  # (R,) tokens that the policy wrote in each response
     advantages: Tensor  # (N,)
     sampler_logprobs: Tensor  # (N,) nats, like the next two
@@ -468,18 +468,18 @@ def load_pack(run: Run, shares: list[Share], problems: data.Problems | None = No
     """One pack; prompts that were sampled elsewhere are made again from their rows, those of the
     training set unless told. An advantage per token would be spread here."""
     problems = run.train_set if problems is None else problems
-    groups, rollouts, advantages = [], [], []
+    bundles, rollouts, advantages = [], [], []
     for group, chosen in shares:
         prompt = run.reader(problems[group.index])
         picked = [group.rollouts[i] for i in chosen]
-        groups.append((prompt, [rollout.read(run.reader) for rollout in picked]))
+        bundles.append((prompt, [rollout.read(run.reader) for rollout in picked]))
         rollouts += picked
         advantages.append(group.advantages[chosen])
     lengths = torch.tensor([len(rollout.response) for rollout in rollouts])
     sampler_logprobs = torch.cat([rollout.sampler_logprobs for rollout in rollouts])
     return TrainPack(
-        groups=groups,
-        features=run.actor.image_features(prompts_of(turns_of(groups))),
+        bundles=bundles,
+        features=run.actor.image_features(turns_of(bundles)),
         lengths=lengths.to(run.device),
         advantages=grpo.spread(torch.cat(advantages), lengths).to(run.device),
         sampler_logprobs=sampler_logprobs.to(run.device),
@@ -553,11 +553,11 @@ def score_white(run: Run, pack: TrainPack) -> Tensor:
     def whitened(turns: list) -> list:
         return [t if isinstance(t, Tensor) else data.whitened(t, run.reader) for t in turns]
 
-    groups = []
-    for prompt, responses in pack.groups:
-        white_responses = [whitened(turns) for turns in responses]
-        groups.append((data.whitened(prompt, run.reader), white_responses))
-    logprobs, _ = run.actor.logprobs(groups, entropy="none")
+    bundles = []
+    for prompt, completions in pack.bundles:
+        white = [whitened(turns) for turns in completions]
+        bundles.append((data.whitened(prompt, run.reader), white))
+    logprobs, _ = run.actor.logprobs(bundles, entropy="none")
     return logprobs
 
 
@@ -600,8 +600,8 @@ def plain_pack(pack: TrainPack, positions: Callable) -> dict:
     """A pack as tensors and texts alone, which torch.load reads with weights_only=True."""
     plain = {name: value for name, value in vars(pack).items() if isinstance(value, Tensor)}
     groups = []
-    for prompt, responses in pack.groups:
-        ids = [lay_out(turns, positions)[0] for turns in responses]
+    for prompt, completions in pack.bundles:
+        ids = [lay_out(turns, positions)[0] for turns in completions]
         groups.append((prompt.problem.where, prompt.ids, ids))
     return plain | {"groups": groups}
 
@@ -641,10 +641,10 @@ def check_against_sampler(engine: Engine, actor: Actor, prompts: list) -> None:
         drawn = engine.generate([[prompt] for prompt in prompts], n=1, seed=0)
     finally:
         engine.max_response_tokens = longest
-    groups = [(prompt, [rollout.turns]) for prompt, [rollout] in zip(prompts, drawn, strict=True)]
+    bundles = [(prompt, [rollout.turns]) for prompt, [rollout] in zip(prompts, drawn, strict=True)]
     sampled = torch.cat([rollout.sampler_logprobs for [rollout] in drawn])
     with torch.no_grad():
-        logprobs, _ = actor.logprobs(groups, entropy="none")
+        logprobs, _ = actor.logprobs(bundles, entropy="none")
     gap = all_max((logprobs.cpu() - sampled).abs().mean().nan_to_num(torch.inf).item())
     say(f"sampler and trainer: {gap:.1g} nats per token apart on the first {len(sampled)} tokens")
     if not gap <= limit:
@@ -712,7 +712,7 @@ def evaluation(run: Run, log: report.Log) -> float:
             metrics |= measure_looks(run, rollouts)
         name = "eval" if view == "own" else view
         log.write(run.step, {f"{name}/{metric}": value for metric, value in metrics.items()})
-        say(f"step {run.step}: {name}, {len(records)} responses: {describe(metrics)}")
+        say(f"step {run.step}: {name}, {len(records)} responses: {one_line(metrics)}")
         log.responses(name, records)
     log.check_looks(run.step)
     log.page()
@@ -745,7 +745,7 @@ def measure_looks(run: Run, rollouts: dict[int, Rollout]) -> dict[str, float]:
     for i in range(int(all_max(len(packs)))):  # equally many on every rank
         shares = packs[i] if i < len(packs) else filler
         pack = load_pack(run, shares, run.test_set)
-        logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
+        logprobs, _ = run.actor.logprobs(pack.bundles, pack.features, entropy="none")
         looks = (logprobs - score_white(run, pack)).cpu()
         if i >= len(packs):
             continue
@@ -785,11 +785,11 @@ def show_rollouts(run: Run, log: report.Log, groups: list[Group]) -> None:
     for group in sorted(groups, key=Group.is_flat)[: report.SHOWN_GROUPS]:
         chosen = list(range(len(group.rollouts)))[: report.SHOWN_RESPONSES]
         pack = load_pack(run, [(group, chosen)])
-        logprobs, _ = run.actor.logprobs(pack.groups, pack.features, entropy="none")
+        logprobs, _ = run.actor.logprobs(pack.bundles, pack.features, entropy="none")
         moved = (logprobs - pack.sampler_logprobs).split(pack.lengths.tolist())
-        [(prompt, responses)] = pack.groups
+        [(prompt, responses)] = pack.bundles
         looks = None
-        if any(turn.images or turn.videos for turn in prompts_of(turns_of(pack.groups))):
+        if any(turn.images or turn.videos for turn in prompts_of(turns_of(pack.bundles))):
             looks = (logprobs - score_white(run, pack)).split(pack.lengths.tolist())
         tokenizer = run.actor.processor.tokenizer
         shown.append(report.shown_group(prompt, responses, group, moved, tokenizer, looks))
@@ -1036,7 +1036,7 @@ def shard_actor(s: Settings, actor: Actor, device: torch.device, videos: bool) -
     elif frozen:
         actor.freeze(*frozen)
     if s.gradient_checkpointing:
-        actor.checkpoint_activations()
+        actor.model.gradient_checkpointing_enable()
     actor.shard(device, s.compute_dtype(device), videos=videos, shard_ranks=s.shard_ranks)
     say(actor.summarize_trained())
 

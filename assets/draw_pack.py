@@ -34,7 +34,7 @@ def example() -> model.Pack:
         ids = torch.zeros(prompt_length, dtype=torch.int64)
         responses = [[torch.zeros(length, dtype=torch.int64)] for length in lengths]
         groups.append((data.Prompt(None, ids, ids, [], {}), responses))
-    return model.make_pack(groups, lambda prompt: torch.arange(len(prompt.ids))[None])
+    return model.make_pack(groups, lambda prompt: model.count_up(prompt.ids))
 
 
 def attends(segments: list[tuple[int, int, int, int]], query: int, key: int) -> bool:
@@ -62,7 +62,7 @@ def token(x: int, y: int, name: str) -> str:
 def draw() -> str:
     """The picture as SVG."""
     pack = example()
-    positions = pack.position_ids[0].tolist()
+    positions = pack.positions[0, 0].tolist()
     parts = [
         words(LEFT - 12, 32, "the row", "end"),
         words(LEFT - 12, 62, "position", "end"),
