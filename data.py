@@ -328,8 +328,8 @@ def make_problem(cells: dict[str, list], where: str, folder: Path, file_name: st
 
     Raises ValueError for an image that is not where it says, and text that cannot be meant.
     """
-    images = tuple(image_bytes(value, folder) for value in _flat(cells["image"]))
-    videos = tuple(_video_bytes(value, folder) for value in _flat(cells["video"]))
+    images = tuple(image_bytes(value, folder) for value in tables.flat(cells["image"]))
+    videos = tuple(_video_bytes(value, folder) for value in tables.flat(cells["video"]))
     system, question = _read_question(cells["problem"])
     listed, answers = _read_answers(cells["answer"])
     choices = _read_choices(cells["choices"])
@@ -342,8 +342,8 @@ def make_problem(cells: dict[str, list], where: str, folder: Path, file_name: st
     unplaced = bool(images or videos) and not placed
     if unplaced:
         question = IMAGE * len(images) + VIDEO * len(videos) + question
-    kind = ",".join(map(str, _flat(cells["type"])))
-    source = ",".join(map(str, _flat(cells["source"]))) or file_name
+    kind = ",".join(map(str, tables.flat(cells["type"])))
+    source = ",".join(map(str, tables.flat(cells["source"]))) or file_name
     _check_texts(system + question, texts, kind, source)
     return Problem(
         where=where,
@@ -366,7 +366,7 @@ def describe(problems: Problems) -> list[str]:
     images = sum(table.count("image") for table in opened)
     videos = sum(table.count("video") for table in opened)
     held = f"{images} images and {videos} videos" if videos else f"{images} images"
-    taken = " and ".join({table.taken(): None for table in opened})
+    taken = " and ".join({str(table): None for table in opened})
     sentences = [f"{len(problems)} rows with {held}, columns {taken}"]
     unnamed = {}  # without repetition, in order
     for table in opened:
@@ -377,14 +377,6 @@ def describe(problems: Problems) -> list[str]:
             f"seen; if they are the images, say --columns image={'+'.join(unnamed)}"
         )
     return sentences
-
-
-def _flat(cells: list) -> list:
-    """The values of cells that hold one value, or a list of them."""
-    values = []
-    for cell in cells:
-        values += cell if isinstance(cell, list) else [cell]
-    return values
 
 
 def _read_question(cells: list) -> tuple[str, str]:
@@ -455,7 +447,7 @@ def _text(value: Any, what: str) -> str:
 def _read_answers(cells: list) -> tuple[bool, list]:
     """Whether the answer is a list, and its values; of a chat the one that its last turn gives."""
     listed = len(cells) > 1 or isinstance(next(iter(cells), None), list)
-    values = _flat(cells)
+    values = tables.flat(cells)
     is_chat = values and isinstance(values[0], dict) and {"role", "from"} & set(values[0])
     if is_chat:
         role, text = _read_turn(values[-1])
