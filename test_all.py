@@ -76,6 +76,7 @@ import tempfile
 import threading
 import time
 import traceback
+import urllib.parse
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -5115,7 +5116,8 @@ BAD_IMAGES = {  # what the cell holds, and what the message says of it
     "number": (7, "int, not bytes, a path"),
     "nothing": ({"bytes": None, "path": None}, "NoneType"),
     "no base64": ("no base64!", "not a file's path, base64"),
-    "raw data URL": ("data:image/png,raw", "not a file's path, base64"),
+    "raw data URL": ("data:image/png,raw", "3 bytes are not a readable image"),
+    "no data URL": ("data:image/png", "not a file's path, base64"),
     "up": ("../secret.png", "leads out of the folder"),
     "absolute": ("/etc/hosts.png", "leads out of the folder"),
     "link out": ("out.png", "leads out of the folder"),
@@ -5351,8 +5353,8 @@ BAD_ROWS = {  # a row, --columns, and what the message says
         dict(problem="?", choices=["a", "b"], answer=2), "", "'2' is none of the 2 choices",
     ),
     "choices of text": (dict(problem="?", choices="a or b"), "", "'a or b' are no list"),
-    "choices of structs": (dict(problem="?", choices={"label": ["A"]}), "", "not a list of at"),
-    "27 choices": (dict(problem="?", choices=["x"] * 27), "", "not a list of at most 26 texts"),
+    "choices of structs": (dict(problem="?", choices={"label": ["A"]}), "", "no list of at most"),
+    "27 choices": (dict(problem="?", choices=["x"] * 27), "", "no list of at most 26 texts"),
     "list of lists": (
         dict(problem="<image>?", images=[["a.png"]]), "", "the images are a list of lists",
     ),
@@ -5370,7 +5372,7 @@ BAD_ROWS = {  # a row, --columns, and what the message says
     ),
     "percent data URL": (
         dict(problem="<image>?", image="data:image/png,%89PNG"),
-        "", "does not say ;base64, so it is percent-encoded",
+        "", "4 bytes are not a readable image",
     ),
     "NaN answer": (dict(problem="?", answer=math.nan), "", "the answer or the question is empty"),
 }  # fmt: skip
@@ -5445,6 +5447,7 @@ def test_images_may_lie_in_a_folder_of_their_own_and_be_urls_of_files(pictures):
         "0" * 70,
         f"DATA:image/png;base64,{text}",
         f"data:image/png;base64,{text.replace('+', '%2B').replace('=', '%3D')}",
+        f"data:image/png,{urllib.parse.quote(red())}",
     ):
         file = write_rows(rows / "train.jsonl", dict(problem="<image>?", answer="4", image=value))
         assert data.load_problems(file, image_folder=f"{pictures}/pictures")[0].images == (red(),)
