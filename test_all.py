@@ -6168,10 +6168,11 @@ def test_an_answer_over_the_time_limit_is_wrong_and_only_that_one():
     with Grader(workers=1, time_limit=1) as one:
         assert one.grade([(r"\sqrt{25}", "5")]) == [True]
         pid = one.pool[0].pid
+        start = time.monotonic()
         got = one.grade([(r"\sqrt{4}", "2"), (ENDLESS, "15"), (r"\sqrt{9}", "3")])
+        assert 1 <= time.monotonic() - start < 20  # a new worker imports Math-Verify
         assert (got, one.timeouts, one.crashes) == ([True, False, True], 1, 0)
-        assert 1 <= max(one.seconds.values()) < 3
-        assert not running(pid)  # killed, not left to its own timer
+        assert not running(pid)
 
 
 def test_a_worker_that_dies_is_replaced():
@@ -6211,7 +6212,9 @@ def test_equal_pairs_are_graded_once_and_verdicts_keep_their_order():
     ] * 100
     with Grader() as fresh:
         assert fresh.grade(pairs) == [True, False, True, False, False] * 100
-        assert len(fresh.seconds) == 2  # sqrt(16) against 4 and against 5
+    with Grader(time_limit=1) as fresh:
+        assert fresh.grade([(ENDLESS, "15")] * 100) == [False] * 100
+        assert fresh.timeouts == 1
 
 
 def test_long_answers_are_wrong_unread():
@@ -6222,8 +6225,8 @@ def test_long_answers_are_wrong_unread():
 
 @pytest.mark.parametrize("end", ["exit", "killed idle", "killed grading"])
 def test_no_worker_outlives_its_parent(end):
-    # a busy worker has its kernel timer of 2 * 0.5 + 1 seconds, one still importing Math-Verify
-    # ends after that
+    # a busy worker has its kernel timer of 0.5 seconds, one still importing Math-Verify ends after
+    # that
     script = f"""
 import os, sys, threading
 sys.path.insert(0, {str(HERE)!r})
@@ -6696,7 +6699,7 @@ def test_the_audit_lists_what_disagrees_and_what_cannot_be_graded(tmp_path):
         "rows.jsonl row 1: answer '14' to ('15',) earns 0.00",
         "rows.jsonl row 5: answer '5' to ('5',) earns 1.00, recorded was 0.00",
     ]
-    assert "gradable golds: 7 of 8; accuracy of 6 responses: 0.667" in out and "slow: " in out
+    assert "gradable golds: 7 of 8; accuracy of 6 responses: 0.667" in out
 
 
 def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, process_group):

@@ -208,14 +208,11 @@ def main() -> None:
     parser.add_argument(
         "--data", required=True, help="figures, as `python -m support.figures FOLDER` draws them"
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="another seed: other weights and labels"
-    )
     parser.add_argument("--updates", type=int, default=150, help="optimizer steps of the warm-up")
     args = parser.parse_args()
     quieten_libraries()
     problems = data.load_problems(args.data)
-    build_warm_tiny(args.out, problems, TINY_INSTRUCTION, args.seed, updates=args.updates)
+    build_warm_tiny(args.out, problems, TINY_INSTRUCTION, updates=args.updates)
 
 
 if __name__ == "__main__":
