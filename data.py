@@ -383,17 +383,15 @@ def describe(problems: Problems) -> list[str]:
 
 
 def _read_question(cells: list) -> tuple[str, str]:
-    """The system text, "" for none, and the question: of texts, or of a chat."""
-    if len(cells) == 1 and isinstance(cells[0], list):
-        return _read_chat(cells[0])
-    return "", "\n".join(_text(cell, "problem") for cell in cells)
+    """The system text, "" for none, and the question: of texts, or of a chat.
 
-
-def _read_chat(turns: list) -> tuple[str, str]:
-    """The system text and the user's turn. An answer at the end, as in a set for fine-tuning, is
-    left out; the answer's column says what is right."""
-    said = [_read_turn(turn) for turn in turns]
-    if said and said[-1][0] == "assistant":
+    An answer at a chat's end, as in a set for fine-tuning, is left out; the answer's column says
+    what is right.
+    """
+    if len(cells) != 1 or not isinstance(cells[0], list):
+        return "", "\n".join(_text(cell, "problem") for cell in cells)
+    said = [_read_turn(turn) for turn in cells[0]]
+    if said[-1][0] == "assistant":
         said.pop()
     roles = [role for role, _ in said]
     if roles not in (["user"], ["system", "user"]):
@@ -401,8 +399,8 @@ def _read_chat(turns: list) -> tuple[str, str]:
             f"the chat's turns are {roles}; a problem is one turn of the user, after a system turn "
             "or none, with an assistant's turn at the end or none; cut the chat there"
         )
-    texts = [text for _, text in said]
-    return "".join(texts[:-1]), texts[-1]
+    *system, (_, question) = said
+    return "".join(text for _, text in system), question
 
 
 def _read_turn(turn: Any) -> tuple[str, str]:
@@ -915,11 +913,6 @@ class Checked:
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return max(row.tokens for row in self.rows)
-
-    @property
-    def sources(self) -> set[str]:
-        """Where the problems come from, for rewards that depend on it."""
-        return {row.source for row in self.rows}
 
     def __str__(self) -> str:
         images = sum(row.images for row in self.rows)

@@ -379,11 +379,8 @@ def close_to(answer: str, gold: str, share: float) -> bool:
     target = golden.replace(r"\%", "").strip()
     if not NUMBER.fullmatch(value) or not NUMBER.fullmatch(target):
         return words(answer) == words(gold)
-    targets = [Decimal(target)]
-    if r"\%" in number and r"\%" not in golden:  # 40% of 0.4
-        targets.append(Decimal(target).scaleb(2))
-    if r"\%" in golden and r"\%" not in number:  # 0.4 of 40%
-        targets.append(Decimal(target).scaleb(-2))
+    shift = 2 * ((r"\%" in number) - (r"\%" in golden))  # digits, for 40% of 0.4 or 0.4 of 40%
+    targets = [Decimal(target), Decimal(target).scaleb(shift)]
     return any(abs(Decimal(value) - one) <= abs(one) * Decimal(str(share)) for one in targets)
 
 
@@ -557,10 +554,10 @@ def ascending(text: str) -> str:
         if pieces[1] in (">", r"\ge"):
             pieces = [TURNED.get(piece, piece) for piece in reversed(pieces)]
         chains.append(pieces)
-    if len(chains) == 2 and chains[0][-1] == chains[1][0]:
-        chains = [chains[0] + chains[1][1:]]
-    elif len(chains) == 2 and chains[1][-1] == chains[0][0]:
-        chains = [chains[1] + chains[0][1:]]
+    for first, second in (chains, chains[::-1]) if len(chains) == 2 else ():
+        if first[-1] == second[0]:
+            chains = [first + second[1:]]
+            break
     return " , ".join(" ".join(pieces) for pieces in chains)
 
 
@@ -947,9 +944,7 @@ class Judge:
 
         question, golds, images, response = task
         text = self.PROMPT.format(question, " or ".join(golds), response)
-        content = [{"type": "text", "text": text}]
-        for image in images:
-            content.append({"type": "image_url", "image_url": {"url": data_url(image)}})
+        content = [{"type": "text", "text": text}, *map(image_part, images)]
         messages = [{"role": "user", "content": content}]
         try:
             reply = self.client.chat.completions.create(
@@ -976,11 +971,12 @@ def spoken(response: str) -> str:
     return "" if "<think>" in answer else answer
 
 
-def data_url(image: bytes) -> str:
+def image_part(image: bytes) -> dict:
     from PIL import Image
 
     kind = Image.open(io.BytesIO(image)).format.lower()
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+    url = f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 # --------------------------------------------------------------------------------------------------
