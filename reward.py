@@ -44,6 +44,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from decimal import ROUND_HALF_UP, Context, Decimal
+from pathlib import Path
 
 MAX_CHARS = 300  # of an answer or a gold; a longer one is wrong unread
 
@@ -985,57 +986,58 @@ def image_part(image: bytes) -> dict:
 
 @dataclass(frozen=True)
 class Row:
-    """What the audit needs of a problem, and the response to it if there is one."""
+    """What the audit needs of a problem."""
 
     where: str
     source: str
     gold: str | tuple[str, ...]
     question: str = ""
     images: tuple[bytes, ...] = ()
-    response: str | None = None
-    recorded: float | None = None  # the accuracy that was found when the response was written
 
 
-def read_rows(path: str, columns: str = "") -> list[Row]:
-    """The rows of a data set, or of a file that the evaluation writes; `columns` as of
-    data.load_problems."""
-    if path.endswith(".jsonl"):
-        with open(path, "rb") as file:
-            if b'"response"' in file.readline():
-                return read_records(path)
-    import data  # here, and not above: the workers must not load torch
+def read_rows(path: str, columns: str = "") -> tuple[list[Row], list[tuple]]:
+    """The rows of a data set, or of a file that the evaluation writes, and what was recorded.
 
-    problems = data.load_problems(path, columns=columns)
-    return [Row(p.where, p.source, p.gold, p.question, p.images) for p in problems]
+    Args:
+        columns: as of data.load_problems, for a data set.
 
+    Returns:
+        Rows, and (row, response, accuracy that was recorded or None) of each response.
 
-def read_records(path: str) -> list[Row]:
-    """The rows of a file of JSON lines with "answer", "response", "accuracy" and "source".
-    ValueError, naming the row."""
-    rows = []
+    Raises:
+        ValueError: a record, which is named, has no answer, or a response or accuracy that is none.
+    """
+    # here, and not above: the workers must not load what reads files
+    from support.tables import read_json
+
+    records = read_json(Path(path)) if path.endswith(".jsonl") else []
+    if not records or "response" not in records[0]:
+        import data
+
+        problems = data.load_problems(path, columns=columns)
+        return [Row(p.where, p.source, p.gold, p.question, p.images) for p in problems], []
     name = os.path.basename(path)
-    with open(path, "rb") as file:
-        for number, line in enumerate(file):
-            where = f"{name} row {number}"
-            try:
-                record = json.loads(line)
-                answer = record["answer"]
-                golds = answer if isinstance(answer, list) else [answer]
-                response = record.get("response")
-                recorded = record.get("accuracy")
-                is_known = golds and all(isinstance(gold, str | int | float) for gold in golds)
-                is_told = isinstance(response, str | None)
-                if not is_known or not is_told or not isinstance(recorded, float | int | None):
-                    raise TypeError(f"{golds!r:.50}, {response!r:.50}, {recorded!r:.50}")
-            except (KeyError, RecursionError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f'{where} is broken ({error!r}); it needs "answer": text or a list of texts, '
-                    '"response": text if any, "accuracy": number if any'
-                ) from error
-            source = str(record.get("source") or name)
-            gold = tuple(map(str, golds))
-            rows.append(Row(where, source, gold, response=response, recorded=recorded))
-    return rows
+    rows = []
+    told = []
+    for number, record in enumerate(records):
+        where = f"{name} row {number}"
+        golds = record.get("answer")
+        response = record.get("response")
+        recorded = record.get("accuracy")
+        golds = golds if isinstance(golds, list) else [golds]
+        is_known = golds and all(isinstance(gold, str | int | float) for gold in golds)
+        is_told = isinstance(response, str | None) and isinstance(recorded, float | int | None)
+        if not is_known or not is_told:
+            raise ValueError(
+                f"{where} is broken ({golds!r:.50}, {response!r:.50}, {recorded!r:.50}); it needs "
+                '"answer": text or a list of texts, "response": text if any, "accuracy": number if '
+                "any"
+            )
+        row = Row(where, str(record.get("source") or name), tuple(map(str, golds)))
+        rows.append(row)
+        if response is not None:
+            told.append((row, response, recorded))
+    return rows, told
 
 
 def respelled(gold: str) -> str:
@@ -1053,24 +1055,22 @@ def respelled(gold: str) -> str:
     return plain.replace(r"\frac", r"\dfrac")
 
 
-def audit(rows: Sequence[Row], weights: dict[str, dict[str, float]], grader: Grader) -> None:
+def audit(rows: list[Row], told: list[tuple], weights: dict, grader: Grader) -> None:
     """Print the golds that cannot be graded, the responses graded otherwise than recorded, and how
-    many of all there are."""
+    many of all there are. Arguments as of read_rows and compute_rewards."""
     single = {source: {accuracy_name(named): 1.0} for source, named in weights.items()}
     golds = []
     for row in rows:
         golds += [replace(row, gold=gold) for gold in as_tuple(row.gold)]
-    told = [row for row in rows if row.response is not None]
 
     def accuracy(problems: Sequence[Row], responses: Iterable[str]) -> list[float]:
         graded = [Response(response) for response in responses]
         return compute_rewards(graded, problems, single, grader)["accuracy"]
 
     grader.shortcut = False  # parsed and compared for real, not found equal as strings
-    own = accuracy(golds, [boxed(stated(row.gold)) for row in golds])
-    plain = accuracy(golds, [boxed(respelled(row.gold)) for row in golds])
+    own = accuracy(golds, [rf"\boxed{{{stated(row.gold)}}}" for row in golds])
+    plain = accuracy(golds, [rf"\boxed{{{respelled(row.gold)}}}" for row in golds])
     grader.shortcut = True
-    scores = accuracy(told, [row.response for row in told])
     gradable = len(golds)
     for row, score, plain_score in zip(golds, own, plain, strict=True):
         named = single.get(row.source, single[""])
@@ -1082,20 +1082,17 @@ def audit(rows: Sequence[Row], weights: dict[str, dict[str, float]], grader: Gra
         if verdict:
             gradable -= 1
             print(f"{row.where}: gold {row.gold!r:.80} {verdict}")
-    for row, score in zip(told, scores, strict=True):
-        expected = 1 if row.recorded is None else row.recorded
+    scores = accuracy([row for row, _, _ in told], [response for _, response, _ in told])
+    for (row, response, recorded), score in zip(told, scores, strict=True):
+        expected = 1 if recorded is None else recorded
         if abs(score - expected) > 1e-6:
-            recorded = "" if row.recorded is None else f", recorded was {row.recorded:.2f}"
-            answer = last_boxed(row.response)
-            print(f"{row.where}: answer {answer!r} to {row.gold} earns {score:.2f}{recorded}")
+            before = "" if recorded is None else f", recorded was {recorded:.2f}"
+            answer = last_boxed(response)
+            print(f"{row.where}: answer {answer!r} to {row.gold} earns {score:.2f}{before}")
     summary = f"gradable golds: {gradable} of {len(golds)}; "
     if told:
         summary += f"accuracy of {len(told)} responses: {sum(scores) / len(told):.3f}; "
     print(f"{summary}over the time limit: {grader.timeouts}; worker crashes: {grader.crashes}")
-
-
-def boxed(text: str) -> str:
-    return rf"\boxed{{{text}}}"
 
 
 def main() -> None:
@@ -1116,11 +1113,11 @@ def main() -> None:
         weights = parse_weights(args.rewards)
         if any(accuracy_name(named) == "judge" for named in weights.values()):
             raise ValueError("an audit asks no judge; leave it out of --rewards")
-        rows = read_rows(args.file, args.columns)
+        rows, told = read_rows(args.file, args.columns)
     except (OSError, ValueError) as error:
         parser.error(f"{args.file}: {error}")
     with Grader(rounding=not args.no_rounding) as grader:
-        audit(rows, weights, grader)
+        audit(rows, told, weights, grader)
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ def _open_parquet(file: Path, name: str, named: dict[str, list[str]]) -> Table:
 
 
 def _open_json(file: Path, name: str, named: dict[str, list[str]]) -> Table:
-    rows = _read_json(file)
+    rows = read_json(file)
     present = {}
     for row in rows:
         present |= _places(row)
@@ -309,7 +309,7 @@ def _holds_files(kind: pa.DataType) -> bool:
     return pa.types.is_struct(kind) and any("binary" in str(field.type) for field in kind)
 
 
-def _read_json(file: Path) -> list[dict]:
+def read_json(file: Path) -> list[dict]:
     """The objects of JSON lines, or of one JSON list. Arrow's reader wants one type a column, and
     takes texts that look like dates for dates."""
     raw = file.read_bytes()
