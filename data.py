@@ -178,11 +178,9 @@ class Reader:
         self.instruction = instruction
         self.video = video
         self.first = first
-        self.kept = kept
-        # (problem, later) -> its Prompt in the making, or made: the one used last at the end
-        self._used: dict[tuple[Problem, bool], Future] = {}
-        self._coming: dict[tuple[Problem, bool], Future] = {}  # asked for by `ahead`
-        self._thread = ThreadPoolExecutor(1)  # runs _make alone; the rest is the caller's thread
+        self._make_once = functools.lru_cache(kept)(self._make)
+        self._coming: dict[Problem, Future] = {}  # asked for by `ahead`
+        self._thread = ThreadPoolExecutor(1)
 
     def __call__(self, problem: Problem) -> Prompt:
         """The problem as one user turn, images where their placeholders stand, as ids and pixels.
@@ -191,12 +189,15 @@ class Reader:
         placeholders than images, a special token in the question, and a processor that resizes the
         images once more.
         """
-        return self._take(problem, later=False)
+        future = self._coming.pop(problem, None)
+        if future is None or future.cancel():  # nobody has begun it
+            return self._make_once(problem, False)
+        return future.result()
 
     def later(self, problem: Problem) -> Prompt:
         """As a turn that follows a response: only what the chat template puts after the response's
         end token. Raises as above, and for a template that cannot be continued."""
-        return self._take(problem, later=True)
+        return self._make_once(problem, True)
 
     def ahead(self, problems: Iterable[Problem]) -> None:
         """Start making these prompts in a thread; `reader(problem)` takes them, or raises what
@@ -204,24 +205,11 @@ class Reader:
         earlier = self._coming
         self._coming = {}
         for problem in problems:
-            key = (problem, False)
-            if key not in self._used:
-                future = earlier.pop(key, None) or self._thread.submit(self._make, *key)
-                self._coming[key] = future
+            future = earlier.pop(problem, None)
+            future = future or self._thread.submit(self._make_once, problem, False)
+            self._coming[problem] = future
         for future in earlier.values():
             future.cancel()
-
-    def _take(self, problem: Problem, later: bool) -> Prompt:
-        key = (problem, later)
-        future = self._coming.pop(key, None) or self._used.pop(key, None)
-        if future is None or future.cancel():  # nobody has begun it
-            future = Future()
-            future.set_result(self._make(problem, later))
-        self._used[key] = future
-        if len(self._used) > self.kept:
-            oldest = next(iter(self._used))
-            del self._used[oldest]
-        return future.result()
 
     def _make(self, problem: Problem, later: bool) -> Prompt:
         shown = self.first(problem) if self.first and not later else problem

@@ -104,8 +104,7 @@ def score_samples(name: str, samples: Sequence[tuple], grader: Grader) -> list[f
     if name in BATCHED:
         scores = BATCHED[name](samples, grader)
     else:
-        function = find_reward(name)
-        scores = [score_sample(name, function, *sample) for sample in samples]
+        scores = [score_sample(name, *sample) for sample in samples]
     for (problem, _), score in zip(samples, scores, strict=True):
         if not math.isfinite(score):
             raise ValueError(f"reward {name!r} is {score} for {problem.where}; make it finite")
@@ -126,15 +125,21 @@ class Response(str):
 def last_boxed(text: str) -> str | None:
     r"""The content of the last \boxed{...}, wherever it stands; None without one, or if it never
     closes."""
+    span = box_span(text)
+    return span and text[slice(*span)]
+
+
+def box_span(text: str) -> tuple[int, int] | None:
+    """Where in a text the content of the last box begins and ends."""
     last = re.match(r".*\\boxed\s*\{", text, re.DOTALL)  # greedy
     if not last:
         return None
     start = last.end()
     depth = 1
-    for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):  # \{ is no brace
+    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):  # \{ is no brace
         depth += BRACES.get(brace.group(), 0)
         if depth == 0:
-            return text[start : start + brace.start()]
+            return start, brace.start()
     return None
 
 
@@ -256,9 +261,9 @@ BATCHED: dict[str, Callable] = {  # scored by the grader or its judge, all sampl
 }
 
 
-def score_sample(name: str, function: Callable, problem, response: Response) -> float:
+def score_sample(name: str, problem, response: Response) -> float:
     try:
-        return float(function(problem, response, problem.gold))
+        return float(find_reward(name)(problem, response, problem.gold))
     except Exception as error:  # a function of the user's may raise anything
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(
@@ -323,12 +328,7 @@ def find_reward(name: str) -> Callable:
 
 def inside_box(texts: Sequence[str]) -> list[bool]:
     r"""For the texts of a response's tokens, which of them hold a part of the last \boxed{...}."""
-    whole = "".join(texts)
-    answer = last_boxed(whole)
-    if answer is None:
-        return [False] * len(texts)
-    start = whole.index("{", whole.rindex(r"\boxed")) + 1
-    end = start + len(answer)
+    start, end = box_span("".join(texts)) or (0, 0)
     inside = []
     place = 0
     for text in texts:

@@ -4240,6 +4240,7 @@ def test_the_tokens_inside_the_last_box_are_found_whatever_the_tokens():
     texts = ["<think>", r"\boxed{1}", "</think>", r"\box", "ed{", "1", "2}", "<|im_end|>"]
     assert reward.inside_box(texts) == [False] * 5 + [True, True, False]
     assert reward.inside_box([r"\boxed{", "x"]) == [False, False]
+    assert reward.inside_box([r"\boxed{1", "}", r", in \boxed"]) == [True, False, False]
 
 
 def test_a_white_prompt_has_the_same_ids_and_other_pixels(actor):
@@ -5735,15 +5736,16 @@ def test_prompts_are_kept_within_bounds(processor):
         reader(rows[index])
     assert [answer for answer, _ in reader.made] == ["0", "1", "2", "1"]
     # what is asked for ahead comes on top until it is used, and is forgotten if it is not
+    reader.ahead(rows[2:])
+    assert [reader(row).problem for row in rows[2:]] == rows[2:]
+    assert sorted(answer for answer, _ in reader.made[4:]) == ["2", "3"]
     reader.ahead(rows)
-    assert len(reader._used) == 2 and len(reader._coming) == 2
     reader.ahead([])
     assert not reader._coming
-    reader(rows[3])
-    assert len(reader._used) == 2
     forgetful = CountingReader(processor)
-    forgetful(rows[0])
-    assert not forgetful._used
+    for _ in range(2):
+        forgetful(rows[0])
+    assert len(forgetful.made) == 2
 
 
 def check_on_two_ranks(file, out):

@@ -191,14 +191,12 @@ def find_files(path: str, split: str) -> dict[Path, str]:
         raise ValueError(f"{path}: no such file; correct the path")
     if not folder.is_dir():
         folder = _download(path)
-    below = sorted(file for file in folder.rglob("*") if file.is_file())
-    files = [file for file in below if file.suffix in SUFFIXES]
+    below = sorted(folder.rglob("*"))
+    files = [file for file in below if file.suffix in SUFFIXES and file.is_file()]
     names = [file.relative_to(folder).as_posix() for file in files]
     told = [_split_of(name, split) for name in names]
-    asked = _one_validation(split.lower())
+    asked = "" if told == [""] else _split_of(split, split)
     chosen = [file for file, its in zip(files, told, strict=True) if its == asked]
-    if told == [""]:
-        chosen = files
     if not chosen:
         raise ValueError(
             f"{path}: no parquet or jsonl file of split {split!r} among {names}; name another "
@@ -221,11 +219,8 @@ def _split_of(name: str, asked: str) -> str:
     known = {asked.lower(), "train", "validation", "val", "dev", "test"}
     words = "|".join(map(re.escape, known))
     found = re.findall(rf"(?:^|[/_.-])({words})(?![a-z])", name.lower())
-    return _one_validation(found[-1]) if found else ""
-
-
-def _one_validation(word: str) -> str:
-    return "validation" if word in ("val", "dev") else word
+    last = found[-1] if found else ""
+    return "validation" if last in ("val", "dev") else last
 
 
 def _download(name: str) -> Path:
