@@ -91,7 +91,12 @@ def _figure(rng: Random, number: int, size: int, split: str) -> dict:
     pictures = _draw(rng, kind, answer, size)
     while any(_split_of(picture) != split for picture in pictures):
         pictures = _draw(rng, kind, answer, size)
-    return dict(images=pictures, problem=rng.choice(wordings), answer=answer, type=kind)
+    return {
+        "images": pictures,
+        "problem": rng.choice(wordings),
+        "answer": answer,
+        "type": kind,
+    }
 
 
 def _split_of(picture: bytes) -> str:
@@ -112,7 +117,12 @@ def make_codewords(out: str | Path, train: int = 500, test: int = 100) -> None:
         for word in itertools.islice(itertools.cycle(its_words), total):
             squares = [_square(rng, colour) for colour in word]
             answer = " ".join(CODE[colour] for colour in word)
-            rows.append(dict(images=squares, problem=CODEWORD_TURNS, answer=answer))
+            row = {
+                "images": squares,
+                "problem": CODEWORD_TURNS,
+                "answer": answer,
+            }
+            rows.append(row)
         rng.shuffle(rows)
         _write_rows(rows, out, split)
 
