@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import contextlib
 import functools
 import io
 import itertools
@@ -27,7 +28,7 @@ import random
 import re
 import string
 import struct
-import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -46,6 +47,7 @@ INSTRUCTION = (
     "Reason step by step inside <think> </think>, then give only the final answer in \\boxed{}."
 )
 IMAGE, VIDEO = "<image>", "<video>"  # placeholders
+LETTERS = string.ascii_uppercase  # of choices
 
 
 # --------------------------------------------------------------------------------------------------
@@ -176,11 +178,9 @@ class Reader:
         self.instruction = instruction
         self.video = video
         self.first = first
-        self.kept = kept
-        # (problem, later) -> its Prompt in the making, or made: the one used last at the end
-        self._used: dict[tuple[Problem, bool], Future] = {}
-        self._coming: dict[tuple[Problem, bool], Future] = {}  # asked for by `ahead`
-        self._thread = ThreadPoolExecutor(1)  # runs _make alone; the rest is the caller's thread
+        self._make_once = functools.lru_cache(kept)(self._make)
+        self._coming: dict[Problem, Future] = {}  # asked for by `ahead`
+        self._thread = ThreadPoolExecutor(1)
 
     def __call__(self, problem: Problem) -> Prompt:
         """The problem as one user turn, images where their placeholders stand, as ids and pixels.
@@ -189,12 +189,15 @@ class Reader:
         placeholders than images, a special token in the question, and a processor that resizes the
         images once more.
         """
-        return self._take(problem, later=False)
+        future = self._coming.pop(problem, None)
+        if future is None or future.cancel():  # nobody has begun it
+            return self._make_once(problem, False)
+        return future.result()
 
     def later(self, problem: Problem) -> Prompt:
         """As a turn that follows a response: only what the chat template puts after the response's
         end token. Raises as above, and for a template that cannot be continued."""
-        return self._take(problem, later=True)
+        return self._make_once(problem, True)
 
     def ahead(self, problems: Iterable[Problem]) -> None:
         """Start making these prompts in a thread; `reader(problem)` takes them, or raises what
@@ -202,24 +205,11 @@ class Reader:
         earlier = self._coming
         self._coming = {}
         for problem in problems:
-            key = (problem, False)
-            if key not in self._used:
-                future = earlier.pop(key, None) or self._thread.submit(self._make, *key)
-                self._coming[key] = future
+            future = earlier.pop(problem, None)
+            future = future or self._thread.submit(self._make_once, problem, False)
+            self._coming[problem] = future
         for future in earlier.values():
             future.cancel()
-
-    def _take(self, problem: Problem, later: bool) -> Prompt:
-        key = (problem, later)
-        future = self._coming.pop(key, None) or self._used.pop(key, None)
-        if future is None or future.cancel():  # nobody has begun it
-            future = Future()
-            future.set_result(self._make(problem, later))
-        self._used[key] = future
-        if len(self._used) > self.kept:
-            oldest = next(iter(self._used))
-            del self._used[oldest]
-        return future.result()
 
     def _make(self, problem: Problem, later: bool) -> Prompt:
         shown = self.first(problem) if self.first and not later else problem
@@ -328,13 +318,14 @@ def make_problem(cells: dict[str, list], where: str, folder: Path, file_name: st
 
     Raises ValueError for an image that is not where it says, and text that cannot be meant.
     """
-    images = tuple(image_bytes(value, folder) for value in _flat(cells["image"]))
-    videos = tuple(_video_bytes(value, folder) for value in _flat(cells["video"]))
+    images = tuple(image_bytes(value, folder) for value in tables.flat(cells["image"]))
+    videos = tuple(_video_bytes(value, folder) for value in tables.flat(cells["video"]))
     system, question = _read_question(cells["problem"])
     listed, answers = _read_answers(cells["answer"])
     choices = _read_choices(cells["choices"])
     if choices:
-        question = "\n".join([question, *_lettered(choices)])
+        for letter, choice in zip(LETTERS, choices, strict=False):
+            question += f"\n{letter}. {choice}"
         answers = [_letter_of(answer, choices) for answer in answers]
     texts = tuple("" if tables.is_empty(answer) else str(answer) for answer in answers)
     question, images = _place_by_number(question, images)
@@ -342,8 +333,8 @@ def make_problem(cells: dict[str, list], where: str, folder: Path, file_name: st
     unplaced = bool(images or videos) and not placed
     if unplaced:
         question = IMAGE * len(images) + VIDEO * len(videos) + question
-    kind = ",".join(map(str, _flat(cells["type"])))
-    source = ",".join(map(str, _flat(cells["source"]))) or file_name
+    kind = ",".join(map(str, tables.flat(cells["type"])))
+    source = ",".join(map(str, tables.flat(cells["source"]))) or file_name
     _check_texts(system + question, texts, kind, source)
     return Problem(
         where=where,
@@ -366,7 +357,7 @@ def describe(problems: Problems) -> list[str]:
     images = sum(table.count("image") for table in opened)
     videos = sum(table.count("video") for table in opened)
     held = f"{images} images and {videos} videos" if videos else f"{images} images"
-    taken = " and ".join({table.taken(): None for table in opened})
+    taken = " and ".join({str(table): None for table in opened})
     sentences = [f"{len(problems)} rows with {held}, columns {taken}"]
     unnamed = {}  # without repetition, in order
     for table in opened:
@@ -379,26 +370,16 @@ def describe(problems: Problems) -> list[str]:
     return sentences
 
 
-def _flat(cells: list) -> list:
-    """The values of cells that hold one value, or a list of them."""
-    values = []
-    for cell in cells:
-        values += cell if isinstance(cell, list) else [cell]
-    return values
-
-
 def _read_question(cells: list) -> tuple[str, str]:
-    """The system text, "" for none, and the question: of texts, or of a chat."""
-    if len(cells) == 1 and isinstance(cells[0], list):
-        return _read_chat(cells[0])
-    return "", "\n".join(_text(cell, "problem") for cell in cells)
+    """The system text, "" for none, and the question: of texts, or of a chat.
 
-
-def _read_chat(turns: list) -> tuple[str, str]:
-    """The system text and the user's turn. An answer at the end, as in a set for fine-tuning, is
-    left out; the answer's column says what is right."""
-    said = [_read_turn(turn) for turn in turns]
-    if said and said[-1][0] == "assistant":
+    An answer at a chat's end, as in a set for fine-tuning, is left out; the answer's column says
+    what is right.
+    """
+    if len(cells) != 1 or not isinstance(cells[0], list):
+        return "", "\n".join(_text(cell, "problem") for cell in cells)
+    said = [_read_turn(turn) for turn in cells[0]]
+    if said[-1][0] == "assistant":
         said.pop()
     roles = [role for role, _ in said]
     if roles not in (["user"], ["system", "user"]):
@@ -406,8 +387,8 @@ def _read_chat(turns: list) -> tuple[str, str]:
             f"the chat's turns are {roles}; a problem is one turn of the user, after a system turn "
             "or none, with an assistant's turn at the end or none; cut the chat there"
         )
-    texts = [text for _, text in said]
-    return "".join(texts[:-1]), texts[-1]
+    *system, (_, question) = said
+    return "".join(text for _, text in system), question
 
 
 def _read_turn(turn: Any) -> tuple[str, str]:
@@ -454,8 +435,7 @@ def _text(value: Any, what: str) -> str:
 
 def _read_answers(cells: list) -> tuple[bool, list]:
     """Whether the answer is a list, and its values; of a chat the one that its last turn gives."""
-    listed = len(cells) > 1 or isinstance(next(iter(cells), None), list)
-    values = _flat(cells)
+    values = tables.flat(cells)
     is_chat = values and isinstance(values[0], dict) and {"role", "from"} & set(values[0])
     if is_chat:
         role, text = _read_turn(values[-1])
@@ -464,45 +444,39 @@ def _read_answers(cells: list) -> tuple[bool, list]:
         return False, [text]
     for value in values:
         _text(value, "answer")
-    return listed, values
+    return len(cells) > 1 or values != cells, values
 
 
 def _read_choices(cells: list) -> list:
     """The choices of a row: a list of them, such a list written as text, or a column for each."""
-    choices = cells
-    if len(cells) == 1:
-        choices = cells[0]
+    choices = cells[0] if len(cells) == 1 else cells
     if isinstance(choices, str):
-        try:
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             choices = ast.literal_eval(choices)  # values alone, nothing is run
-        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-            raise ValueError(f"the choices {choices[:80]!r} are no list ({error})") from error
-    if not isinstance(choices, list) or len(choices) > len(string.ascii_uppercase):
+    if not isinstance(choices, list) or len(choices) > len(LETTERS):
         raise ValueError(
-            f"the choices are {str(choices)[:80]}, not a list of at most 26 texts; name another "
-            "column, or none, with --columns choices="
+            f"the choices {str(choices)[:80]!r} are no list of at most {len(LETTERS)} texts; name "
+            "another column, or none, with --columns choices="
         )
     for choice in choices:
         _text(choice, "choices")
     return choices
 
 
-def _lettered(choices: list) -> list[str]:
-    return [f"{string.ascii_uppercase[i]}. {choice}" for i, choice in enumerate(choices)]
-
-
 def _letter_of(answer: Any, choices: list) -> str:
     """The letter of the right choice, for an answer that is its value, index (from 0) or letter."""
     text = str(answer).strip()
-    texts = [str(choice).strip() for choice in choices]
     letter = re.fullmatch(r"\(?([A-Z])[).:]?", text)
     index = re.fullmatch(r"(\d{1,2})(\.0)?", text)  # pandas makes 2.0 of 2 where others are null
-    if answer in choices:  # before the index: 2 is a value among 1, 2 and 3, but not among texts
-        place = choices.index(answer)
-    elif text in texts and type(answer) not in (int, float):
-        place = texts.index(text)
+    values = [str(choice).strip() for choice in choices]
+    value = text
+    if type(answer) in (int, float):  # 2 is a value among 1, 2 and 3, but an index among texts
+        values = choices
+        value = answer
+    if value in values:
+        place = values.index(value)
     elif letter:
-        place = string.ascii_uppercase.index(letter[1])
+        place = LETTERS.index(letter[1])
     else:
         place = int(index[1]) if index else len(choices)
     if place >= len(choices):
@@ -510,7 +484,7 @@ def _letter_of(answer: Any, choices: list) -> str:
             f"the answer {text[:80]!r} is none of the {len(choices)} choices, nor the index or "
             "letter of one; correct it, or leave the choices out with --columns choices="
         )
-    return string.ascii_uppercase[place]
+    return LETTERS[place]
 
 
 def _place_by_number(question: str, images: tuple) -> tuple[str, tuple]:
@@ -518,22 +492,20 @@ def _place_by_number(question: str, images: tuple) -> tuple[str, tuple]:
 
     An image mentioned again is named in words there, by its place in the question.
     """
-    pieces = re.split(r"<image ?(\d{1,4})>", question)  # text, number, text, ..., text
-    numbers = [int(number) for number in pieces[1::2]]
-    if not numbers:
-        return question, images
+    numbers = map(int, re.findall(r"<image ?(\d{1,4})>", question))
     order = list(dict.fromkeys(numbers))
+    if not order:
+        return question, images
     if sorted(order) != list(range(1, len(images) + 1)) or IMAGE in question:
         raise ValueError(
             f"the question mentions images {order} by number, but the row has {len(images)} "
             "images; mention each, from 1, and none without a number"
         )
-    text = pieces[0]
-    for place, number in enumerate(numbers):
-        again = number in numbers[:place]
-        text += f"image {order.index(number) + 1}" if again else IMAGE
-        text += pieces[2 * place + 2]
-    return text, tuple(images[number - 1] for number in order)
+    for place, number in enumerate(order, 1):
+        mention = f"<image ?0*{number}>"
+        question = re.sub(mention, IMAGE, question, count=1)
+        question = re.sub(mention, f"image {place}", question)
+    return question, tuple(images[number - 1] for number in order)
 
 
 def _check_texts(question: str, answers: Iterable[str], kind: str, source: str) -> None:
@@ -602,21 +574,15 @@ def image_bytes(value: Any, folder: Path) -> bytes:
         )
     try:
         if value[:5].lower() == "data:":
-            return _of_data_url(value)
+            with urllib.request.urlopen(value) as file:  # which reads it from the text itself
+                return file.read()
         if _is_path(value, folder):
             return _read_inside(folder, value.removeprefix("file://"))
         return base64.b64decode("".join(value.split()), validate=True)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links to each other
         raise ValueError(
-            f"image {shown} is not a file's path, base64 or a base64 data URL: {error}"
+            f"image {shown} is not a file's path, base64 or a data URL: {error}"
         ) from error
-
-
-def _of_data_url(url: str) -> bytes:
-    head, _, content = url.partition(",")
-    if not head.lower().endswith(";base64"):
-        raise ValueError("the data URL does not say ;base64, so it is percent-encoded; convert it")
-    return base64.b64decode(urllib.parse.unquote(content), validate=True)
 
 
 def _is_path(value: str, folder: Path) -> bool:
@@ -700,24 +666,18 @@ def resized_size(
     then refuses. Raises ValueError for an aspect ratio over 200, and if no size on the grid lies
     within the bounds.
     """
+    # here, and not above: most of what reads rows makes no prompts, and needs no transformers
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
     if not _is_narrow_enough(width, height):
         raise ValueError(
             f"the image is {width} x {height}, longer than {MAX_ASPECT} to 1; crop it or remove "
             "the row"
         )
-    columns = round(width / factor)
-    rows = round(height / factor)
-    if columns * rows * factor**2 > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        columns = max(1, math.floor(width / shrink / factor))
-        rows = max(1, math.floor(height / shrink / factor))
-    elif columns * rows * factor**2 < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        columns = math.ceil(width * grow / factor)
-        rows = math.ceil(height * grow / factor)
-    fits = min_pixels <= columns * rows * factor**2 <= max_pixels
-    if fits and _is_narrow_enough(columns, rows):
-        return columns * factor, rows * factor
+    new_height, new_width = smart_resize(height, width, factor, min_pixels, max_pixels)
+    fits = min_pixels <= new_width * new_height <= max_pixels
+    if fits and _is_narrow_enough(new_width, new_height):
+        return new_width, new_height
     return nearest_valid_size(width, height, min_pixels, max_pixels, factor)
 
 
@@ -751,13 +711,11 @@ def nearest_valid_size(
     most = max_pixels // factor**2
     sizes = []
     for rows in range(1, most + 1):
-        narrowest = max(math.ceil(fewest / rows), math.ceil(rows / MAX_ASPECT))
-        widest = min(most // rows, rows * MAX_ASPECT)
-        if narrowest <= widest:
-            columns = min(max(round(width / factor), narrowest), widest)
-            wider = math.log(columns * factor / width)
-            higher = math.log(rows * factor / height)
-            sizes.append((math.hypot(wider, higher), columns * factor, rows * factor))
+        for columns in range(math.ceil(fewest / rows), most // rows + 1):
+            if _is_narrow_enough(columns, rows):
+                wider = math.log(columns * factor / width)
+                higher = math.log(rows * factor / height)
+                sizes.append((math.hypot(wider, higher), columns * factor, rows * factor))
     if not sizes:
         raise ValueError(
             f"no picture whose sides are multiples of {factor} has min_pixels={min_pixels} to "
@@ -944,11 +902,6 @@ class Checked:
         """Tokens of the longest prompt."""
         return max(row.tokens for row in self.rows)
 
-    @property
-    def sources(self) -> set[str]:
-        """Where the problems come from, for rewards that depend on it."""
-        return {row.source for row in self.rows}
-
     def __str__(self) -> str:
         images = sum(row.images for row in self.rows)
         unplaced = sum(row.unplaced for row in self.rows)
@@ -1073,12 +1026,13 @@ def with_images(problems: Sequence[Problem], index: int, view: str) -> Problem:
     pictures = [decode_image(raw) for raw in problem.images]
     if view == "blank":
         images = _white(pictures)
-        clips = [decode_video(video, VideoLimits())[0] for video in problem.videos]
-        return replace(problem, images=images, videos=tuple(map(_white, clips)))
-    donor = donor_of(problems, index)
-    others = itertools.cycle(donor.images)
-    images = [decode_image(next(others)).resize(own.size) for own in pictures]
-    videos = itertools.islice(itertools.cycle(donor.videos), len(problem.videos))
+        clips = [_white(decode_video(video, VideoLimits())[0]) for video in problem.videos]
+        videos = [tuple(map(png, clip)) for clip in clips]
+    else:
+        donor = donor_of(problems, index)
+        others = itertools.cycle(donor.images)
+        images = [decode_image(next(others)).resize(own.size) for own in pictures]
+        videos = itertools.islice(itertools.cycle(donor.videos), len(problem.videos))
     return replace(problem, images=tuple(map(png, images)), videos=tuple(videos))
 
 
@@ -1087,13 +1041,12 @@ def whitened(prompt: Prompt, reader: Reader) -> Prompt:
     has no picture. What is likelier with its own pictures was seen in them."""
     if not prompt.images and not prompt.videos:
         return prompt
-    images = [Image.new("RGB", image.size, "white") for image in prompt.images]
     videos = [(np.full_like(frames, 255), timing) for frames, timing in prompt.videos]
-    return reader.assemble(prompt.problem, images, videos, prompt.text)
+    return reader.assemble(prompt.problem, _white(prompt.images), videos, prompt.text)
 
 
-def _white(pictures: list[Image.Image]) -> tuple[bytes, ...]:
-    return tuple(png(Image.new("RGB", picture.size, "white")) for picture in pictures)
+def _white(pictures: list[Image.Image]) -> list[Image.Image]:
+    return [Image.new("RGB", picture.size, "white") for picture in pictures]
 
 
 def donor_of(problems: Sequence[Problem], index: int) -> Problem:
@@ -1103,8 +1056,9 @@ def donor_of(problems: Sequence[Problem], index: int) -> Problem:
     ValueError, naming the row, if there is none.
     """
     problem = problems[index]
-    for distance in range(len(problems)):
-        other = problems[(index + len(problems) // 2 + distance) % len(problems)]
+    start = index + len(problems) // 2
+    for place in range(start, start + len(problems)):
+        other = problems[place % len(problems)]
         differs = (other.images, other.videos) != (problem.images, problem.videos)
         has_images = other.images or not problem.images
         has_videos = other.videos or not problem.videos

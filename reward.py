@@ -28,6 +28,7 @@ import ctypes
 import functools
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -37,15 +38,13 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from decimal import ROUND_HALF_UP, Context, Decimal
-from itertools import accumulate
-from multiprocessing.connection import wait
+from pathlib import Path
 
 MAX_CHARS = 300  # of an answer or a gold; a longer one is wrong unread
 
@@ -105,8 +104,7 @@ def score_samples(name: str, samples: Sequence[tuple], grader: Grader) -> list[f
     if name in BATCHED:
         scores = BATCHED[name](samples, grader)
     else:
-        function = find_reward(name)
-        scores = [score_sample(name, function, *sample) for sample in samples]
+        scores = [score_sample(name, *sample) for sample in samples]
     for (problem, _), score in zip(samples, scores, strict=True):
         if not math.isfinite(score):
             raise ValueError(f"reward {name!r} is {score} for {problem.where}; make it finite")
@@ -127,15 +125,21 @@ class Response(str):
 def last_boxed(text: str) -> str | None:
     r"""The content of the last \boxed{...}, wherever it stands; None without one, or if it never
     closes."""
+    span = box_span(text)
+    return span and text[slice(*span)]
+
+
+def box_span(text: str) -> tuple[int, int] | None:
+    """Where in a text the content of the last box begins and ends."""
     last = re.match(r".*\\boxed\s*\{", text, re.DOTALL)  # greedy
     if not last:
         return None
     start = last.end()
     depth = 1
-    for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):  # \{ is no brace
+    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):  # \{ is no brace
         depth += BRACES.get(brace.group(), 0)
         if depth == 0:
-            return text[start : start + brace.start()]
+            return start, brace.start()
     return None
 
 
@@ -215,36 +219,24 @@ def answers_to(gold: str | Sequence[str], response: str) -> list[tuple[str, str]
 def accuracy_rewards(samples: Sequence[tuple], grader: Grader) -> list[float]:
     """1.0 where the boxed answer has the value of any of the golds."""
     pairs = []
-    owners = []  # whose sample each pair is
-    for i, (problem, response) in enumerate(samples):
-        for gold in as_tuple(problem.gold):
-            pairs.append((last_boxed(response), gold))
-            owners.append(i)
-    scores = [0.0] * len(samples)
-    for i, right in zip(owners, grader.grade(pairs), strict=True):
-        scores[i] = max(scores[i], float(right))
-    return scores
+    for problem, response in samples:
+        answer = last_boxed(response)
+        pairs.append([(answer, gold) for gold in as_tuple(problem.gold)])
+    return [float(any(verdicts)) for verdicts in grader.grade_lists(pairs)]
 
 
 def per_image_rewards(samples: Sequence[tuple], grader: Grader) -> list[float]:
     """The share of golds, one for each image, that the answers between semicolons or commas have
     the value of."""
     pairs = []
-    owners = []  # whose sample each pair is
-    for i, (problem, response) in enumerate(samples):
-        answer = last_boxed(response) or ""
+    for problem, response in samples:
         golds = as_tuple(problem.gold)
+        answer = last_boxed(response) or ""
         answers = re.split(";" if ";" in answer else ",", answer) if len(golds) > 1 else [answer]
-        if len(answers) == len(golds):
-            pairs += zip(answers, golds, strict=True)
-            owners += [i] * len(golds)
-    right = [0] * len(samples)
-    for i, verdict in zip(owners, grader.grade(pairs), strict=True):
-        right[i] += verdict
-    return [
-        count / len(as_tuple(problem.gold))
-        for count, (problem, _) in zip(right, samples, strict=True)
-    ]
+        if len(answers) != len(golds):
+            answers = [None] * len(golds)
+        pairs.append(list(zip(answers, golds, strict=True)))
+    return [sum(verdicts) / len(verdicts) for verdicts in grader.grade_lists(pairs)]
 
 
 def judge_rewards(samples: Sequence[tuple], grader: Grader) -> list[float]:
@@ -269,9 +261,9 @@ BATCHED: dict[str, Callable] = {  # scored by the grader or its judge, all sampl
 }
 
 
-def score_sample(name: str, function: Callable, problem, response: Response) -> float:
+def score_sample(name: str, problem, response: Response) -> float:
     try:
-        return float(function(problem, response, problem.gold))
+        return float(find_reward(name)(problem, response, problem.gold))
     except Exception as error:  # a function of the user's may raise anything
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(
@@ -336,12 +328,7 @@ def find_reward(name: str) -> Callable:
 
 def inside_box(texts: Sequence[str]) -> list[bool]:
     r"""For the texts of a response's tokens, which of them hold a part of the last \boxed{...}."""
-    whole = "".join(texts)
-    answer = last_boxed(whole)
-    if answer is None:
-        return [False] * len(texts)
-    start = whole.index("{", whole.rindex(r"\boxed")) + 1
-    end = start + len(answer)
+    start, end = box_span("".join(texts)) or (0, 0)
     inside = []
     place = 0
     for text in texts:
@@ -393,11 +380,8 @@ def close_to(answer: str, gold: str, share: float) -> bool:
     target = golden.replace(r"\%", "").strip()
     if not NUMBER.fullmatch(value) or not NUMBER.fullmatch(target):
         return words(answer) == words(gold)
-    targets = [Decimal(target)]
-    if r"\%" in number and r"\%" not in golden:  # 40% of 0.4
-        targets.append(Decimal(target).scaleb(2))
-    if r"\%" in golden and r"\%" not in number:  # 0.4 of 40%
-        targets.append(Decimal(target).scaleb(-2))
+    shift = 2 * ((r"\%" in number) - (r"\%" in golden))  # digits, for 40% of 0.4 or 0.4 of 40%
+    targets = [Decimal(target), Decimal(target).scaleb(shift)]
     return any(abs(Decimal(value) - one) <= abs(one) * Decimal(str(share)) for one in targets)
 
 
@@ -571,10 +555,10 @@ def ascending(text: str) -> str:
         if pieces[1] in (">", r"\ge"):
             pieces = [TURNED.get(piece, piece) for piece in reversed(pieces)]
         chains.append(pieces)
-    if len(chains) == 2 and chains[0][-1] == chains[1][0]:
-        chains = [chains[0] + chains[1][1:]]
-    elif len(chains) == 2 and chains[1][-1] == chains[0][0]:
-        chains = [chains[1] + chains[0][1:]]
+    for first, second in (chains, chains[::-1]) if len(chains) == 2 else ():
+        if first[-1] == second[0]:
+            chains = [first + second[1:]]
+            break
     return " , ".join(" ".join(pieces) for pieces in chains)
 
 
@@ -647,7 +631,7 @@ def is_refused(answer: str, gold: str) -> bool:
     parsed."""
     commands = set(re.findall(r"\\([a-zA-Z]+)", answer))
     golden = set(re.findall(r"\\([a-zA-Z]+)", gold))
-    depth = max(accumulate((BRACKETS | BRACES).get(c, 0) for c in answer))
+    depth = max(itertools.accumulate((BRACKETS | BRACES).get(c, 0) for c in answer))
     return bool(
         REFUSED.search(answer)
         or depth > DEPTH
@@ -660,7 +644,7 @@ def is_refused(answer: str, gold: str) -> bool:
 
 def is_list(text: str) -> bool:
     r"""Tell whether commas stand outside ( ) and [ ]: (3, 7) is one interval, \{3, 7\} a list."""
-    depths = accumulate(BRACKETS.get(c, 0) for c in text)
+    depths = itertools.accumulate(BRACKETS.get(c, 0) for c in text)
     return any(c == "," and depth == 0 for c, depth in zip(text, depths, strict=True))
 
 
@@ -746,7 +730,7 @@ def as_decimal(parsed: list) -> Decimal | None:
 # --------------------------------------------------------------------------------------------------
 # The grader's processes
 
-START_LIMIT = 60.0  # seconds for a worker to import Math-Verify; about 1 on an idle core
+START_LIMIT = 60  # seconds for a worker to import Math-Verify; about 1 on an idle core
 # bytes of address space per worker: a huge power fails, and nothing swaps
 MEMORY_LIMIT = 2 * 1024**3
 
@@ -758,7 +742,7 @@ class Grader(contextlib.AbstractContextManager):
     An answer or gold over MAX_CHARS characters is wrong, and an answer over time_limit seconds; a
     late worker is replaced, so a batch takes at most about (time_limit + 1) * (different hostile
     answers) / workers. `timeouts` counts late answers, `crashes` those that broke two workers
-    (memory, recursion): wrong too; `seconds` holds the slowest five normalised (answer, gold).
+    (memory, recursion): wrong too.
     """
 
     def __init__(
@@ -779,10 +763,9 @@ class Grader(contextlib.AbstractContextManager):
         self.shortcut = True  # equal strings are right; off, a gold shows if it can be graded
         self.timeouts = 0
         self.crashes = 0
-        self.seconds: dict[tuple[str, str], float] = {}
         self.pool: list[subprocess.Popen] = []  # the idle workers; between calls, all of them
 
-    def close(self, *exc) -> None:
+    def close(self, *_) -> None:
         """End all workers; a later grade() starts new ones."""
         while self.pool:
             end_worker(self.pool.pop())
@@ -792,7 +775,11 @@ class Grader(contextlib.AbstractContextManager):
     def grade(self, pairs: Iterable[tuple[str | None, str]]) -> list[bool]:
         """Verdicts on (answer, gold) pairs, in order; None is no answer. RuntimeError if a worker
         does not start."""
-        tasks = [self._task(answer, stated(gold)) for answer, gold in pairs]
+        tasks = []  # None: wrong unread
+        for answer, gold in pairs:
+            gold = stated(gold)
+            read = answer is not None and max(len(answer), len(gold)) <= MAX_CHARS
+            tasks.append((normalise(answer), normalise(gold)) if read else None)
         verdicts: dict[tuple[str, str] | None, bool | None] = {None: False}
         for task in tasks:
             if task not in verdicts:
@@ -800,38 +787,33 @@ class Grader(contextlib.AbstractContextManager):
         undecided = [task for task, verdict in verdicts.items() if verdict is None]
         with ThreadPoolExecutor(self.workers) as threads:  # each waits for its process
             replies = list(threads.map(self._decide, undecided))
-        for task, (reply, seconds) in zip(undecided, replies, strict=True):
+        for task, reply in zip(undecided, replies, strict=True):
             verdicts[task] = reply == b"1"
-            self.seconds[task] = seconds
             self.timeouts += reply is None
             self.crashes += reply == b""
-        slowest = sorted(self.seconds, key=self.seconds.get, reverse=True)[:5]
-        self.seconds = {task: self.seconds[task] for task in slowest}
         return [verdicts[task] for task in tasks]
 
-    def _task(self, answer: str | None, gold: str) -> tuple[str, str] | None:
-        if answer is None or len(answer) > MAX_CHARS or len(gold) > MAX_CHARS:
-            return None
-        return normalise(answer), normalise(gold)
+    def grade_lists(self, lists: Sequence[Sequence[tuple]]) -> list[list[bool]]:
+        """`grade` of lists of pairs, all together."""
+        verdicts = iter(self.grade(itertools.chain(*lists)))
+        return [list(itertools.islice(verdicts, len(pairs))) for pairs in lists]
 
-    def _decide(self, task: tuple[str, str]) -> tuple[bytes | None, float]:
-        """A worker's reply to a task (see ask_worker), and its seconds. Runs in several threads."""
+    def _decide(self, task: tuple[str, str]) -> bytes | None:
+        """A worker's reply to a task, b"" if two died of it, None if one was late. Runs in several
+        threads."""
         line = json.dumps([self.time_limit, *task, self.rounding]).encode() + b"\n"
         for _ in range(2):  # one more try after a death: something else may have killed the worker
             try:
                 worker = self.pool.pop()
             except IndexError:
                 worker = start_worker()
-            start = time.monotonic()
-            reply = ask_worker(worker, line, self.time_limit)
-            seconds = time.monotonic() - start
+            reply = ask_worker(worker, line)
             if reply:
                 self.pool.append(worker)
-                break
-            end_worker(worker)
-            if reply is None:
-                break
-        return reply, seconds
+                return reply
+            if end_worker(worker) == -signal.SIGALRM:
+                return None
+        return b""
 
 
 def start_worker() -> subprocess.Popen:
@@ -848,44 +830,49 @@ def start_worker() -> subprocess.Popen:
         stderr=subprocess.DEVNULL,
         bufsize=0,
     )
-    reply = ask_worker(worker, b"", START_LIMIT)
-    if reply:
-        return worker
-    end_worker(worker)
-    why = f"took over {START_LIMIT} s to start" if reply is None else "died starting"
-    raise RuntimeError(
-        f"a grading worker {why}, so no answer can be graded; is Math-Verify installed? "
-        f"See why with: {sys.executable} {__file__} --worker < /dev/null"
-    )
+    if not ask_worker(worker, b""):
+        late = end_worker(worker) == -signal.SIGALRM
+        why = f"took over {START_LIMIT} s to start" if late else "died starting"
+        raise RuntimeError(
+            f"a grading worker {why}, so no answer can be graded; is Math-Verify installed? "
+            f"See why with: {sys.executable} {__file__} --worker < /dev/null"
+        )
+    return worker
 
 
-def ask_worker(worker: subprocess.Popen, line: bytes, limit: float) -> bytes | None:
-    """Send a line and return the byte that answers it; b"" if the worker died, None after `limit`
-    seconds."""
+def ask_worker(worker: subprocess.Popen, line: bytes) -> bytes:
+    """Send a line and return the byte that answers it; b"" if the worker ended, by its own timer if
+    nothing else."""
     with contextlib.suppress(BrokenPipeError):  # of a dead worker, whose output then ends too
         worker.stdin.write(line)
-    return os.read(worker.stdout.fileno(), 1) if wait([worker.stdout], limit) else None
+    return os.read(worker.stdout.fileno(), 1)
 
 
-def end_worker(worker: subprocess.Popen) -> None:
+def end_worker(worker: subprocess.Popen) -> int:
+    """Returns its exit code, minus a signal's number; that of one which has ended already stays."""
     with worker:  # waits for the end, and closes the pipes
         worker.kill()
+    return worker.returncode
 
 
 def serve() -> None:
     """Run a worker: JSON (time limit, answer, gold, rounding) lines come in on stdin, one byte a
-    verdict goes out."""
+    verdict goes out.
+
+    The kernel's timer ends it where it is late: even in one long multiplication, which no thread
+    could, and even if its parent has died.
+    """
+    signal.setitimer(signal.ITIMER_REAL, START_LIMIT)
     replies = os.dup(1)
     os.dup2(2, 1)  # whatever a parser prints must not be read as a verdict
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     slow_verdict(r"\sqrt{4}", "2.5", True)  # compiles the grammar's tables before the clock runs
+    signal.setitimer(signal.ITIMER_REAL, 0)
     os.write(replies, b"r")
     for line in sys.stdin:
         time_limit, *task = json.loads(line)
-        # The kernel's timer ends a worker whose parent died, even in one long multiplication, which
-        # no thread could
-        signal.setitimer(signal.ITIMER_REAL, 2 * time_limit + 1)
+        signal.setitimer(signal.ITIMER_REAL, time_limit)
         verdict = slow_verdict(*task)
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(replies, b"1" if verdict else b"0")
@@ -958,9 +945,7 @@ class Judge:
 
         question, golds, images, response = task
         text = self.PROMPT.format(question, " or ".join(golds), response)
-        content = [{"type": "text", "text": text}]
-        for image in images:
-            content.append({"type": "image_url", "image_url": {"url": data_url(image)}})
+        content = [{"type": "text", "text": text}, *map(image_part, images)]
         messages = [{"role": "user", "content": content}]
         try:
             reply = self.client.chat.completions.create(
@@ -987,11 +972,12 @@ def spoken(response: str) -> str:
     return "" if "<think>" in answer else answer
 
 
-def data_url(image: bytes) -> str:
+def image_part(image: bytes) -> dict:
     from PIL import Image
 
     kind = Image.open(io.BytesIO(image)).format.lower()
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+    url = f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1000,59 +986,58 @@ def data_url(image: bytes) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """What the audit needs of a problem, and the response to it if there is one."""
+    """What the audit needs of a problem."""
 
     where: str
     source: str
     gold: str | tuple[str, ...]
     question: str = ""
     images: tuple[bytes, ...] = ()
-    response: str | None = None
-    recorded: float | None = None  # the accuracy that was found when the response was written
 
 
-def read_rows(path: str, columns: str = "") -> list[Row]:
-    """The rows of a data set, or of a file that the evaluation writes; `columns` as of
-    data.load_problems."""
-    if path.endswith(".jsonl"):
-        with open(path, "rb") as file:
-            if b'"response"' in file.readline():
-                return read_records(path)
-    import data  # here, and not above: the workers must not load torch
+def read_rows(path: str, columns: str = "") -> tuple[list[Row], list[tuple]]:
+    """The rows of a data set, or of a file that the evaluation writes, and what was recorded.
 
-    problems = data.load_problems(path, columns=columns)
-    return [Row(p.where, p.source, p.gold, p.question, p.images) for p in problems]
+    Args:
+        columns: as of data.load_problems, for a data set.
 
+    Returns:
+        Rows, and (row, response, accuracy that was recorded or None) of each response.
 
-def read_records(path: str) -> list[Row]:
-    """The rows of a file of JSON lines with "answer", "response", "accuracy" and "source".
-    ValueError, naming the row."""
-    rows = []
+    Raises:
+        ValueError: a record, which is named, has no answer, or a response or accuracy that is none.
+    """
+    # here, and not above: the workers must not load what reads files
+    from support.tables import read_json
+
+    records = read_json(Path(path)) if path.endswith(".jsonl") else []
+    if not records or "response" not in records[0]:
+        import data
+
+        problems = data.load_problems(path, columns=columns)
+        return [Row(p.where, p.source, p.gold, p.question, p.images) for p in problems], []
     name = os.path.basename(path)
-    with open(path, "rb") as file:
-        for number, line in enumerate(file):
-            where = f"{name} row {number}"
-            try:
-                rows.append(read_record(json.loads(line), where, name))
-            except (KeyError, RecursionError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f'{where} is broken ({error!r}); it needs "answer": text or a list of texts, '
-                    '"response": text if any, "accuracy": number if any'
-                ) from error
-    return rows
-
-
-def read_record(record: dict, where: str, file: str) -> Row:
-    answer = record["answer"]
-    golds = answer if isinstance(answer, list) else [answer]
-    response = record.get("response")
-    recorded = record.get("accuracy")
-    is_known = golds and all(isinstance(gold, str | int | float) for gold in golds)
-    is_told = isinstance(response, str | None) and isinstance(recorded, float | int | None)
-    if not is_known or not is_told:
-        raise TypeError(f"{golds!r:.50}, {response!r:.50}, {recorded!r:.50}")
-    source = str(record.get("source") or file)
-    return Row(where, source, tuple(map(str, golds)), response=response, recorded=recorded)
+    rows = []
+    told = []
+    for number, record in enumerate(records):
+        where = f"{name} row {number}"
+        golds = record.get("answer")
+        response = record.get("response")
+        recorded = record.get("accuracy")
+        golds = golds if isinstance(golds, list) else [golds]
+        is_known = golds and all(isinstance(gold, str | int | float) for gold in golds)
+        is_told = isinstance(response, str | None) and isinstance(recorded, float | int | None)
+        if not is_known or not is_told:
+            raise ValueError(
+                f"{where} is broken ({golds!r:.50}, {response!r:.50}, {recorded!r:.50}); it needs "
+                '"answer": text or a list of texts, "response": text if any, "accuracy": number if '
+                "any"
+            )
+        row = Row(where, str(record.get("source") or name), tuple(map(str, golds)))
+        rows.append(row)
+        if response is not None:
+            told.append((row, response, recorded))
+    return rows, told
 
 
 def respelled(gold: str) -> str:
@@ -1070,52 +1055,44 @@ def respelled(gold: str) -> str:
     return plain.replace(r"\frac", r"\dfrac")
 
 
-def audit(rows: Sequence[Row], weights: dict[str, dict[str, float]], grader: Grader) -> None:
+def audit(rows: list[Row], told: list[tuple], weights: dict, grader: Grader) -> None:
     """Print the golds that cannot be graded, the responses graded otherwise than recorded, and how
-    many of all there are."""
+    many of all there are. Arguments as of read_rows and compute_rewards."""
     single = {source: {accuracy_name(named): 1.0} for source, named in weights.items()}
     golds = []
     for row in rows:
         golds += [replace(row, gold=gold) for gold in as_tuple(row.gold)]
-    told = [row for row in rows if row.response is not None]
 
     def accuracy(problems: Sequence[Row], responses: Iterable[str]) -> list[float]:
         graded = [Response(response) for response in responses]
         return compute_rewards(graded, problems, single, grader)["accuracy"]
 
     grader.shortcut = False  # parsed and compared for real, not found equal as strings
-    own = accuracy(golds, [boxed(stated(row.gold)) for row in golds])
-    plain = accuracy(golds, [boxed(respelled(row.gold)) for row in golds])
+    own = accuracy(golds, [rf"\boxed{{{stated(row.gold)}}}" for row in golds])
+    plain = accuracy(golds, [rf"\boxed{{{respelled(row.gold)}}}" for row in golds])
     grader.shortcut = True
-    scores = accuracy(told, [row.response for row in told])
-    gradable = 0
+    gradable = len(golds)
     for row, score, plain_score in zip(golds, own, plain, strict=True):
         named = single.get(row.source, single[""])
+        verdict = ""
         if score < 1:
-            print(f"{row.where}: gold {row.gold!r:.80} is not equal to itself")
+            verdict = "is not equal to itself"
         elif plain_score < 1 and ("accuracy" in named or "per_image" in named):
-            plain_gold = respelled(row.gold)
-            print(
-                f"{row.where}: gold {row.gold!r:.80} equals only itself, not a plain {plain_gold!r}"
-            )
-        else:
-            gradable += 1
-    for row, score in zip(told, scores, strict=True):
-        expected = 1 if row.recorded is None else row.recorded
+            verdict = f"equals only itself, not a plain {respelled(row.gold)!r}"
+        if verdict:
+            gradable -= 1
+            print(f"{row.where}: gold {row.gold!r:.80} {verdict}")
+    scores = accuracy([row for row, _, _ in told], [response for _, response, _ in told])
+    for (row, response, recorded), score in zip(told, scores, strict=True):
+        expected = 1 if recorded is None else recorded
         if abs(score - expected) > 1e-6:
-            recorded = "" if row.recorded is None else f", recorded was {row.recorded:.2f}"
-            answer = last_boxed(row.response)
-            print(f"{row.where}: answer {answer!r} to {row.gold} earns {score:.2f}{recorded}")
-    for (answer, gold), seconds in grader.seconds.items():
-        print(f"slow: {seconds:.2f} s for {answer!r} against {gold!r}")
+            before = "" if recorded is None else f", recorded was {recorded:.2f}"
+            answer = last_boxed(response)
+            print(f"{row.where}: answer {answer!r} to {row.gold} earns {score:.2f}{before}")
     summary = f"gradable golds: {gradable} of {len(golds)}; "
     if told:
         summary += f"accuracy of {len(told)} responses: {sum(scores) / len(told):.3f}; "
     print(f"{summary}over the time limit: {grader.timeouts}; worker crashes: {grader.crashes}")
-
-
-def boxed(text: str) -> str:
-    return rf"\boxed{{{text}}}"
 
 
 def main() -> None:
@@ -1130,19 +1107,17 @@ def main() -> None:
         "--rewards", default="accuracy=1", help="as for train.py: says what accuracy is, by source"
     )
     flag("--columns", default="", help="as for train.py, such as answer=solution,source=origin")
-    flag("--workers", type=int, default=2, help="grading processes")
-    flag("--time_limit", type=float, default=2.0, help="seconds before an answer counts as wrong")
     flag("--no_rounding", action="store_true", help="decimal golds accept only their exact value")
     args = parser.parse_args()
     try:
         weights = parse_weights(args.rewards)
         if any(accuracy_name(named) == "judge" for named in weights.values()):
             raise ValueError("an audit asks no judge; leave it out of --rewards")
-        rows = read_rows(args.file, args.columns)
+        rows, told = read_rows(args.file, args.columns)
     except (OSError, ValueError) as error:
         parser.error(f"{args.file}: {error}")
-    with Grader(args.workers, args.time_limit, not args.no_rounding) as grader:
-        audit(rows, weights, grader)
+    with Grader(rounding=not args.no_rounding) as grader:
+        audit(rows, told, weights, grader)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ import tempfile
 import threading
 import time
 import traceback
+import urllib.parse
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -4365,6 +4366,7 @@ def test_the_tokens_inside_the_last_box_are_found_whatever_the_tokens():
     texts = ["<think>", r"\boxed{1}", "</think>", r"\box", "ed{", "1", "2}", "<|im_end|>"]
     assert reward.inside_box(texts) == [False] * 5 + [True, True, False]
     assert reward.inside_box([r"\boxed{", "x"]) == [False, False]
+    assert reward.inside_box([r"\boxed{1", "}", r", in \boxed"]) == [True, False, False]
 
 
 def test_a_white_prompt_has_the_same_ids_and_other_pixels(actor):
@@ -5278,7 +5280,8 @@ BAD_IMAGES = {  # what the cell holds, and what the message says of it
     "number": (7, "int, not bytes, a path"),
     "nothing": ({"bytes": None, "path": None}, "NoneType"),
     "no base64": ("no base64!", "not a file's path, base64"),
-    "raw data URL": ("data:image/png,raw", "not a file's path, base64"),
+    "raw data URL": ("data:image/png,raw", "3 bytes are not a readable image"),
+    "no data URL": ("data:image/png", "not a file's path, base64"),
     "up": ("../secret.png", "leads out of the folder"),
     "absolute": ("/etc/hosts.png", "leads out of the folder"),
     "link out": ("out.png", "leads out of the folder"),
@@ -5514,8 +5517,8 @@ BAD_ROWS = {  # a row, --columns, and what the message says
         dict(problem="?", choices=["a", "b"], answer=2), "", "'2' is none of the 2 choices",
     ),
     "choices of text": (dict(problem="?", choices="a or b"), "", "'a or b' are no list"),
-    "choices of structs": (dict(problem="?", choices={"label": ["A"]}), "", "not a list of at"),
-    "27 choices": (dict(problem="?", choices=["x"] * 27), "", "not a list of at most 26 texts"),
+    "choices of structs": (dict(problem="?", choices={"label": ["A"]}), "", "no list of at most"),
+    "27 choices": (dict(problem="?", choices=["x"] * 27), "", "no list of at most 26 texts"),
     "list of lists": (
         dict(problem="<image>?", images=[["a.png"]]), "", "the images are a list of lists",
     ),
@@ -5533,7 +5536,7 @@ BAD_ROWS = {  # a row, --columns, and what the message says
     ),
     "percent data URL": (
         dict(problem="<image>?", image="data:image/png,%89PNG"),
-        "", "does not say ;base64, so it is percent-encoded",
+        "", "4 bytes are not a readable image",
     ),
     "NaN answer": (dict(problem="?", answer=math.nan), "", "the answer or the question is empty"),
 }  # fmt: skip
@@ -5608,6 +5611,7 @@ def test_images_may_lie_in_a_folder_of_their_own_and_be_urls_of_files(pictures):
         "0" * 70,
         f"DATA:image/png;base64,{text}",
         f"data:image/png;base64,{text.replace('+', '%2B').replace('=', '%3D')}",
+        f"data:image/png,{urllib.parse.quote(red())}",
     ):
         file = write_rows(rows / "train.jsonl", dict(problem="<image>?", answer="4", image=value))
         assert data.load_problems(file, image_folder=f"{pictures}/pictures")[0].images == (red(),)
@@ -5895,15 +5899,16 @@ def test_prompts_are_kept_within_bounds(processor):
         reader(rows[index])
     assert [answer for answer, _ in reader.made] == ["0", "1", "2", "1"]
     # what is asked for ahead comes on top until it is used, and is forgotten if it is not
+    reader.ahead(rows[2:])
+    assert [reader(row).problem for row in rows[2:]] == rows[2:]
+    assert sorted(answer for answer, _ in reader.made[4:]) == ["2", "3"]
     reader.ahead(rows)
-    assert len(reader._used) == 2 and len(reader._coming) == 2
     reader.ahead([])
     assert not reader._coming
-    reader(rows[3])
-    assert len(reader._used) == 2
     forgetful = CountingReader(processor)
-    forgetful(rows[0])
-    assert not forgetful._used
+    for _ in range(2):
+        forgetful(rows[0])
+    assert len(forgetful.made) == 2
 
 
 def check_on_two_ranks(file, out):
@@ -6328,10 +6333,11 @@ def test_an_answer_over_the_time_limit_is_wrong_and_only_that_one():
     with Grader(workers=1, time_limit=1) as one:
         assert one.grade([(r"\sqrt{25}", "5")]) == [True]
         pid = one.pool[0].pid
+        start = time.monotonic()
         got = one.grade([(r"\sqrt{4}", "2"), (ENDLESS, "15"), (r"\sqrt{9}", "3")])
+        assert 1 <= time.monotonic() - start < 20  # a new worker imports Math-Verify
         assert (got, one.timeouts, one.crashes) == ([True, False, True], 1, 0)
-        assert 1 <= max(one.seconds.values()) < 3
-        assert not running(pid)  # killed, not left to its own timer
+        assert not running(pid)
 
 
 def test_a_worker_that_dies_is_replaced():
@@ -6371,7 +6377,9 @@ def test_equal_pairs_are_graded_once_and_verdicts_keep_their_order():
     ] * 100
     with Grader() as fresh:
         assert fresh.grade(pairs) == [True, False, True, False, False] * 100
-        assert len(fresh.seconds) == 2  # sqrt(16) against 4 and against 5
+    with Grader(time_limit=1) as fresh:
+        assert fresh.grade([(ENDLESS, "15")] * 100) == [False] * 100
+        assert fresh.timeouts == 1
 
 
 def test_long_answers_are_wrong_unread():
@@ -6382,8 +6390,8 @@ def test_long_answers_are_wrong_unread():
 
 @pytest.mark.parametrize("end", ["exit", "killed idle", "killed grading"])
 def test_no_worker_outlives_its_parent(end):
-    # a busy worker has its kernel timer of 2 * 0.5 + 1 seconds, one still importing Math-Verify
-    # ends after that
+    # a busy worker has its kernel timer of 0.5 seconds, one still importing Math-Verify ends after
+    # that
     script = f"""
 import os, sys, threading
 sys.path.insert(0, {str(HERE)!r})
@@ -6856,7 +6864,7 @@ def test_the_audit_lists_what_disagrees_and_what_cannot_be_graded(tmp_path):
         "rows.jsonl row 1: answer '14' to ('15',) earns 0.00",
         "rows.jsonl row 5: answer '5' to ('5',) earns 1.00, recorded was 0.00",
     ]
-    assert "gradable golds: 7 of 8; accuracy of 6 responses: 0.667" in out and "slow: " in out
+    assert "gradable golds: 7 of 8; accuracy of 6 responses: 0.667" in out
 
 
 def test_the_audit_reads_parquet_and_rollouts_own_records(tmp_path, actor, process_group):
@@ -6905,17 +6913,19 @@ def test_the_audit_lists_golds_that_no_normal_answer_can_match(tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [
-    (b'{"answer": "1"', "JSONDecodeError"), (b"[" * 100_000, "RecursionError"),
-    (b'["answer"]', "TypeError"),
-    (b"7", "TypeError"), (b'"answer"', "TypeError"),
-    (b'{"question": "?"}', "KeyError.*text or a list"),
-    (b'{"answer": null}', "None"), (b'{"answer": []}', "None"), (b'{"answer": ["a", {}]}', "{}"),
-    (b'{"answer": "1", "accuracy": "high"}', "high"), (b'{"answer": "1", "response": 5}', "5"),
-    (b'{"answer": "\xff"}', "UnicodeDecodeError"), (b"", "JSONDecodeError"),
+    (b'{"answer": "1"', "is not JSON"), (b"[" * 100_000, "is not JSON"),
+    (b'{"answer": "\xff"}', "is not JSON"),
+    (b'["answer"]', "is a list; a row is an object"),
+    (b"7", "is a int"), (b'"answer"', "is a str"),
+    (b'{"question": "?"}', "is broken .*text or a list"),
+    (b'{"answer": null}', "is broken .*None"), (b'{"answer": []}', "is broken"),
+    (b'{"answer": ["a", {}]}', "is broken .*{}"),
+    (b'{"answer": "1", "accuracy": "high"}', "is broken .*high"),
+    (b'{"answer": "1", "response": 5}', "is broken .*5"),
 ])  # fmt: skip
 def test_the_audit_names_file_and_row_of_what_is_broken(tmp_path, line, message):
     (tmp_path / "rows.jsonl").write_bytes(b'{"answer": "1", "response": ""}\n' + line + b"\n")
-    with pytest.raises(ValueError, match=rf"rows\.jsonl row 1 is broken .*{message}"):
+    with pytest.raises(ValueError, match=rf"rows\.jsonl row 1 {message}"):
         reward.read_rows(str(tmp_path / "rows.jsonl"))
 
 

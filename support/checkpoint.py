@@ -48,13 +48,16 @@ def checkpoint_state(run) -> dict[str, Tensor]:
         the optimizer keeps for it under KEY.
     """
     best_accuracy, best_step = run.best
-    state = {
-        "run.step": count(run.step),
-        "run.updates": count(run.schedule.last_epoch),
-        "run.not_finite": count(run.not_finite),
-        "run.best_accuracy": count(best_accuracy),
-        "run.best_step": count(best_step),
+    counts = {
+        "run.step": run.step,
+        "run.updates": run.schedule.last_epoch,
+        "run.not_finite": run.not_finite,
+        "run.best_accuracy": best_accuracy,
+        "run.best_step": best_step,
     }
+    state = {}
+    for name, value in counts.items():
+        state[name] = torch.tensor(value, dtype=torch.float64)
     for name, tensor in run.state.items():
         state[OWN + name] = tensor
     for name, p in trained_weights(run.optimizer).items():
@@ -62,10 +65,6 @@ def checkpoint_state(run) -> dict[str, Tensor]:
         for key, value in run.optimizer.state.get(p, {}).items():
             state[f"{name} {key}"] = value
     return state
-
-
-def count(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
 
 
 def trained_weights(optimizer) -> dict[str, Tensor]:

@@ -56,18 +56,6 @@ CODE = {"red": "a", "green": "b", "blue": "c", "yellow": "d", "black": "e"}
 CODEWORD_TURNS = "<image><image>Next?\n<image>Spell it."
 
 
-# rows as Geometry3K stores them
-IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-SCHEMA = pa.schema(
-    {
-        "images": pa.list_(IMAGE),
-        "problem": pa.string(),
-        "answer": pa.string(),
-        "type": pa.string(),
-    }
-)
-
-
 def make_figures(
     out: str | Path,
     train: int = 2000,
@@ -103,66 +91,46 @@ def _figure(rng: Random, number: int, size: int, split: str) -> dict:
     pictures = _draw(rng, kind, answer, size)
     while any(_split_of(picture) != split for picture in pictures):
         pictures = _draw(rng, kind, answer, size)
-    return _row(pictures, rng.choice(wordings), answer, kind)
+    return {
+        "images": pictures,
+        "problem": rng.choice(wordings),
+        "answer": answer,
+        "type": kind,
+    }
 
 
 def _split_of(picture: bytes) -> str:
     return "test" if zlib.crc32(picture) % 4 == 0 else "train"
 
 
-def make_codewords(
-    out: str | Path,
-    train: int = 500,
-    test: int = 100,
-    seed: int = 0,
-    size: int = 56,
-) -> None:
+def make_codewords(out: str | Path, train: int = 500, test: int = 100) -> None:
     """Write out/train.parquet and out/test.parquet for rollout.Codeword: squares over two turns
     that spell a word.
 
-    The code is never told. A fifth of the words of three letters is for `test` alone. Images are
-    `size` pixels square.
+    The code is never told. A fifth of the words of three letters is for `test` alone.
     """
-    words = list(itertools.product(CODE.values(), repeat=3))
-    Random(seed).shuffle(words)
-    _spell(words[25:], train, "train", seed, size, out)
-    _spell(words[:25], test, "test", seed, size, out)
-
-
-def _spell(
-    words: list[tuple[str, ...]],
-    total: int,
-    split: str,
-    seed: int,
-    size: int,
-    out: str | Path,
-) -> None:
-    """Write the file of a split: `total` rows of these words, each drawn as its squares."""
-    colours = {letter: colour for colour, letter in CODE.items()}
-    rng = Random(f"{seed} {split}")
-    rows = []
-    for word in itertools.islice(itertools.cycle(words), total):
-        squares = [_square(rng, colours[letter], size) for letter in word]
-        row = _row(squares, CODEWORD_TURNS, " ".join(word), "")
-        rows.append(row)
-    rng.shuffle(rows)
-    _write_rows(rows, out, split)
-
-
-def _row(pictures: list[bytes], problem: str, answer: str, kind: str) -> dict:
-    return {
-        "images": [{"bytes": picture, "path": None} for picture in pictures],
-        "problem": problem,
-        "answer": answer,
-        "type": kind,
-    }
+    words = list(itertools.product(CODE, repeat=3))  # as colours
+    Random(0).shuffle(words)
+    for split, total, its_words in (("train", train, words[25:]), ("test", test, words[:25])):
+        rng = Random(f"0 {split}")
+        rows = []
+        for word in itertools.islice(itertools.cycle(its_words), total):
+            squares = [_square(rng, colour) for colour in word]
+            answer = " ".join(CODE[colour] for colour in word)
+            row = {
+                "images": squares,
+                "problem": CODEWORD_TURNS,
+                "answer": answer,
+            }
+            rows.append(row)
+        rng.shuffle(rows)
+        _write_rows(rows, out, split)
 
 
 def _write_rows(rows: list[dict], out: str | Path, split: str) -> None:
-    table = pa.Table.from_pylist(rows, SCHEMA)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, folder / f"{split}.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -245,8 +213,9 @@ def _angle(rng: Random, pen: ImageDraw, kind: str, colour: str) -> None:
     pen.line([first, (x, y), last], COLOURS[colour], width, joint="curve")
 
 
-def _square(rng: Random, colour: str, size: int) -> bytes:
+def _square(rng: Random, colour: str) -> bytes:
     """PNG of a square somewhere on white."""
+    size = 56
     canvas = Image.new("RGB", (size, size), "white")
     side = rng.randint(size // 2, size * 7 // 8)
     left = rng.randint(0, size - side)
@@ -262,8 +231,6 @@ def main() -> None:
     number = functools.partial(parser.add_argument, type=int)
     number("--train", default=2000, help="rows of train.parquet; default 2000")
     number("--test", default=300, help="rows of test.parquet; default 300")
-    number("--seed", default=0, help="another seed draws other figures; default 0")
-    number("--size", default=56, help="side of a picture, pixels; default 56")
     make_figures(**vars(parser.parse_args()))
 
 

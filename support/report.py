@@ -84,11 +84,10 @@ class Log:
 
     def progress(self, steps: range):
         """The steps, with a bar where there is a terminal."""
-        only_on_a_terminal = None  # as tqdm says it
         self.bar = tqdm(
             steps,
             "step",
-            disable=only_on_a_terminal if self.main else True,
+            disable=None if self.main else True,  # None: where there is no terminal
             initial=steps.start,
             total=steps.stop,
             dynamic_ncols=True,
@@ -231,7 +230,8 @@ def mean(values: list) -> float:
 
 def rollout_metrics(groups: list) -> dict[str, float]:
     """Means over all responses of the groups that were drawn, and over these groups."""
-    row, rollouts = {}, []
+    row = {}
+    rollouts = []
     for group in groups:
         rollouts += group.rollouts
     for name in groups[0].scores:

@@ -7,18 +7,16 @@ usual names is there. What a cell means is data.py's business.
 """
 
 import glob
-import itertools
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 USUAL = {  # our name -> what data sets call it; a dot reaches into a struct
@@ -33,7 +31,9 @@ USUAL = {  # our name -> what data sets call it; a dot reaches into a struct
 NEEDED = ("problem", "answer")
 SUFFIXES = (".parquet", ".jsonl")
 
-Column = pa.ChunkedArray | list
+Place = tuple[
+    str, ...
+]  # a column, or the way to a field of a struct: ("reward_model", "ground_truth")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Table:
     file: Path
     name: str  # what errors and sources call it
     rows: int
-    columns: dict[str, dict[str, Column]]  # our name -> its columns, by the file's names for them
+    columns: pa.Table | dict[str, list]  # by the file's names
+    taken: dict[str, dict[str, Place]]  # our name -> the columns taken for it, and where they are
     unnamed: list[str]  # columns that hold files' bytes and that nothing names
 
     def __len__(self) -> int:
@@ -54,32 +55,35 @@ class Table:
 
         Raises ValueError, naming the column, for text that is not UTF-8.
         """
-        values = {}
-        for ours, columns in self.columns.items():
-            cells = [_cell(name, column, row) for name, column in columns.items()]
-            values[ours] = [cell for cell in cells if not is_empty(cell)]
-        return values
+        return {ours: self.cells(ours, row) for ours in self.taken}
+
+    def cells(self, ours: str, row: int) -> list:
+        """What `values` holds under one of our names."""
+        cells = [self._cell(place, row) for place in self.taken[ours].values()]
+        return [cell for cell in cells if not is_empty(cell)]
+
+    def _cell(self, place: Place, row: int) -> Any:
+        top, *fields = place
+        value = self.columns[top][row]
+        if isinstance(value, pa.Scalar):
+            try:
+                value = value.as_py()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"column {top!r} holds text that is not UTF-8 ({error}); convert it"
+                ) from error
+        for field in fields:
+            value = value.get(field) if isinstance(value, dict) else None
+        return value
 
     def count(self, ours: str) -> int:
-        """How many images or videos the file holds, in lists or alone, without reading them."""
-        return sum(map(_count, self.columns.get(ours, {}).values()))
+        """How many images or videos the file holds, in lists or alone."""
+        return sum(len(flat(self.cells(ours, row))) for row in range(self.rows))
 
-    def taken(self) -> str:
-        """Which columns are taken for what, to print."""
-        joined = [f"{ours}={'+'.join(names)}" for ours, names in self.columns.items() if names]
+    def __str__(self) -> str:
+        """Which columns are taken for what."""
+        joined = [f"{ours}={'+'.join(names)}" for ours, names in self.taken.items() if names]
         return ",".join(joined)
-
-
-def _cell(name: str, column: Column, row: int) -> Any:
-    value = column[row]
-    if not isinstance(value, pa.Scalar):
-        return value
-    try:
-        return value.as_py()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"column {name!r} holds text that is not UTF-8 ({error}); convert it"
-        ) from error
 
 
 def is_empty(value: Any) -> bool:
@@ -87,13 +91,12 @@ def is_empty(value: Any) -> bool:
     return value is None or value != value or value in ("", [])
 
 
-def _count(column: Column) -> int:
-    if isinstance(column, pa.ChunkedArray):
-        if "list" in str(column.type).partition("<")[0]:
-            return pc.sum(pc.list_value_length(column)).as_py() or 0
-        return len(column) - column.null_count
-    held = [cell for cell in column if not is_empty(cell)]
-    return sum(len(cell) if isinstance(cell, list) else 1 for cell in held)
+def flat(cells: list) -> list:
+    """The values of cells that hold one value, or a list of them."""
+    values = []
+    for cell in cells:
+        values += cell if isinstance(cell, list) else [cell]
+    return values
 
 
 # --------------------------------------------------------------------------------------------------
@@ -120,41 +123,44 @@ def parse_columns(text: str) -> dict[str, list[str]]:
 
 
 def name_columns(
-    file: Path, present: Collection[str], named: dict[str, list[str]]
-) -> dict[str, list[str]]:
+    file: Path, present: dict[str, Place], named: dict[str, list[str]]
+) -> dict[str, dict[str, Place]]:
     """Our name -> the columns that are taken for it: those named, or the one of a usual name.
 
     Args:
-        present: names of the file's columns, dotted ones for the fields of structs.
+        present: the file's columns, by dotted names for the fields of structs.
         named: by `parse_columns`.
 
     Raises ValueError for a column that is not there, and where two usual names are there.
     """
-    chosen = {}
+    taken = {}
+    several = []
     for ours, usual in USUAL.items():
-        chosen[ours] = named.get(ours, [name for name in usual if name in present])
-        missing = [name for name in chosen[ours] if name not in present]
+        names = named.get(ours, [name for name in usual if name in present])
+        missing = [name for name in names if name not in present]
         if missing:
             raise ValueError(
                 f"{file}: no column {missing[0]!r} for {ours} among {sorted(present)}; correct "
                 "--columns"
             )
-    several = [ours for ours, names in chosen.items() if len(names) > 1 and ours not in named]
+        if len(names) > 1 and ours not in named:
+            several.append(ours)
+        taken[ours] = {name: present[name] for name in names}
     if several:
-        what = " and ".join(f"the {ours} ({', '.join(chosen[ours])})" for ours in several)
-        flag = ",".join(f"{ours}={chosen[ours][0]}" for ours in several)
+        what = " and ".join(f"the {ours} ({', '.join(taken[ours])})" for ours in several)
+        flag = ",".join(f"{ours}={next(iter(taken[ours]))}" for ours in several)
         raise ValueError(
             f"{file}: more than one column may be {what}; choose, as in --columns {flag}"
         )
     for ours in NEEDED:
-        if not chosen[ours]:
+        if not taken[ours]:
             chats = sorted({"messages", "conversations"} & set(present))
             hint = f" (the last turn of a chat: {ours}={chats[0]})" if chats else ""
             raise ValueError(
                 f"{file}: no column for the {ours} among {sorted(present)}; name it with "
                 f"--columns {ours}=NAME{hint}"
             )
-    return chosen
+    return taken
 
 
 # --------------------------------------------------------------------------------------------------
@@ -185,14 +191,12 @@ def find_files(path: str, split: str) -> dict[Path, str]:
         raise ValueError(f"{path}: no such file; correct the path")
     if not folder.is_dir():
         folder = _download(path)
-    below = sorted(file for file in folder.rglob("*") if file.is_file())
-    files = [file for file in below if file.suffix in SUFFIXES]
+    below = sorted(folder.rglob("*"))
+    files = [file for file in below if file.suffix in SUFFIXES and file.is_file()]
     names = [file.relative_to(folder).as_posix() for file in files]
     told = [_split_of(name, split) for name in names]
-    asked = _one_validation(split.lower())
+    asked = "" if told == [""] else _split_of(split, split)
     chosen = [file for file, its in zip(files, told, strict=True) if its == asked]
-    if told == [""]:
-        chosen = files
     if not chosen:
         raise ValueError(
             f"{path}: no parquet or jsonl file of split {split!r} among {names}; name another "
@@ -215,11 +219,8 @@ def _split_of(name: str, asked: str) -> str:
     known = {asked.lower(), "train", "validation", "val", "dev", "test"}
     words = "|".join(map(re.escape, known))
     found = re.findall(rf"(?:^|[/_.-])({words})(?![a-z])", name.lower())
-    return _one_validation(found[-1]) if found else ""
-
-
-def _one_validation(word: str) -> str:
-    return "validation" if word in ("val", "dev") else word
+    last = found[-1] if found else ""
+    return "validation" if last in ("val", "dev") else last
 
 
 def _download(name: str) -> Path:
@@ -248,43 +249,53 @@ def open_table(file: Path, name: str, named: dict[str, list[str]]) -> Table:
 def _open_parquet(file: Path, name: str, named: dict[str, list[str]]) -> Table:
     try:
         schema = pq.read_schema(file)
-        _refuse_twins(file, schema.names)
-        paths = dict(_struct_paths(schema))
-        chosen = name_columns(file, paths, named)
-        tops = {paths[theirs][0] for theirs in itertools.chain(*chosen.values())}
-        table = pq.read_table(file, columns=sorted(tops), partitioning=None)
+        twins = [column for column, times in Counter(schema.names).items() if times > 1]
+        if twins:
+            raise ValueError(f"{file}: the column {twins[0]!r} is there twice; rename one of them")
+        taken = name_columns(file, _places(_as_dict(schema)), named)
+        tops = _tops(taken)
+        table = pq.read_table(file, columns=tops, partitioning=None)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(
             f"{file} is not a whole parquet file ({error}); convert it, or download it again"
         ) from error
-    columns = {}
-    for ours, names in chosen.items():
-        columns[ours] = {theirs: _column(table, paths[theirs]) for theirs in names}
     unnamed = [f.name for f in schema if f.name not in tops and _holds_files(f.type)]
-    return Table(file, name, table.num_rows, columns, unnamed)
+    return Table(file, name, table.num_rows, table, taken, unnamed)
 
 
-def _refuse_twins(file: Path, names: list[str]) -> None:
-    twins = [name for name, times in Counter(names).items() if times > 1]
-    if twins:
-        raise ValueError(f"{file}: the column {twins[0]!r} is there twice; rename one of them")
+def _open_json(file: Path, name: str, named: dict[str, list[str]]) -> Table:
+    rows = read_json(file)
+    present = {}
+    for row in rows:
+        present |= _places(row)
+    taken = name_columns(file, present, named) if rows else {}
+    columns = {}
+    for top in _tops(taken):
+        columns[top] = [row.get(top) for row in rows]
+    return Table(file, name, len(rows), columns, taken, unnamed=[])
 
 
-def _struct_paths(fields: Iterable[pa.Field], above: tuple = ()) -> list[tuple[str, tuple]]:
-    """Dotted name and path of every column, and of every field of those that are structs."""
-    paths = []
-    for field in fields:
-        path = (*above, field.name)
-        paths.append((".".join(path), path))
-        if pa.types.is_struct(field.type):
-            paths += _struct_paths(field.type, path)
-    return paths
+def _as_dict(fields: Iterable[pa.Field]) -> dict:
+    return {f.name: _as_dict(f.type) if pa.types.is_struct(f.type) else None for f in fields}
 
 
-def _column(table: pa.Table, path: tuple[str, ...]) -> pa.ChunkedArray:
-    top, *fields = path
-    column = table[top]
-    return pc.struct_field(column, fields) if fields else column
+def _places(row: dict, above: Place = ()) -> dict[str, Place]:
+    """Dotted name and place of every column, and of every field of those that are structs."""
+    places = {}
+    for name, value in row.items():
+        place = (*above, name)
+        places[".".join(place)] = place
+        if isinstance(value, dict) and len(place) < 5:  # a hostile row may be a thousand deep
+            places |= _places(value, place)
+    return places
+
+
+def _tops(taken: dict[str, dict[str, Place]]) -> list[str]:
+    """The columns that hold what is taken."""
+    tops = set()
+    for places in taken.values():
+        tops |= {top for top, *_ in places.values()}
+    return sorted(tops)
 
 
 def _holds_files(kind: pa.DataType) -> bool:
@@ -293,19 +304,7 @@ def _holds_files(kind: pa.DataType) -> bool:
     return pa.types.is_struct(kind) and any("binary" in str(field.type) for field in kind)
 
 
-def _open_json(file: Path, name: str, named: dict[str, list[str]]) -> Table:
-    rows = _read_json(file)
-    paths = {}
-    for row in rows:
-        paths |= _dict_paths(row)
-    chosen = name_columns(file, paths, named) if rows else {}
-    columns = {}
-    for ours, names in chosen.items():
-        columns[ours] = {theirs: _reached(rows, paths[theirs]) for theirs in names}
-    return Table(file, name, len(rows), columns, unnamed=[])
-
-
-def _read_json(file: Path) -> list[dict]:
+def read_json(file: Path) -> list[dict]:
     """The objects of JSON lines, or of one JSON list. Arrow's reader wants one type a column, and
     takes texts that look like dates for dates."""
     raw = file.read_bytes()
@@ -325,21 +324,3 @@ def _read_json(file: Path) -> list[dict]:
                 "for each column"
             )
     return rows
-
-
-def _dict_paths(row: dict, above: tuple = ()) -> dict[str, tuple]:
-    paths = {}
-    for name, value in row.items():
-        path = (*above, name)
-        paths[".".join(path)] = path
-        if isinstance(value, dict) and len(path) < 5:  # a hostile row may be a thousand deep
-            paths |= _dict_paths(value, path)
-    return paths
-
-
-def _reached(rows: list[dict], path: tuple[str, ...]) -> list:
-    """The value at a path in each row, None where it leads nowhere."""
-    values = rows
-    for name in path:
-        values = [value.get(name) if isinstance(value, dict) else None for value in values]
-    return values

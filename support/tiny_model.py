@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_processor(texts: list[str], vocabulary: int = 400):
+def tiny_processor(texts: list[str]):
     """A Qwen2.5-VL processor whose byte-level BPE tokenizer learns its merges from `texts`; the
     rest falls to bytes."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -42,9 +42,7 @@ def tiny_processor(texts: list[str], vocabulary: int = 400):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     learned = json.loads(bpe.to_str())["model"]
     names = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
@@ -131,14 +129,13 @@ def build_warm_tiny(
     problems,
     instruction: str,
     seed: int = 0,
-    noise: float = 0.5,
     updates: int = 300,
     environment: type | None = None,
 ) -> Path:
     """Write the tiny model, warmed up on the problems, turn by turn: what RL starts from.
 
-    It learns the answer format, and a little more than guessing, by imitation of noisy labels: of a
-    share `noise` of them the answer is that of a random problem with the same question.
+    It learns the answer format, and a little more than guessing, by imitation of noisy labels: of
+    half of them the answer is that of a random problem with the same question.
 
     Args:
         updates: optimizer steps.
@@ -165,7 +162,7 @@ def build_warm_tiny(
         groups = []
         for problem in rng.choices(problems, k=64):
             answer = problem.answer
-            if rng.random() < noise:
+            if rng.random() < 0.5:
                 answer = rng.choice(same_question[problem.question])
             groups.append(imitation(problem, answer, reader, environment))
         logprobs, _ = actor.logprobs(groups)
@@ -208,14 +205,11 @@ def main() -> None:
     parser.add_argument(
         "--data", required=True, help="figures, as `python -m support.figures FOLDER` draws them"
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="another seed: other weights and labels"
-    )
     parser.add_argument("--updates", type=int, default=300, help="optimizer steps of the warm-up")
     args = parser.parse_args()
     quieten_libraries()
     problems = data.load_problems(args.data)
-    build_warm_tiny(args.out, problems, TINY_INSTRUCTION, args.seed, updates=args.updates)
+    build_warm_tiny(args.out, problems, TINY_INSTRUCTION, updates=args.updates)
 
 
 if __name__ == "__main__":
