@@ -6829,23 +6829,26 @@ def unbroken(seedling, tmp_path_factory):
 
 # wherever a run can be; the first ones are met one after another by a run that goes on after each
 KILLS = (
-    "return train.update 3", "call safetensors.torch.save 1",
-    "return support.checkpoint.CheckpointWriter.finish 1", "call support.report.Log.write 4",
-    "call shutil.rmtree 1", "call model.Actor.save 1", "call train.evaluate 1",
-    "call support.checkpoint.CheckpointWriter.finish 1", "call support.report.write_report 1",
-    "return support.report.Log.write 2", "call train.build 1", "return train.build 1",
-    "call train.evaluation 1", "call rollout.HFEngine.generate 3",
+    "call train.evaluate 1", "return train.update 3", "call safetensors.torch.save 1",
+    "call support.checkpoint.CheckpointWriter.finish 1",
+    "return support.checkpoint.CheckpointWriter.finish 1", "call support.report.write_report 1",
+    "call support.report.Log.write 4", "return support.report.Log.write 2", "call shutil.rmtree 1",
+    "call model.Actor.save 1",
+    "call train.build 1", "return train.build 1", "call train.evaluation 1",
+    "call rollout.HFEngine.generate 3",
     "return rollout.HFEngine.generate 4", "call train.score 3", "call train.plan_minibatches 3",
-    "call train.score_tokens 2", "call train.update 6", "return train.update 8",
-    "call support.report.Log.step 3", "call train.save_checkpoint 2",
+    "call train.score_tokens 2",
+    "call train.update 6", "return train.update 8", "call support.report.Log.step 3",
+    "call train.save_checkpoint 2",
     "return train.save_checkpoint 2", "return safetensors.torch.save 2",
-    "call support.checkpoint.file_sizes 2", "call support.checkpoint.finish_checkpoint 3",
-    "return shutil.rmtree 1", "return support.report.write_report 3", "call train.evaluation 3",
-    "return model.Actor.save 1",
+    "call support.checkpoint.file_sizes 2",
+    "call support.checkpoint.finish_checkpoint 3", "return shutil.rmtree 1",
+    "return support.report.write_report 3",
+    "call train.evaluation 3", "return model.Actor.save 1",
 )  # fmt: skip
 
 
-CHAIN = KILLS[:6]
+CHAIN = KILLS[:10]
 
 
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(seedling, unbroken, tmp_path):
