@@ -5,6 +5,7 @@ name, [`r = a / b`](grpo.py#L1), points at the only line that begins so.
 """
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -25,15 +26,19 @@ def mended(text: str) -> str:
 
 def line_of(label: str, path: str) -> int:
     """The line of a file that a link's text means."""
-    source = (ROOT / path).read_text()
     if re.fullmatch(r"[\w.]+", label):
-        lines = definitions(ast.parse(source), label.removeprefix(f"{Path(path).stem}."))
+        lines = definitions(tree_of(path), label.removeprefix(f"{Path(path).stem}."))
     else:
-        starts = enumerate(source.splitlines(), 1)
+        starts = enumerate((ROOT / path).read_text().splitlines(), 1)
         lines = [number for number, line in starts if line.strip().startswith(label)]
     if len(lines) != 1:
         raise ValueError(f"the README links to {label!r}, which {path} has {len(lines)} times")
     return lines[0]
+
+
+@functools.cache  # many links point into one file
+def tree_of(path: str) -> ast.Module:
+    return ast.parse((ROOT / path).read_text())
 
 
 def definitions(tree: ast.AST, name: str) -> list[int]:
