@@ -6935,7 +6935,7 @@ def test_the_audit_lists_golds_that_no_normal_answer_can_match(tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [
-    (b'{"answer": "1"', "is not JSON"), 
+    (b'{"answer": "1"', "is not JSON"),
     pytest.param(b"[" * 100_000, "is not JSON", id="deep"),  # else the input is the name
     (b'{"answer": "\xff"}', "is not JSON"),
     (b'["answer"]', "is a list; a row is an object"),
@@ -7873,7 +7873,7 @@ def test_without_a_terminal_progress_is_a_plain_line_every_ten_steps(
     assert [line.split(":")[0] for line in lines] == [
         f"step {step} of 25" for step in (1, 10, 20, 25)
     ]
-    assert lines[0].startswith("step 1 of 25: reward 0.50 acc 0.25 kl 0.000 len ") and err == ""
+    assert lines[0].startswith("step 1 of 25: reward 0.50 acc 0.25 entropy 0.00 len ") and err == ""
     [row, *_] = report.read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert row["train/turns"] == 1 and row["train/reward"] == 0.5 and row["train/imbalance"] == 0
 
