@@ -7812,7 +7812,7 @@ def fabricate_looks(folder):
             groups.append(facts | dict(responses=[response] * 8))
         steps.append(json.dumps(dict(step=step, drawn=2, groups=groups)) + "\n")
     (folder / "rollouts.jsonl").write_text("".join(steps))
-    zeros = [json.dumps({"step": i, "train/imbalance": 0.0}) + "\n" for i in range(1, 4)]
+    zeros = [json.dumps({"step": i, "train/clipped": 0.0}) + "\n" for i in range(1, 4)]
     (folder / "metrics.jsonl").write_text("".join(zeros))
     report.write_report(folder)
     return folder / "report.html"
