@@ -66,7 +66,7 @@ from pathlib import Path
 
 import data
 from support import cpu  # noqa: F401  it mends two imports of transformers, so it comes first
-from support.processes import quieten_libraries, this_rank
+from support.processes import quieten_libraries, run_command, this_rank
 
 import torch
 import torch.distributed as dist
@@ -1762,4 +1762,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -2917,6 +2917,23 @@ except Exception as error:
 """
 
 
+@pytest.mark.parametrize("file, argv, sentence", [
+    ("model.py", "export nowhere out", "nowhere is no checkpoint of a run"),
+    ("support/figures.py", "out --train 0", "a file needs a row"),
+    ("support/tiny_model.py", "out --data train.csv", "train.csv"),
+])  # fmt: skip
+def test_every_command_ends_an_error_of_the_user_in_its_sentence(
+    file, argv, sentence, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [file, *argv.split()])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(HERE / file), run_name="__main__")
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and sentence in told
+    assert told.startswith("error: ") and told.count("\n") == 1
+
+
 def test_a_rank_that_fails_leaves_its_traceback_and_takes_the_others_down_within_seconds():
     with socket.create_server(("localhost", 0)) as free:
         place = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))

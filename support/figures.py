@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 
 from data import png
+from support.processes import run_command
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -235,4 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

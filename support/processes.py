@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -96,6 +97,15 @@ def explain_failure(error: BaseException) -> None:
         lines = [f"error: {error}\n"] if is_explained(error) else traceback.format_exception(error)
         sys.stdout.flush()
         print("".join(lines), end="", file=sys.stderr, flush=True)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command without ranks. A failure is told as in a training, and exits with 1."""
+    try:
+        main()
+    except Exception as error:
+        explain_failure(error)
+        sys.exit(1)
 
 
 def is_explained(error: BaseException) -> bool:

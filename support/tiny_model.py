@@ -11,7 +11,7 @@ from pathlib import Path
 
 import data
 from model import Actor
-from support.processes import quieten_libraries
+from support.processes import quieten_libraries, run_command
 
 import torch
 from torch import Tensor
@@ -213,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
