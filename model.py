@@ -105,6 +105,11 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:  # optional: torch's own kernel does the same
+    flash_attn_varlen_func = None
+
 # --------------------------------------------------------------------------------------------------
 # One row, no padding
 
@@ -1214,14 +1219,34 @@ def kernel_runs(q: Tensor) -> bool:
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
+def varlen(q, k, v, queries, keys, longest_query, longest_key, scale, window) -> Tensor:
+    """Attention of sequences that lie end to end, by the variable-length kernel: flash-attn's where
+    it is installed, else torch's.
+
+    Args:
+        q, k, v: (tokens, heads, head size); k and v may have fewer heads (grouped queries).
+        queries, keys: (sequences + 1,) int32, where each sequence begins and ends in q and in k.
+        window: keys (before, behind) its own key that a query sees, -1: all. The last query's own
+            key is the last key. (-1, 0) is causal.
+
+    Returns:
+        (query tokens, heads, head size).
+    """
+    sizes = (queries, keys, longest_query, longest_key)
+    if flash_attn_varlen_func is not None:
+        return flash_attn_varlen_func(
+            q, k, v, *sizes, softmax_scale=scale, causal=window == (-1, 0), window_size=window
+        )
+    return varlen_attn(q, k, v, *sizes, scale=scale, window_size=window, **GROUPED)
+
+
 def kernel_attention(q, k, v, layout: Layout, scaling: float, window: int | None) -> Tensor:
     """Attention of a pack by the variable-length kernel, as shared_attention; (T, heads, head size)
-    all. The last query's own key is the last key."""
+    all."""
     keys, *sizes = layout.once(kernel_index, q.device)
     k = k.index_select(0, keys)
     v = v.index_select(0, keys)
-    reach = (window - 1, 0) if window else (-1, 0)  # keys before and behind its own; -1: all
-    return varlen_attn(q, k, v, *sizes, scale=scaling, window_size=reach, **GROUPED)
+    return varlen(q, k, v, *sizes, scaling, (window - 1, 0) if window else (-1, 0))
 
 
 def kernel_index(layout: Layout, device) -> tuple[Tensor, Tensor, Tensor, int, int]:
@@ -1250,7 +1275,7 @@ def tower_attention(
     """
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (patches, heads, head size)
     windows = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-    return varlen_attn(q, k, v, *windows, scale=scaling)[None], None
+    return varlen(q, k, v, *windows, scaling, (-1, -1))[None], None
 
 
 def tower_in_one_call(family: Family, dtype: torch.dtype) -> bool:

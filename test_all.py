@@ -790,6 +790,7 @@ def check_varlen_arguments(q, k, v, queries, keys, longest_query, longest_key, *
 
 def force_kernels(monkeypatch, kernel):
     """As on a GPU in 16 bits, with `kernel` in the place of varlen_attn."""
+    monkeypatch.setattr(model, "flash_attn_varlen_func", None)
     monkeypatch.setattr(model, "varlen_attn", kernel)
     monkeypatch.setattr(model, "kernel_runs", lambda q: True)
     monkeypatch.setattr(model, "tower_in_one_call", lambda family, _: family is model.QWEN)
