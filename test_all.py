@@ -999,7 +999,8 @@ def mixed_prompts(actor):
 def small_run(folder, groups_seed=0, prepare=lambda actor: None, **changes):
     """A Run on the tiny model in `folder` with plain SGD: its steps are the gradient, too long to
     be rounded away."""
-    settings, _ = train.parse_settings(["--preset", "tiny", "--engine", "hf", *own_flags()])
+    flags = "--preset tiny --engine hf --freeze_vision false"
+    settings, _ = train.parse_settings([*flags.split(), *own_flags()])
     settings = dataclasses.replace(settings, model=str(folder), kl_coefficient=0.0, **changes)
     actor = model.Actor.from_pretrained(
         settings.model, temperature=settings.temperature, packing=settings.packing
@@ -1705,7 +1706,7 @@ def watch(file):
     reward.REWARDS["varied"] = look
 
 
-STEPS = ("--preset", "tiny", "--engine", "hf", "--prompts_per_step", "2", "--minibatch_prompts",
+STEPS = ("--preset", "tiny", "--engine", "hf", "--freeze_vision", "false", "--prompts_per_step", "2", "--minibatch_prompts",
 "1", "--steps", "6",
          "--responses_per_prompt", "2", "--max_response_tokens", "4", "--eval_every", "3",
          "--eval_rows", "2",

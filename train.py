@@ -1083,7 +1083,7 @@ def load_reference(s: Settings, actor: Actor, device: torch.device, videos: bool
 
 # task -> what draws its problems, their folder, the tiny model's, updates of its warm-up
 GENERATED = {
-    "": (make_figures, "figures", "tiny-model", 300),
+    "": (make_figures, "figures", "tiny-model", 250),
     "codeword": (make_codewords, "codewords", "codeword-model", 30),
 }
 
@@ -1526,10 +1526,10 @@ def check_pairs(s: Settings) -> None:
 PRESETS = {
     "tiny": dict(
         instruction=TINY_INSTRUCTION, min_pixels=56 * 56, max_pixels=56 * 56, max_prompt_tokens=256,
-        steps=100, prompts_per_step=64, responses_per_prompt=8, minibatch_prompts=32,
-        max_response_tokens=24, max_tokens_per_pack=8192, kl_coefficient=0.0,
-        entropy_coefficient=0.01, learning_rate=6e-4, beta2=0.98, warmup_updates=5,
-        final_learning_rate=0.1, eval_every=25, save_every=50,
+        freeze_vision=True, steps=100, prompts_per_step=64, responses_per_prompt=8,
+        minibatch_prompts=32, max_response_tokens=24, max_tokens_per_pack=8192, kl_coefficient=0.0,
+        learning_rate=6e-4, beta2=0.98, warmup_updates=5, final_learning_rate=0.1, eval_every=25,
+        save_every=50,
     ),
     "geo3k": dict(
         model="Qwen/Qwen2.5-VL-7B-Instruct", data="hiyouga/geometry3k", min_pixels=262144,
@@ -1539,7 +1539,7 @@ PRESETS = {
 
 
 PRESETS["codeword"] = PRESETS["tiny"] | dict(
-    task="codeword", steps=80, prompts_per_step=32, entropy_coefficient=0.0, eval_every=20
+    task="codeword", steps=80, prompts_per_step=32, eval_every=20
 )
 
 
