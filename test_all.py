@@ -1587,10 +1587,10 @@ def torchrun(*command, ranks=2, restarts=0, **env):
     return done.returncode, done.stdout
 
 
-SHORT = ("--prompts_per_step", "8", "--minibatch_prompts", "4", "--responses_per_prompt", "4",
-"--steps", "3",
-         "--eval_every", "3", "--eval_rows", "10", "--save_every", "3", "--max_response_tokens",
-         "24")  # fmt: skip
+SHORT = (
+    "--prompts_per_step 8 --minibatch_prompts 4 --responses_per_prompt 4 --max_response_tokens 24"
+    " --steps 3 --eval_every 3 --eval_rows 10 --save_every 3"
+).split()
 
 
 def learning_steps(folder):
@@ -1706,12 +1706,11 @@ def watch(file):
     reward.REWARDS["varied"] = look
 
 
-STEPS = ("--preset", "tiny", "--engine", "hf", "--freeze_vision", "false", "--prompts_per_step", "2", "--minibatch_prompts",
-"1", "--steps", "6",
-         "--responses_per_prompt", "2", "--max_response_tokens", "4", "--eval_every", "3",
-         "--eval_rows", "2",
-         "--kl_coefficient", "0", "--rewards", "accuracy=0.5,varied=1", "--save_every",
-         "2")  # fmt: skip
+STEPS = (
+    "--preset tiny --engine hf --freeze_vision false --kl_coefficient 0 --steps 6 --save_every 2"
+    " --prompts_per_step 2 --minibatch_prompts 1 --responses_per_prompt 2 --max_response_tokens 4"
+    " --eval_every 3 --eval_rows 2 --rewards accuracy=0.5,varied=1"
+).split()
 
 
 def own_flags():
