@@ -4474,7 +4474,7 @@ def test_a_model_looks_where_the_picture_has_the_answer_and_not_where_the_questi
             for row, images in zip(rows, pictures, strict=True):
                 row["images"] = images
                 row["problem"] = f"<image>Say {row['answer']}." if told else row["problem"]
-            pq.write_table(pa.Table.from_pylist(rows, figures.SCHEMA), file)
+            pq.write_table(pa.Table.from_pylist(rows), file)
         problems = data.load_problems(folder / "figures")
         instruction = train.PRESETS["tiny"]["instruction"]
         tiny_model.build_warm_tiny(folder / "tiny-model", problems, instruction, updates=60)
@@ -4635,32 +4635,23 @@ def test_two_steps_on_real_geometry3k_rows(seedling, tmp_path):
 
 
 def test_grpo_learns(tmp_path):
-    """The smallest problem there is: one colour question, learnt from a model that only knows the
-    format."""
+    """The smallest problem there is: the colour of a figure, learnt from a model that knows the
+    format and half of the colours."""
     start = tmp_path / "start"
-    figures.make_figures(start / "figures", train=200, test=24)
+    figures.make_figures(start / "figures", train=500, test=50)
+    for file in (start / "figures").iterdir():
+        rows = [row for row in pq.read_table(file).to_pylist() if row["type"] == "colour"]
+        pq.write_table(pa.Table.from_pylist(rows), file)
     problems = data.load_problems(start / "figures")
     instruction = train.PRESETS["tiny"]["instruction"]
-    tiny_model.build_warm_tiny(start / "tiny-model", problems, instruction, updates=60)
-    folder = train_whole(
-        start,
-        tmp_path / "run",
-        *SHORT,
-        "--steps",
-        "20",
-        "--eval_every",
-        "20",
-        "--prompts_per_step",
-        "16",
-        "--minibatch_prompts",
-        "16",
-        "--responses_per_prompt",
-        "8",
-        "--rewards",
-        "accuracy=0.9,format=0.1",
+    tiny_model.build_warm_tiny(start / "tiny-model", problems, instruction, updates=30)
+    flags = (
+        "--freeze_vision true --steps 12 --eval_every 12 --prompts_per_step 16"
+        " --minibatch_prompts 16 --responses_per_prompt 8 --rewards accuracy=0.9,format=0.1"
     )
+    folder = train_whole(start, tmp_path / "run", *SHORT, *flags.split())
     rewards = [row["train/reward"] for row in learning_steps(folder)]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15
 
 
 def test_help_shows_every_flag_once_in_its_group_with_choices_bounds_and_default():
