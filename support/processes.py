@@ -6,6 +6,7 @@ all others end within seconds, wherever they wait, because a collective on a GPU
 for half an hour.
 """
 
+import atexit
 import contextlib
 import datetime
 import logging
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 POLL = 0.5  # seconds between looks at whether another rank has failed
+FAILED = "failed"  # key of the store, set by a rank that fails
 
 
 # --------------------------------------------------------------------------------------------------
@@ -63,7 +65,9 @@ def start_processes(timeout: float = 30.0) -> torch.device:
         device_id=device if device.type == "cuda" else None,
     )
     if world > 1:
-        threading.Thread(target=end_with_the_others, args=[run_store()], daemon=True).start()
+        watch = Watch(run_store())
+        watch.start()
+        atexit.register(watch.stop)
     return device
 
 
@@ -128,21 +132,34 @@ def end_failed() -> NoReturn:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         sys.exit(1)
     with contextlib.suppress(RuntimeError):  # the store may be gone
-        run_store().set("failed", "")
+        run_store().set(FAILED, "")
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(2 * POLL)  # this process may hold the store in which the others look
     os._exit(1)
 
 
-def end_with_the_others(store: dist.Store) -> None:
-    """End this process once a rank has failed, wherever the main thread waits."""
-    try:
-        while not store.check(["failed"]):
-            time.sleep(POLL)
-    except RuntimeError:  # the store goes when the run is over, or with the machine that held it
-        return
-    os._exit(1)
+class Watch(threading.Thread):
+    """Ends this process once another rank has failed, wherever the main thread waits."""
+
+    def __init__(self, store: dist.Store):
+        super().__init__(daemon=True)
+        self.store = store
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        try:
+            while not self.over.wait(POLL):
+                if self.store.check([FAILED]):
+                    os._exit(1)
+        except RuntimeError:  # the store goes when the run is over
+            return
+
+    def stop(self) -> None:
+        """Come to an end before Python does, which would stop this thread amid the store's C++ code
+        and so abort the process."""
+        self.over.set()
+        self.join(10 * POLL)
 
 
 # --------------------------------------------------------------------------------------------------
