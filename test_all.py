@@ -2927,6 +2927,7 @@ def test_every_command_ends_an_error_of_the_user_in_its_sentence(
     file, argv, sentence, monkeypatch, capsys, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)  # a command is alone
     monkeypatch.setattr(sys, "argv", [file, *argv.split()])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(HERE / file), run_name="__main__")
@@ -4394,8 +4395,9 @@ def test_flat_groups_change_nothing_but_are_not_computed(tiny, process_group):
     run, groups = small_run(tiny[False], minibatch_prompts=8)
     [minibatch] = minibatches_of(run, groups)
     assert sum(len(responses) for pack in minibatch.packs for _, responses in pack.bundles) == 7 * 4
-    assert minibatch.responses == 8 * 4
-    assert minibatch.tokens == sum(group.response_tokens for group in groups)  # flat ones too
+    assert minibatch.plan.responses == 8 * 4
+    tokens = sum(group.response_tokens for group in groups)
+    assert minibatch.plan.tokens == tokens  # flat ones too
     groups = [dataclasses.replace(g, advantages=torch.zeros(4)) for g in groups]
     [nothing] = minibatches_of(run, groups)
     assert nothing.packs == [] and train.update(run, nothing, 0, None) == {}
