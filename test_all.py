@@ -2927,7 +2927,7 @@ def test_every_command_ends_an_error_of_the_user_in_its_sentence(
     file, argv, sentence, monkeypatch, capsys, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dist, "is_initialized", lambda: False)  # a command is alone
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # a command is alone
     monkeypatch.setattr(sys, "argv", [file, *argv.split()])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(HERE / file), run_name="__main__")
