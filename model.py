@@ -275,6 +275,7 @@ def shared_attention(
             k[key_rows].transpose(1, 2),
             v[key_rows].transpose(1, 2),
             mask,
+            is_causal=mask is None,
             scale=scaling,
             enable_gqa=True,
         )
@@ -1170,11 +1171,12 @@ def shard_mesh(device: torch.device, shard_ranks: int) -> DeviceMesh:
 
 def padded_batches(layout: Layout, window: int | None, device) -> list[list[Tensor]]:
     """For dense attention: of prompts, and of completions, the rows of their queries (S, L), which
-    of them are no padding (S, L), the rows of their keys (S, K), and the mask (S, 1, L, K)."""
+    of them are no padding (S, L), the rows of their keys (S, K), and the mask (S, 1, L, K), None
+    for plain causal attention."""
     batches = []
     for segments in layout.batches:
         batch = padded_batch(layout, segments, window)
-        batches.append([x.to(device) for x in batch])
+        batches.append([x if x is None else x.to(device) for x in batch])
     return batches
 
 
@@ -1198,7 +1200,9 @@ def padded_batch(layout: Layout, segments: list[Segment], window: int | None) ->
         mask = mask & (key_place > place - window)
     # padding sees everything: a query that sees nothing would be nan, in the backward too
     mask = mask & key_real[:, None] | ~real[..., None]
-    return rows, real, key_rows, mask[:, None]
+    # padding stands behind what is real, so that in prompts nothing real sees it
+    is_causal = not prompt_real.any() and not window and not layout.looks_ahead(window)
+    return rows, real, key_rows, None if is_causal else mask[:, None]
 
 
 def side_by_side(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:

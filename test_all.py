@@ -8055,7 +8055,7 @@ def test_the_picture_of_a_pack_shows_what_make_pack_lays_out():
     pack = draw_pack.example()
     count = len(draw_pack.NAMES)
     sees = torch.zeros(count, count, dtype=torch.bool)
-    for queries, real, keys, mask in model.padded_batches(pack.layout, None, "cpu"):
+    for queries, real, keys, mask in model.padded_batches(pack.layout, 1000, "cpu"):  # wide
         for segment in range(len(queries)):
             for i, query in enumerate(queries[segment]):
                 if real[segment, i]:
