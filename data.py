@@ -28,7 +28,7 @@ import random
 import re
 import string
 import struct
-import urllib.request
+import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -435,6 +435,7 @@ def _text(value: Any, what: str) -> str:
 
 def _read_answers(cells: list) -> tuple[bool, list]:
     """Whether the answer is a list, and its values; of a chat the one that its last turn gives."""
+    listed = len(cells) > 1 or any(isinstance(cell, list) for cell in cells)
     values = tables.flat(cells)
     is_chat = values and isinstance(values[0], dict) and {"role", "from"} & set(values[0])
     if is_chat:
@@ -444,7 +445,7 @@ def _read_answers(cells: list) -> tuple[bool, list]:
         return False, [text]
     for value in values:
         _text(value, "answer")
-    return len(cells) > 1 or values != cells, values
+    return listed, values
 
 
 def _read_choices(cells: list) -> list:
@@ -574,8 +575,7 @@ def image_bytes(value: Any, folder: Path) -> bytes:
         )
     try:
         if value[:5].lower() == "data:":
-            with urllib.request.urlopen(value) as file:  # which reads it from the text itself
-                return file.read()
+            return _of_data_url(value)
         if _is_path(value, folder):
             return _read_inside(folder, value.removeprefix("file://"))
         return base64.b64decode("".join(value.split()), validate=True)
@@ -583,6 +583,14 @@ def image_bytes(value: Any, folder: Path) -> bytes:
         raise ValueError(
             f"image {shown} is not a file's path, base64 or a data URL: {error}"
         ) from error
+
+
+def _of_data_url(url: str) -> bytes:
+    head, comma, content = url.partition(",")
+    if not comma:
+        raise ValueError("the data URL has no comma")
+    raw = urllib.parse.unquote_to_bytes(content)
+    return base64.b64decode(raw, validate=True) if head.lower().endswith(";base64") else raw
 
 
 def _is_path(value: str, folder: Path) -> bool:

@@ -484,7 +484,8 @@ class Actor:
 
     def _padded_logprobs(self, bundles, entropy):
         """The plain way, as a reference: one row per completion, behind its prompt, padded left."""
-        rows = [[prompt, *completion] for prompt, [completion] in one_by_one(bundles)]
+        bundles = one_by_one(bundles)
+        rows = [[prompt, *completion] for prompt, [completion] in bundles]
         rows += [[anchor] for anchor in self._missing_anchors(bundles)]
         inputs, written = self.padded_inputs(rows)
         # position t - 1 predicts token t; where no row's token was written, logits are not needed
@@ -1051,8 +1052,8 @@ class Actor:
         adapters = {}  # by the weight that they adapt
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer):
-                name = getattr(layer, "parameter_name", "weight")
-                adapters[getattr(layer.get_base_layer(), name)] = layer
+                adapted = getattr(layer, "parameter_name", "weight")
+                adapters[getattr(layer.get_base_layer(), adapted)] = layer
         names = collections.defaultdict(list)
         for name, tensor in weights.items():
             if ".lora_" not in name:
@@ -1183,9 +1184,13 @@ def padded_batches(layout: Layout, window: int | None, device) -> list[list[Tens
 def padded_batch(layout: Layout, segments: list[Segment], window: int | None) -> tuple:
     """Some segments of a pack side by side, as in padded_batches."""
     start, end, prompt_start, prompt_end = torch.tensor(segments).T  # (S,) each
+    looks_ahead = layout.looks_ahead(window)
     rows, real = side_by_side(start, end)  # (S, L)
     prompt_rows, prompt_real = side_by_side(prompt_start, prompt_end)
     key_rows = torch.cat([prompt_rows, rows], 1)  # (S, K)
+    if not prompt_real.any() and not window and not looks_ahead:
+        # prompts attend causally: their padding stands behind what is real, which never sees it
+        return rows, real, key_rows, None
     key_real = torch.cat([prompt_real, real], 1)
     # a token's place in its sequence, prompt and segment
     prompt_place = torch.arange(prompt_rows.shape[1]).expand_as(prompt_rows)
@@ -1193,16 +1198,14 @@ def padded_batch(layout: Layout, segments: list[Segment], window: int | None) ->
     key_place = torch.cat([prompt_place, place], 1)[:, None]  # (S, 1, K)
     place = place[..., None]  # (S, L, 1)
     mask = key_place <= place
-    if layout.looks_ahead(window):
+    if looks_ahead:
         image = layout.images[rows][..., None]
         mask = mask | (layout.images[key_rows][:, None] == image) & (image >= 0)
     if window:
         mask = mask & (key_place > place - window)
     # padding sees everything: a query that sees nothing would be nan, in the backward too
     mask = mask & key_real[:, None] | ~real[..., None]
-    # padding stands behind what is real, so that in prompts nothing real sees it
-    is_causal = not prompt_real.any() and not window and not layout.looks_ahead(window)
-    return rows, real, key_rows, None if is_causal else mask[:, None]
+    return rows, real, key_rows, mask[:, None]
 
 
 def side_by_side(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,10 @@ def last_boxed(text: str) -> str | None:
     r"""The content of the last \boxed{...}, wherever it stands; None without one, or if it never
     closes."""
     span = box_span(text)
-    return span and text[slice(*span)]
+    if span is None:
+        return None
+    start, end = span
+    return text[start:end]
 
 
 def box_span(text: str) -> tuple[int, int] | None:
@@ -380,8 +383,11 @@ def close_to(answer: str, gold: str, share: float) -> bool:
     target = golden.replace(r"\%", "").strip()
     if not NUMBER.fullmatch(value) or not NUMBER.fullmatch(target):
         return words(answer) == words(gold)
-    shift = 2 * ((r"\%" in number) - (r"\%" in golden))  # digits, for 40% of 0.4 or 0.4 of 40%
-    targets = [Decimal(target), Decimal(target).scaleb(shift)]
+    targets = [Decimal(target)]
+    if r"\%" in number and r"\%" not in golden:  # 40% of 0.4
+        targets.append(Decimal(target).scaleb(2))
+    if r"\%" in golden and r"\%" not in number:  # 0.4 of 40%
+        targets.append(Decimal(target).scaleb(-2))
     return any(abs(Decimal(value) - one) <= abs(one) * Decimal(str(share)) for one in targets)
 
 
@@ -555,10 +561,10 @@ def ascending(text: str) -> str:
         if pieces[1] in (">", r"\ge"):
             pieces = [TURNED.get(piece, piece) for piece in reversed(pieces)]
         chains.append(pieces)
-    for first, second in (chains, chains[::-1]) if len(chains) == 2 else ():
-        if first[-1] == second[0]:
-            chains = [first + second[1:]]
-            break
+    if len(chains) == 2 and chains[0][-1] == chains[1][0]:
+        chains = [chains[0] + chains[1][1:]]
+    elif len(chains) == 2 and chains[1][-1] == chains[0][0]:
+        chains = [chains[1] + chains[0][1:]]
     return " , ".join(" ".join(pieces) for pieces in chains)
 
 

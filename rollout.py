@@ -835,21 +835,22 @@ class Conversation:
 
     def answer(self, reader: data.Reader, max_prompt_tokens: int) -> None:
         """Let the environment answer the last turn, unless that was cut, which earns nothing."""
-        self.done = True
         if self.rollout.truncated:
+            self.done = True
             return
         text = self.rollout.text(reader.processor.tokenizer)
         problem, earned = self.environment.step(text)
         self.rollout.reward += earned
         if problem is None:
+            self.done = True
             return
         observation = Observation(problem, len(reader.later(problem).ids))
         length = len(self.prompt.ids) + self.rollout.tokens + observation.tokens
         if length > max_prompt_tokens:
             self.rollout.truncated = True
-            return
-        self.rollout = replace(self.rollout, turns=[*self.rollout.turns, observation])
-        self.done = False
+            self.done = True
+        else:
+            self.rollout = replace(self.rollout, turns=[*self.rollout.turns, observation])
 
 
 class Codeword:

@@ -5310,6 +5310,7 @@ BAD_IMAGES = {  # what the cell holds, and what the message says of it
     "no base64": ("no base64!", "not a file's path, base64"),
     "raw data URL": ("data:image/png,raw", "3 bytes are not a readable image"),
     "no data URL": ("data:image/png", "not a file's path, base64"),
+    "junk in a data URL": ("data:image/png;base64,AA*A", "not a file's path, base64"),
     "up": ("../secret.png", "leads out of the folder"),
     "absolute": ("/etc/hosts.png", "leads out of the folder"),
     "link out": ("out.png", "leads out of the folder"),
@@ -5691,6 +5692,16 @@ def test_a_split_is_found_behind_any_mark_and_in_any_case(tmp_path):
         ("testmini", {"testmini.parquet"}),
     ):
         assert {p.source for p in data.load_problems(tmp_path, split)} == found
+
+
+def test_a_split_whose_name_begins_as_another_is_found_alone(tmp_path):
+    for name in ("train-clean.parquet", "train-other.parquet"):
+        write_rows(tmp_path / name, dict(problem="?", answer="4"))
+    for split, found in (
+        ("train-clean", "train-clean.parquet"),
+        ("train-other", "train-other.parquet"),
+    ):
+        assert {p.source for p in data.load_problems(tmp_path, split)} == {found}
 
 
 def test_files_of_the_same_name_are_called_by_their_folders_too(tmp_path):

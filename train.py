@@ -100,7 +100,7 @@ from support.processes import (
     start_processes,
 )
 from support.tables import parse_columns
-from support.tiny_model import TINY_INSTRUCTION, build_warm_tiny
+from support.tiny_model import TINY_INSTRUCTION, WARM_UP_UPDATES, build_warm_tiny
 
 import torch
 import torch.distributed as dist
@@ -197,7 +197,7 @@ def sample_groups(run: Run, batch: int, clock: report.Clock) -> list[Group]:
         One Group per problem, in the order of the problems, the same on every rank.
     """
     s = run.settings
-    n = run.settings.responses_per_prompt
+    n = s.responses_per_prompt
     world = dist.get_world_size()
     indices = data.batch_indices(s.seed, batch, s.prompts_per_step, len(run.train_set))
     problems = own_problems(run, batch)
@@ -550,12 +550,12 @@ def cut_into_packs(groups: list[Group], max_tokens: int, shared: bool = True) ->
 def score_white(run: Run, pack: TrainPack) -> Tensor:
     """(N,) log-probs of the pack's tokens where all its pictures are white: one more forward."""
 
-    def whitened(turns: list) -> list:
+    def white_turns(turns: list) -> list:
         return [t if isinstance(t, Tensor) else data.whitened(t, run.reader) for t in turns]
 
     bundles = []
     for prompt, completions in pack.bundles:
-        white = [whitened(turns) for turns in completions]
+        white = [white_turns(turns) for turns in completions]
         bundles.append((data.whitened(prompt, run.reader), white))
     logprobs, _ = run.actor.logprobs(bundles, entropy="none")
     return logprobs
@@ -787,12 +787,12 @@ def show_rollouts(run: Run, log: report.Log, groups: list[Group]) -> None:
         pack = load_pack(run, [(group, chosen)])
         logprobs, _ = run.actor.logprobs(pack.bundles, pack.features, entropy="none")
         moved = (logprobs - pack.sampler_logprobs).split(pack.lengths.tolist())
-        [(prompt, responses)] = pack.bundles
+        [(prompt, completions)] = pack.bundles
         looks = None
         if any(turn.images or turn.videos for turn in prompts_of(turns_of(pack.bundles))):
             looks = (logprobs - score_white(run, pack)).split(pack.lengths.tolist())
         tokenizer = run.actor.processor.tokenizer
-        shown.append(report.shown_group(prompt, responses, group, moved, tokenizer, looks))
+        shown.append(report.shown_group(prompt, completions, group, moved, tokenizer, looks))
     log.rollouts(run.step + 1, len(groups), shown)
 
 
@@ -1036,7 +1036,7 @@ def shard_actor(s: Settings, actor: Actor, device: torch.device, videos: bool) -
     elif frozen:
         actor.freeze(*frozen)
     if s.gradient_checkpointing:
-        actor.model.gradient_checkpointing_enable()
+        actor.model.gradient_checkpointing_enable({"use_reentrant": False})
     actor.shard(device, s.compute_dtype(device), videos=videos, shard_ranks=s.shard_ranks)
     say(actor.summarize_trained())
 
@@ -1083,7 +1083,7 @@ def load_reference(s: Settings, actor: Actor, device: torch.device, videos: bool
 
 # task -> what draws its problems, their folder, the tiny model's, updates of its warm-up
 GENERATED = {
-    "": (make_figures, "figures", "tiny-model", 250),
+    "": (make_figures, "figures", "tiny-model", WARM_UP_UPDATES),
     "codeword": (make_codewords, "codewords", "codeword-model", 30),
 }
 
@@ -1108,7 +1108,7 @@ def prepare_tiny(s: Settings) -> Settings:
     else:  # an environment of one's own, and its problems
         make = None
         problems = Path(s.data)
-        updates = 150
+        updates = WARM_UP_UPDATES
         model_name = f"{s.task.rpartition(':')[2].lower()}-model"
     model = Path(s.out) / model_name
     if dist.get_rank() == 0:

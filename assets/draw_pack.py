@@ -29,15 +29,15 @@ NOTES = (
 
 def example() -> model.Pack:
     """The pack in the picture: a prompt of 3 tokens with responses of 2 and 3, one of 2 with 1."""
-    groups = []
+    bundles = []
     for prompt_length, lengths in ((3, (2, 3)), (2, (1,))):
         ids = torch.zeros(prompt_length, dtype=torch.int64)
         responses = [[torch.zeros(length, dtype=torch.int64)] for length in lengths]
-        groups.append((data.Prompt(None, ids, ids, [], {}), responses))
-    return model.make_pack(groups, lambda prompt: model.count_up(prompt.ids))
+        bundles.append((data.Prompt(None, ids, ids, [], {}), responses))
+    return model.make_pack(bundles, lambda prompt: model.count_up(prompt.ids))
 
 
-def attends(segments: list[tuple[int, int, int, int]], query: int, key: int) -> bool:
+def attends(segments: list[model.Segment], query: int, key: int) -> bool:
     """Whether the token at `query` sees the one at `key`."""
     for start, end, prompt_start, prompt_end in segments:
         if start <= query < end:

@@ -148,12 +148,11 @@ class Watch(threading.Thread):
         self.over = threading.Event()
 
     def run(self) -> None:
-        try:
+        # the store goes when the run is over, or with the machine that held it
+        with contextlib.suppress(RuntimeError):
             while not self.over.wait(POLL):
                 if self.store.check([FAILED]):
                     os._exit(1)
-        except RuntimeError:  # the store goes when the run is over
-            return
 
     def stop(self) -> None:
         """Come to an end before Python does, which would stop this thread amid the store's C++ code

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 USUAL = {  # our name -> what data sets call it; a dot reaches into a struct
@@ -31,9 +32,8 @@ USUAL = {  # our name -> what data sets call it; a dot reaches into a struct
 NEEDED = ("problem", "answer")
 SUFFIXES = (".parquet", ".jsonl")
 
-Place = tuple[
-    str, ...
-]  # a column, or the way to a field of a struct: ("reward_model", "ground_truth")
+# a column, or the way to a field of a struct: ("reward_model", "ground_truth")
+Place = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,20 @@ class Table:
         return value
 
     def count(self, ours: str) -> int:
-        """How many images or videos the file holds, in lists or alone."""
-        return sum(len(flat(self.cells(ours, row))) for row in range(self.rows))
+        """How many images or videos the file holds, in lists or alone. Of parquet, which holds
+        their bytes, none is read."""
+        if not isinstance(self.columns, pa.Table):
+            return sum(len(flat(self.cells(ours, row))) for row in range(self.rows))
+        held = 0
+        for top, *fields in self.taken[ours].values():
+            column = self.columns[top]
+            if fields:
+                column = pc.struct_field(column, fields)
+            if "list" in str(column.type).partition("<")[0]:
+                held += pc.sum(pc.list_value_length(column)).as_py() or 0
+            else:
+                held += len(column) - column.null_count
+        return held
 
     def __str__(self) -> str:
         """Which columns are taken for what."""
@@ -195,8 +207,10 @@ def find_files(path: str, split: str) -> dict[Path, str]:
     files = [file for file in below if file.suffix in SUFFIXES and file.is_file()]
     names = [file.relative_to(folder).as_posix() for file in files]
     told = [_split_of(name, split) for name in names]
-    asked = "" if told == [""] else _split_of(split, split)
+    asked = _one_validation(split.lower())
     chosen = [file for file, its in zip(files, told, strict=True) if its == asked]
+    if told == [""]:  # a single file, of which nothing is told
+        chosen = files
     if not chosen:
         raise ValueError(
             f"{path}: no parquet or jsonl file of split {split!r} among {names}; name another "
@@ -217,10 +231,14 @@ def _short_names(folder: Path, files: list[Path], chosen: list[Path]) -> dict[Pa
 def _split_of(name: str, asked: str) -> str:
     """The split that a path names last, in lower case; "" for none. `test` is not in testmini."""
     known = {asked.lower(), "train", "validation", "val", "dev", "test"}
-    words = "|".join(map(re.escape, known))
+    longest_first = sorted(known, key=len, reverse=True)  # train-clean before train
+    words = "|".join(map(re.escape, longest_first))
     found = re.findall(rf"(?:^|[/_.-])({words})(?![a-z])", name.lower())
-    last = found[-1] if found else ""
-    return "validation" if last in ("val", "dev") else last
+    return _one_validation(found[-1]) if found else ""
+
+
+def _one_validation(word: str) -> str:
+    return "validation" if word in ("val", "dev") else word
 
 
 def _download(name: str) -> Path:

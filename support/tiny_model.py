@@ -121,6 +121,9 @@ TINY_INSTRUCTION = " <think></think> \\boxed{}"
 END = "<|im_end|>"
 
 
+WARM_UP_UPDATES = 250
+
+
 WARM_UP_RESPONSE = "<think>look</think>\\boxed{{{}}}" + END
 
 
@@ -129,7 +132,7 @@ def build_warm_tiny(
     problems,
     instruction: str,
     seed: int = 0,
-    updates: int = 250,
+    updates: int = WARM_UP_UPDATES,
     environment: type | None = None,
 ) -> Path:
     """Write the tiny model, warmed up on the problems, turn by turn: what RL starts from.
@@ -144,6 +147,7 @@ def build_warm_tiny(
         environment: of rollout.ENVIRONMENTS or one's own, see `imitation`; None: single answers.
     """
     problems = list(problems)
+    # the tokenizer learns an "ok" in any case
     before = "".join(text + END for text in getattr(environment, "warm_up", ("ok",)))
     texts = []
     for problem in problems:
@@ -208,7 +212,9 @@ def main() -> None:
     parser.add_argument(
         "--data", required=True, help="figures, as `python -m support.figures FOLDER` draws them"
     )
-    parser.add_argument("--updates", type=int, default=250, help="optimizer steps of the warm-up")
+    parser.add_argument(
+        "--updates", type=int, default=WARM_UP_UPDATES, help="optimizer steps of the warm-up"
+    )
     args = parser.parse_args()
     quieten_libraries()
     problems = data.load_problems(args.data)
