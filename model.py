@@ -302,6 +302,10 @@ class Request:
     entropy: str  # none, value or gradient
     chunk: int  # rows of logits alive at a time
 
+    def chunks(self, rows: int) -> list[slice]:
+        """The rows of every chunk."""
+        return [slice(i, i + self.chunk) for i in range(0, rows, self.chunk)]
+
     def logits(self, h: Tensor, weight: Tensor) -> Tensor:
         """(rows, H) -> (rows, V) logits of the trained distribution, in float32."""
         z = (h @ weight.T).to(torch.promote_types(h.dtype, torch.float32))
@@ -319,7 +323,7 @@ class ChunkedLogprobs(torch.autograd.Function):
     """Log-prob of every target, and the entropy there, with at most `chunk` rows of logits alive.
 
     The backward computes the logits again, which is cheaper in time and memory than checkpointing
-    chunks.
+    chunks; the last chunk's probabilities alone are kept, so a pack of one chunk pays nothing.
     """
 
     @staticmethod
@@ -327,14 +331,17 @@ class ChunkedLogprobs(torch.autograd.Function):
         dtype = torch.promote_types(h.dtype, torch.float32)
         logprobs = torch.zeros(len(h), dtype=dtype, device=h.device)
         entropy = torch.zeros_like(logprobs)
-        for i in range(0, len(h), request.chunk):
-            rows = slice(i, i + request.chunk)
+        p = None
+        for rows in request.chunks(len(h)):
+            logps = p = None  # the chunk before goes before this one comes
             logps = request.logits(h[rows], weight).log_softmax(-1)
             logprobs[rows] = logps.gather(-1, request.targets[rows, None])[:, 0]
+            p = logps.exp_()  # in place, here and below: nothing in a run is larger
             if request.entropy != "none":
-                entropy[rows] = torch.special.entr(logps.exp_()).sum(-1)  # sum of -p log p
+                entropy[rows] = torch.special.entr(p).sum(-1)  # sum of -p log p
         ctx.save_for_backward(h, weight, entropy)
         ctx.request = request
+        ctx.last_p = None if request.softcap else p  # a softcap's slope needs the logits
         return logprobs, entropy
 
     @staticmethod
@@ -343,22 +350,27 @@ class ChunkedLogprobs(torch.autograd.Function):
         request = ctx.request
         dh = torch.empty_like(h)
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for i in range(0, len(h), request.chunk):
-            rows = slice(i, i + request.chunk)
+        p = ctx.last_p
+        ctx.last_p = None
+        for rows in reversed(request.chunks(len(h))):
             g = logprobs_grad[rows, None]
             e = entropy_grad[rows, None]
-            z = request.logits(h[rows], weight)
-            p = z.softmax(-1)
-            dz = -g * p  # d log p[target] / dz = onehot - p
+            if p is None:
+                z = request.logits(h[rows], weight)
+                p = z.softmax(-1)
+            surprise = torch.special.entr(p).mul_(e) if request.entropy == "gradient" else None
+            # d log p[target] / dz = onehot - p, and dH / dz = -p (log p + H)
+            dz = p.mul_(-g - e * entropy[rows, None])
             dz.scatter_add_(1, request.targets[rows, None], g)
-            if request.entropy == "gradient":  # dH / dz = -p (log p + H)
-                dz += e * (torch.special.entr(p) - p * entropy[rows, None])
+            if surprise is not None:
+                dz += surprise
             if request.softcap:
                 dz *= request.softcap_slope(z)
-            dz = (dz / request.temperature).to(weight.dtype)
+            dz = dz.div_(request.temperature).to(weight.dtype)
             dh[rows] = dz @ weight
             if dw is not None:
                 dw.addmm_(dz.T, h[rows])
+            p = z = dz = None  # this chunk goes before the next one comes
         return dh, dw, None
 
 
