@@ -102,7 +102,7 @@ class Problem:
 
     @property
     def gold(self) -> str | tuple[str, ...]:
-        """The answer as the row holds it, a text or the texts of a list."""
+        """What a response is graded by, as the row holds it: a text, or the texts of a list."""
         return self.answers or self.answer
 
 
@@ -190,7 +190,7 @@ class Reader:
         images once more.
         """
         future = self._coming.pop(problem, None)
-        if future is None or future.cancel():  # nobody has begun it
+        if future is None or future.cancel():  # it is in time if the thread has not begun it
             return self._make_once(problem, False)
         return future.result()
 
@@ -223,9 +223,10 @@ class Reader:
     def _pixels(self, problem: Problem) -> tuple[list[Image.Image], list[tuple]]:
         """Images, and videos with their timing, as large as the processor will leave them."""
         vision = self.processor.image_processor
+        # others than Qwen's kind cut an image into tiles of a fixed size, and are bounded in that
         factor = vision.patch_size * vision.merge_size if hasattr(vision, "merge_size") else 1
         images = [decode_image(raw) for raw in problem.images]
-        if factor > 1:  # others cut an image into tiles of a fixed size, and are bounded in that
+        if factor > 1:
             bounds = (self.min_pixels, self.max_pixels)
             images = [resize_image(image, *bounds, factor) for image in images]
         return images, [_timed_frames(stored, self.video, factor) for stored in problem.videos]

@@ -1,6 +1,6 @@
 """GRPO on plain tensors: rewards -> advantages -> loss.
 
-    rewards (P, G) --group_advantages--> (P, G) --spread over tokens--> (N,)
+    rewards (P, n) --group_advantages--> (P, n) --spread over tokens--> (N,)
     logprobs, old_logprobs, advantages (N,) --policy_loss--> (N,)
     losses (N,) --times token_weights, summed--> scalar
 
@@ -9,7 +9,7 @@ Per-token quantities are flat vectors over the tokens that the policy wrote, res
 response; `lengths` says where each ends. The path of this file ends at the line "from here on"; a
 new loss goes into `policy_loss`.
 
-Legend  P prompts, G responses per prompt, R responses, N tokens written by the policy (all
+Legend  P prompts, n responses per prompt, R responses, N tokens written by the policy (all
         responses, end to end)
 Papers  GRPO arXiv:2402.03300; PPO's clip arXiv:1707.06347; dual clip arXiv:1912.09729;
         DAPO arXiv:2503.14476; Dr. GRPO arXiv:2503.20783; GSPO arXiv:2507.18071;
@@ -28,26 +28,26 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """Score each response against the others drawn for the same prompt.
 
     Args:
-        rewards: (P, G) float; row p holds the rewards of prompt p's responses.
-        scale: "std" divides by the group's sample standard deviation, over G - 1 (GRPO, section
+        rewards: (P, n) float; row p holds the rewards of prompt p's responses.
+        scale: "std" divides by the group's sample standard deviation, over n - 1 (GRPO, section
             4.1.2, as verl, EasyR1, TRL and slime read it); "none" only centres (Dr. GRPO); "loo"
-            compares each response with the mean of the other G - 1 (RLOO).
+            compares each response with the mean of the other n - 1 (RLOO).
 
     Returns:
-        (P, G) float32; every row sums to 0, and a row of equal rewards is exactly 0, never 0/0.
+        (P, n) float32; every row sums to 0, and a row of equal rewards is exactly 0, never 0/0.
 
     Raises:
-        ValueError: G < 2 (the mean of a group of one is its own reward), or an unknown scale.
+        ValueError: n < 2 (the mean of a group of one is its own reward), or an unknown scale.
     """
-    size = rewards.shape[-1]
-    if size < 2:
-        raise ValueError(f"a group of {size} has nothing to be compared with; draw at least 2")
+    n = rewards.shape[-1]
+    if n < 2:
+        raise ValueError(f"a group of {n} has nothing to be compared with; draw at least 2")
     rewards = rewards.float()
     centred = rewards - rewards.mean(-1, keepdim=True)
     if scale == "std":
         advantages = centred / (rewards.std(-1, correction=1, keepdim=True) + 1e-6)
-    elif scale == "loo":  # r_i - mean of the others = (r_i - mean) G / (G - 1)
-        advantages = centred * size / (size - 1)
+    elif scale == "loo":  # r_i - mean of the others = (r_i - mean) n / (n - 1)
+        advantages = centred * n / (n - 1)
     elif scale == "none":
         advantages = centred
     else:
@@ -80,8 +80,8 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate, per token: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
 
-    The log ratio is held within +-20 nats before exp, as verl and EasyR1 do: beyond, the clip cuts
-    the gradient in any case.
+    The log ratio is held within +-20 nats before exp, as verl and EasyR1 do: beyond, no token has a
+    gradient.
 
     Args:
         logprobs: (N,) nats, with gradient, under the policy as it is.

@@ -40,8 +40,8 @@ What is set in one place and used in another:
 
 Not here: the loss (grpo.py), sampling (rollout.py), the optimizer (train.py).
 
-Legend  P tokens of a prompt, T tokens of a pack, N tokens written by the policy, R tokens of a
-        response, S segments (prompts and responses) of a pack, L longest segment, K keys that it
+Legend  P tokens of a prompt, T tokens of a pack, N tokens written by the policy, W of them in one
+        turn, S segments (prompts and responses) of a pack, L longest segment, K keys that it
         sees, H hidden size, V vocabulary
 Papers  M-RoPE arXiv:2409.12191; FlashAttention's variable-length form arXiv:2307.08691
 """
@@ -114,9 +114,12 @@ except ImportError:  # optional: torch's own kernel does the same
 # One row, no padding
 
 
-Turn = Tensor | data.Prompt  # ids (R,) that the policy wrote, or what it read
+Turn = Tensor | data.Prompt  # ids (W,) that the policy wrote, or what it read
 Completion = list[Turn]  # all that follows a prompt; a single response is a list of one
 Bundle = tuple[data.Prompt, list[Completion]]  # a prompt, and what was drawn for it
+
+
+Segment = tuple[int, int, int, int]  # start, end, prompt_start, prompt_end in tokens of the pack
 
 
 @dataclass
@@ -125,7 +128,7 @@ class Pack:
 
     input_ids: Tensor  # (1, T)
     positions: Tensor  # (3, 1, T) time, height and width: all the same for text
-    keep: Tensor  # (N,) the positions that predict `targets`
+    keep: Tensor  # (N,) where in the row each of `targets` is predicted
     targets: Tensor  # (N,) what the policy wrote
     layout: Layout
 
@@ -153,11 +156,11 @@ def make_pack(bundles: list[Bundle], positions: Callable, whole_images: str = "n
         t += len(prompt.ids)
         prompt_end = t
         segments.append((prompt_start, prompt_end, prompt_start, prompt_start))
+        first = prompt_positions.max() + 1  # every completion goes on from its prompt
         for completion in completions:
-            start = prompt_positions.max() + 1
-            row, row_positions, written = lay_out(completion, positions, start)
-            predictor = torch.arange(t - 1, t - 1 + len(row))  # position t - 1 predicts token t,
-            predictor[0] = prompt_end - 1  # but a completion's first token follows its prompt
+            row, row_positions, written = join_turns(completion, positions, first)
+            predictor = torch.arange(t - 1, t - 1 + len(row))  # a token is predicted one before,
+            predictor[0] = prompt_end - 1  # but a completion's first by the end of its prompt
             keep.append(predictor[written])
             targets.append(row[written])
             ids.append(row)
@@ -174,13 +177,13 @@ def make_pack(bundles: list[Bundle], positions: Callable, whole_images: str = "n
     )
 
 
-def lay_out(
+def join_turns(
     turns: list[Turn], positions: Callable, start: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write the turns of a conversation into one row.
 
     Args:
-        turns: Prompts, which the policy read, and Tensors of ids (R,), which it wrote, never empty.
+        turns: Prompts, which the policy read, and Tensors of ids (W,), which it wrote, never empty.
         positions: Prompt -> (3, P), from 0. Each turn starts after the largest position of the
             one before it, the first at `start`.
 
@@ -199,9 +202,6 @@ def lay_out(
         written.append(torch.full((len(turn_ids),), is_written))
         start = pieces[-1].max() + 1
     return torch.cat(ids), torch.cat(pieces, 1), torch.cat(written)
-
-
-Segment = tuple[int, int, int, int]  # start, end, prompt_start, prompt_end in tokens of the pack
 
 
 @dataclass
@@ -269,6 +269,8 @@ def shared_attention(
     if kernel_runs(q) and not layout.looks_ahead(sliding_window):
         return kernel_attention(q, k, v, layout, scaling, sliding_window)[None], None
     out = torch.empty_like(q)
+    # prompts, then completions, side by side: rows of the queries (S, L), which of them are real,
+    # rows of the keys (S, K), and who sees whom (S, 1, L, K); see padded_batch
     for rows, real, key_rows, mask in layout.once(padded_batches, sliding_window, q.device):
         attended = F.scaled_dot_product_attention(
             q[rows].transpose(1, 2),
@@ -447,7 +449,7 @@ class Actor:
         """Score responses under the model, at `temperature` and without the banned tokens.
 
         Args:
-            bundles: (prompt, [completion, ...]) pairs; a completion is a list of turns (lay_out).
+            bundles: (prompt, [completion, ...]) pairs; a completion is a list of turns.
             features: image_features of the bundles, if they are at hand; else the tower runs on the
                 pixels.
             entropy: "none": all 0, and free; "value": without a gradient; "gradient": with one, for
@@ -489,7 +491,7 @@ class Actor:
                 **self.token_types([turns]),
             ).logits  # (1, N, 2)
         logprobs, entropies = out[0].unbind(-1)
-        return logprobs, entropies if entropy == "gradient" else entropies.detach()
+        return logprobs, (entropies if entropy == "gradient" else entropies.detach())
 
     # --- from here on: the plain reference, layouts, the check of a packing, positions and inputs;
     # then freezing, LoRA, sharding, weights
@@ -501,13 +503,13 @@ class Actor:
         rows += [[anchor] for anchor in self._missing_anchors(bundles)]
         inputs, written = self.padded_inputs(rows)
         # position t - 1 predicts token t; where no row's token was written, logits are not needed
-        predicted = written.any(0).nonzero()[:, 0]  # (R,)
+        predicted = written.any(0).nonzero()[:, 0]  # (N',), at most N
         logits = self.model(
             **inputs,
             **self.multi_modal_inputs(itertools.chain.from_iterable(rows)),
             logits_to_keep=predicted - 1,
             use_cache=False,
-        ).logits  # (B, R, V), softcapped by the model's own forward
+        ).logits  # (B, N', V), softcapped by the model's own forward
         logps = self.trained_logprobs(logits)
         written = written[:, predicted]
         targets = inputs["input_ids"][:, predicted, None]
@@ -516,14 +518,14 @@ class Actor:
             return logprobs, torch.zeros_like(logprobs)
         finite = logps.masked_fill(logps == -torch.inf, 0)
         entropies = -(logps.exp() * finite).sum(-1)[written]
-        return logprobs, entropies if entropy == "gradient" else entropies.detach()
+        return logprobs, (entropies if entropy == "gradient" else entropies.detach())
 
     def padded_inputs(self, rows: list[list[Turn]]) -> tuple[dict[str, Tensor], Tensor]:
         """What the plain forward takes of rows of turns beside pixels, padded on the left: ids,
         mask, positions, token types (..., B, T); and (B, T) bool: written by the policy."""
         all_ids, all_positions, all_written = [], [], []
         for row in rows:
-            row_ids, row_positions, row_written = lay_out(row, self.positions)
+            row_ids, row_positions, row_written = join_turns(row, self.positions)
             all_ids.append(row_ids)
             all_positions.append(row_positions)
             all_written.append(row_written)
@@ -598,8 +600,9 @@ class Actor:
             packing = "padded"
         self.packing = packing
         attention = {"text_config": "sdpa" if packing == "padded" else "shared"}
-        if tower_in_one_call(self.family, self.compute):
-            attention["vision_config"] = "flash_tower"
+        if self.family is QWEN:  # its towers attend window by window
+            in_one_call = tower_in_one_call(self.device, self.compute)
+            attention["vision_config"] = "flash_tower" if in_one_call else "sdpa"
         self.model.set_attn_implementation(attention)
 
     @classmethod
@@ -933,7 +936,7 @@ class Actor:
         offload = offload and device.type == "cuda"
         self.sharded_on = device
         self.compute = compute or self.dtype
-        self.use_packing(self.packing)  # the tower's attention depends on the dtype
+        self.use_packing(self.packing)  # the tower's attention depends on device and dtype
         whole = {
             p
             for name, p in self.model.named_parameters()
@@ -1167,7 +1170,7 @@ def conversions_of(model: nn.Module) -> list[WeightTransform]:
 def shard_mesh(device: torch.device, shard_ranks: int) -> DeviceMesh:
     """All ranks, or (copies, ranks of a copy); a copy's ranks are consecutive."""
     world = dist.get_world_size()
-    if not shard_ranks:
+    if shard_ranks in (0, world):  # one copy: NCCL's average over a single rank may be wrong
         return init_device_mesh(device.type, (world,))
     if world % shard_ranks:
         raise ValueError(
@@ -1297,10 +1300,9 @@ def tower_attention(
     return varlen(q, k, v, *windows, scaling, (-1, -1))[None], None
 
 
-def tower_in_one_call(family: Family, dtype: torch.dtype) -> bool:
-    """Whether the tower runs by tower_attention: Qwen's, which attend window by window, on a GPU in
-    16 bits."""
-    return family is QWEN and torch.cuda.is_available() and dtype.itemsize == 2
+def tower_in_one_call(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a tower with windows runs by tower_attention: on a GPU in 16 bits."""
+    return device.type == "cuda" and dtype.itemsize == 2
 
 
 # transformers tells where windows begin and end to an attention with "flash" in its name
@@ -1695,7 +1697,7 @@ def make_trace(turns: list[tuple[data.Prompt, Tensor]], image_axis: int = 0) -> 
     """A recorded conversation as one training sequence: [prompt, ids, observation, ids, ...].
 
     Args:
-        turns: (Prompt that the policy read, ids (R,) that it wrote) of every turn. A later Prompt
+        turns: (Prompt that the policy read, ids (W,) that it wrote) of every turn. A later Prompt
             holds either what is new in it or, as agents send it, the whole conversation so far with
             all its images again.
         image_axis: that of the actor's family.

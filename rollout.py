@@ -14,7 +14,7 @@ The path of this file ends at the line "from here on": `Rollout` and the two eng
 a response is worth (reward.py), when to sample and to sync (train.py).
 
 Legend  B conversations of a call, n responses to each, P tokens of the longest conversation,
-        R tokens of a response, N tokens that the policy wrote in one rollout, V vocabulary
+        W tokens that it wrote in one turn, N in all turns of a rollout, V vocabulary
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ class Rollout:
     does each of the policy's turns in a conversation.
     """
 
-    turns: list[Tensor | Observation]  # ids (R,) int64 that the policy wrote, and what it read
+    turns: list[Tensor | Observation]  # ids (W,) int64 that the policy wrote, and what it read
     sampler_logprobs: Tensor  # (N,) float32 nats, over all ids that the policy wrote
     truncated: bool
     reward: float | None = None  # an environment's, summed over its steps
 
     @property
     def written_turns(self) -> list[Tensor]:
-        """The turns of the policy: ids (R,) each."""
+        """The turns of the policy: ids (W,) each."""
         return [turn for turn in self.turns if isinstance(turn, Tensor)]
 
     @property
@@ -87,7 +87,7 @@ class Rollout:
         """Length of all that follows the prompt, observations included."""
         return sum(len(t) if isinstance(t, Tensor) else t.tokens for t in self.turns)
 
-    def read(self, reader: data.Reader) -> list[Turn]:
+    def completion(self, reader: data.Reader) -> list[Turn]:
         """The turns as Actor.logprobs takes them: observations made into Prompts."""
         return [t if isinstance(t, Tensor) else reader.later(t.problem) for t in self.turns]
 
@@ -129,17 +129,19 @@ class Engine(contextlib.AbstractContextManager):
         """Draw n continuations of each of this rank's conversations.
 
         Args:
-            conversations: lists of turns (see model.lay_out), at first a prompt alone. Ranks may
-                bring different numbers, also none.
+            conversations: lists of turns (see model.Turn), at first a prompt alone. Ranks may bring
+                different numbers, also none.
             n: responses to each.
-            seed: equal on all ranks; the same conversations, weights and seed give the same
-                responses.
+            seed: equal on all ranks; the same conversations, weights, seed and number of ranks give
+                the same responses.
             greedy: take the likeliest token instead of drawing; sampler_logprobs stay those of the
                 distribution.
 
         Returns:
             One list of n Rollouts per conversation, in the order given; each holds the new turn.
-            ValueError if greedy with n > 1, n times the same response.
+
+        Raises:
+            ValueError: greedy with n > 1, n times the same response.
         """
         raise NotImplementedError
 
@@ -213,7 +215,7 @@ class HFEngine(Engine):
             generation_config=config,
             logits_processor=[distribution],
             synced_gpus=False,  # weights are whole: no rank has to wait for another
-        )  # (B n, P + R)
+        )  # (B n, P + W)
         distribution.record(ids[:, -1])
         logprobs = torch.stack(distribution.drawn, 1)
         responses = ids[:, prefilled["inputs"].shape[1] :].cpu()
@@ -250,7 +252,9 @@ class VLLMEngine(Engine):
 
     vLLM's "external launcher" runs one worker in every rank and schedules the same requests in
     each, so all ranks of a tp group make the same calls in the same order. torch.distributed must
-    be up, with a single process too.
+    be up, with a single process too. sampler_logprobs are vLLM's, of the tokens that it drew, after
+    temperature and bans (sampling_params, start_vllm); read_output refuses a prompt that vLLM
+    expanded to other ids than the trainer's.
 
     Args:
         model: Hugging Face directory or name to start from; `sync` brings the actor's weights.
@@ -268,7 +272,7 @@ class VLLMEngine(Engine):
         """As Engine.generate. A conversation is prefilled once for its n responses, which depend on
         its number among those of all ranks, so not on how many ranks share them.
 
-        RuntimeError while asleep, and as read_output.
+        RuntimeError while asleep, and for a prompt that vLLM expanded otherwise.
         """
         check_greedy(n, greedy)
         if self.asleep:
@@ -389,7 +393,7 @@ def prefill(actor: Actor, conversations: list[list[Turn]], n: int) -> dict:
 
 
 def cut_at_end(responses: Tensor, logprobs: Tensor, eos_ids: list[int]) -> list[Rollout]:
-    """Cut responses and log-probs, (B n, R) both, behind their first end token."""
+    """Cut responses and log-probs, (B n, W) both, behind their first end token."""
     ends = torch.tensor(eos_ids)
     rollouts = []
     for ids, logps in zip(responses, logprobs, strict=True):
@@ -673,7 +677,7 @@ def kept_globals():
     set_num_threads = torch.set_num_threads
     python_state = random.getstate()
     numpy_state = np.random.get_state()
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices=gpus), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -807,7 +811,7 @@ class Conversations(Engine):
             live = [talk for talk in talks if not talk.done]
             if not any(gather_objects(bool(live))):
                 break
-            so_far = [[talk.prompt, *talk.rollout.read(self.reader)] for talk in live]
+            so_far = [[talk.prompt, *talk.rollout.completion(self.reader)] for talk in live]
             new_turns = self.engine.generate(so_far, 1, seed + turn, greedy)
             for talk, [new_turn] in zip(live, new_turns, strict=True):
                 talk.add(new_turn)

@@ -793,7 +793,7 @@ def force_kernels(monkeypatch, kernel):
     monkeypatch.setattr(model, "flash_attn_varlen_func", None)
     monkeypatch.setattr(model, "varlen_attn", kernel)
     monkeypatch.setattr(model, "kernel_runs", lambda q: True)
-    monkeypatch.setattr(model, "tower_in_one_call", lambda family, _: family is model.QWEN)
+    monkeypatch.setattr(model, "tower_in_one_call", lambda *_: True)
 
 
 def sized_config(folder, size, layers=2, depth=3):
@@ -1055,7 +1055,7 @@ def small_run(folder, groups_seed=0, prepare=lambda actor: None, **changes):
 def minibatches_of(run, groups):
     ranks = torch.distributed.get_world_size()
     plans = train.plan_minibatches(groups, run.settings, ranks, run.actor.packing)
-    return [train.load_minibatch(run, plan, i == 0) for i, plan in enumerate(plans)]
+    return [train.scored_minibatch(run, plan, i == 0) for i, plan in enumerate(plans)]
 
 
 def metrics(folder):
@@ -1660,7 +1660,7 @@ def faulty_run(argv, faults):
     if "watch" in faults:
         watch(Path(faults["watch"]))
     if "memory" in faults:
-        train.load_minibatch = out_of_memory
+        train.scored_minibatch = out_of_memory
     if "file_bytes" in faults:
         resource.setrlimit(resource.RLIMIT_FSIZE, (faults["file_bytes"], resource.RLIM_INFINITY))
     first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
@@ -3707,6 +3707,8 @@ def test_fused_adamw_steps_in_no_more_memory_than_it_keeps(process_group, table)
         table("cuda", f"AdamW {variant}, 2 B elements: temporary", GiB=peaks[variant])
         # moments that were loaded from a CPU go on
         state = optimizer.state_dict()
+        for moments in state["state"].values():
+            moments["step"] = moments["step"].cpu()
         fresh = torch.optim.AdamW(shards, lr=1e-3, **{variant: True})
         fresh.load_state_dict(state)
         fresh.step()
@@ -3860,7 +3862,7 @@ def conversation_gap(actor, engine, prompts, n=6):
             assert all(
                 turn[-1] in actor.eos_ids for turn in written[:-1]
             )  # one answers an end token
-            turns = r.read(engine.reader)
+            turns = r.completion(engine.reader)
             assert r.tokens == sum(len(t if torch.is_tensor(t) else t.ids) for t in turns)
             if r.truncated:  # a turn that was cut is not shown to the environment
                 assert r.reward == len(seen) and r.response[-1] not in actor.eos_ids
@@ -3870,7 +3872,7 @@ def conversation_gap(actor, engine, prompts, n=6):
     assert any(r.truncated for rollouts in drawn for r in rollouts)
     groups = []
     for prompt, rollouts in zip(prompts, drawn, strict=True):
-        groups.append((prompt, [r.read(engine.reader) for r in rollouts]))
+        groups.append((prompt, [r.completion(engine.reader) for r in rollouts]))
     with torch.no_grad():
         logprobs, _ = actor.logprobs(groups)
     return (sampled(drawn) - logprobs).abs().max().item()
@@ -3903,7 +3905,7 @@ def test_a_rollout_travels_between_ranks_with_its_observations_compressed(actor,
     assert list(map(type, got.turns)) == list(map(type, sent.turns))
     assert torch.equal(got.response, sent.response)
     assert torch.equal(got.sampler_logprobs, sent.sampler_logprobs)
-    pixels = sent.read(engine.reader)[1].inputs["pixel_values"]
+    pixels = sent.completion(engine.reader)[1].inputs["pixel_values"]
     assert len(observations(sent)[0].problem.images) == 1 and len(raw) < 4 * pixels.numel()
 
 
@@ -3934,34 +3936,25 @@ def test_the_codeword_environment_by_hand(tmp_path):
 
 def test_two_ranks_train_on_conversations_of_which_one_has_none_to_evaluate(seedling, tmp_path):
     figures.make_codewords(tmp_path / "codewords", train=40, test=3)
-    code, log = torchrun(
-        HERE / "train.py",
-        "--task",
-        "codeword",
-        "--engine",
-        "hf",
-        "--out",
-        tmp_path,
-        "--model",
-        seedling / "tiny-model",
-        "--steps",
-        "1",
-        "--eval_rows",
-        "1",
-        "--prompts_per_step",
-        "6",
-        "--minibatch_prompts",
-        "3",
-        "--responses_per_prompt",
-        "4",
-        "--max_tokens_per_pack",
-        "400",
-        "--kl_coefficient",
-        "0.1",
+    flags = (
+        "--task codeword --engine hf --steps 1 --eval_rows 1 --prompts_per_step 6"
+        " --minibatch_prompts 3 --responses_per_prompt 4 --max_tokens_per_pack 400"
+        " --kl_coefficient 0.1"
     )
+    places = ["--out", str(tmp_path), "--model", str(seedling / "tiny-model")]
+    code, log = launch("faulty_run", [*flags.split(), *places], {}, ranks=2)
     assert code == 0, log
     [step] = learning_steps(tmp_path / "codeword")
     assert step["train/gap"] < 1e-5 and step["train/learnt_tokens"] > 0
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_run_as_the_readme_says(seedling, tmp_path):
+    flags = [*SHORT, "--preset", "tiny", "--engine", "hf", "--out", tmp_path]
+    copy_start(seedling, tmp_path)
+    code, log = torchrun(HERE / "train.py", *flags)
+    assert code == 0 and "2 process(es) on cpu" in log, log
+    assert len(learning_steps(tmp_path / "tiny")) == 3
 
 
 def test_a_conversation_is_judged_by_its_last_turn(actor, grader):
@@ -4821,7 +4814,7 @@ BF16 = (
 @pytest.mark.parametrize("ranks, flags", [
     (1, "--freeze_vision true"),
     (2, "--lora_rank 4"),
-    pytest.param(1, "--engine vllm", marks=needs_vllm),
+    pytest.param(1, "--engine vllm", marks=[needs_vllm, pytest.mark.slow]),
     pytest.param(2, "--engine vllm", marks=[needs_vllm, pytest.mark.slow]),
 ])  # fmt: skip
 def test_bfloat16_trains_as_on_a_gpu(seedling, tmp_path, ranks, flags):
@@ -4839,28 +4832,30 @@ def test_bfloat16_trains_as_on_a_gpu(seedling, tmp_path, ranks, flags):
 
 
 def unsynced_run(argv):
-    """train.py with vLLM, which after the first sync goes on with its old weights."""
+    """train.py with vLLM, which gets no weights from the fourth sync on, that after step 3."""
     sync = rollout.VLLMEngine.sync
     synced = []
 
-    def sync_once(engine, actor):
-        if not synced:
-            sync(engine, actor)
+    def sync_thrice(engine, actor):
         synced.append(engine)
-        return {}
+        return sync(engine, actor) if len(synced) <= 3 else {}
 
-    rollout.VLLMEngine.sync = sync_once
+    rollout.VLLMEngine.sync = sync_thrice
     reward.REWARDS["varied"] = varied
     train.main(argv)
 
 
 @needs_vllm
-def test_in_bfloat16_the_gate_still_catches_a_missed_sync(seedling, tmp_path):
-    argv = argv_of(
-        copy_start(seedling, tmp_path), *BF16, "--engine", "vllm", "--learning_rate", "0.02"
-    )
+def test_in_bfloat16_vllm_follows_the_trainer_and_the_gate_catches_a_missed_sync(
+    seedling, tmp_path
+):
+    flags = ["--engine", "vllm", "--steps", "5", "--max_sampler_gap", "0.02"]
+    argv = argv_of(copy_start(seedling, tmp_path), *BF16, "--learning_rate", "0.01", *flags)
     code, log = launch("unsynced_run", argv)
-    assert code == 1 and re.search(r"error: step [12]: sampler and trainer disagree by", log), log
+    assert code == 1 and "error: step 3: sampler and trainer disagree by" in log, log
+    steps = learning_steps(tmp_path / "tiny")
+    assert len(steps) == 3 and all(row["train/learnt_tokens"] > 0 for row in steps)
+    assert 1e-4 < max(row["train/gap"] for row in steps) < 0.02
 
 
 def test_the_memory_of_a_run_is_near_what_was_measured():
@@ -7934,12 +7929,10 @@ def test_every_link_of_the_readme_and_its_pages_points_at_what_its_text_names():
     text = (HERE / "README.md").read_text()
     assert len(links["LINK"].findall(text)) > 40
     assert text == links["mended"](text), "some lines have moved: run python assets/links.py"
-    for moved in ("[`grpo.spread`](grpo.py#L1)", "[`return x`](grpo.py#L1)"):
-        if "spread" in moved:
-            assert links["mended"](moved) != moved
-        else:
-            with pytest.raises(ValueError, match="return x"):
-                links["mended"](moved)
+    moved = "[`grpo.spread`](grpo.py#L1)"
+    assert links["mended"](moved) != moved
+    with pytest.raises(ValueError, match="gone"):
+        links["mended"]("[`grpo.gone`](grpo.py#L1)")
     for page in PAGES:
         text = (HERE / page).read_text()
         for target in re.findall(r"\]\(([^)]+)\)", text):
@@ -8006,19 +7999,12 @@ def test_the_loss_of_the_readme_runs_as_printed(seedling, tmp_path, monkeypatch)
     losses, clipped = policy_loss(logprobs, lengths=torch.tensor([2]), clip_low=0.2, **inputs)
     close(torch.autograd.grad(losses.sum(), logprobs)[0], torch.tensor([-1.2, 0.5]))
     assert clipped.tolist() == [True, False]
-    in_place = re.findall(r"`(loss = [^`]+)`", (HERE / "README.md").read_text())
-    source = (HERE / "grpo.py").read_text()
-    assert len(in_place) == 2 and in_place[0] in source
-    changed = {}
-    exec(source.replace(*in_place), changed)
-    losses, _ = changed["policy_loss"](logprobs, lengths=torch.tensor([2]), **inputs)
-    close(torch.autograd.grad(losses.sum(), logprobs)[0], torch.tensor([-1.2, 0.5]))
     code, log = train_apart(copy_start(seedling, tmp_path), script=str(script))
     assert code == 0, log
     assert any(row["train/learnt_tokens"] for row in learning_steps(tmp_path / "tiny"))
 
 
-def test_the_reward_and_the_family_of_the_readme_run_as_printed(tmp_path, monkeypatch):
+def test_the_reward_and_the_family_of_the_pages_run_as_printed(tmp_path, monkeypatch):
     file = tmp_path / "my_rewards.py"
     [block] = readme_code("python", "def brief")
     file.write_text(block)
@@ -8026,7 +8012,7 @@ def test_the_reward_and_the_family_of_the_readme_run_as_printed(tmp_path, monkey
     got = rewards(weights, [Response("abc"), Response("a" * 400)], [problem(), problem()])
     assert got[f"{file}:brief"] == [1, 0] and got[f"{file}:brief(2)"] == [0, 0]
     monkeypatch.setattr(model, "FAMILIES", dict(model.FAMILIES))
-    [block] = readme_code("python", "FAMILIES")
+    [block] = readme_code("python", "FAMILIES", "assets/families.md")
     exec(block, {})
     assert model.FAMILIES["my_vl"] == model.FAMILIES["internvl"]
 
@@ -8405,7 +8391,7 @@ def test_gpu_tower_in_one_call(device, tiny, table, monkeypatch):
         table(device, f"tower {name}", ms=ms, with_backward_ms=both_ms, gib=peak)
     errors = list(map(off, results["flash_tower"], results["sdpa"]))
     table(device, "tower flash_tower against sdpa", out=errors[0], gradient=errors[1])
-    assert max(errors) < 0.05
+    assert all(error < 0.05 for error in errors)
 
 
 @each_device
@@ -8431,7 +8417,7 @@ def test_gpu_head_against_float32(device, entropy, table):
     wide_weight = weight.detach().float().requires_grad_()
     logps = (wide_h @ wide_weight.T).index_fill(-1, banned, -torch.inf).log_softmax(-1)
     exact = logps.gather(-1, targets[:, None])[:, 0]
-    exact_entropy = torch.special.entr(logps.exp()).sum(-1)
+    exact_entropy = -(logps.exp() * logps.masked_fill(logps == -torch.inf, 0)).sum(-1)
     (exact + (exact_entropy if entropy == "gradient" else 0)).sum().backward()
     errors = dict(
         nats=(got[0] - exact).abs().mean().item(),
@@ -8441,7 +8427,7 @@ def test_gpu_head_against_float32(device, entropy, table):
     if entropy != "none":
         errors["entropy"] = (got[1] - exact_entropy).abs().mean().item()
     table(device, f"head, entropy {entropy}", ms=ms, gib=peak, **errors)
-    assert max(errors.values()) < 0.05
+    assert all(error < 0.05 for error in errors.values())
 
 
 @each_device
@@ -8604,7 +8590,7 @@ def test_bench_of_the_update(tiny):
             for _ in range(3):  # interleaved, so that a slow minute of the machine hits all alike
                 for variant in variants:
                     runs[variant].append(measured_update(actor, groups, variant))
-            seconds = {v: sorted(r[0] for r in rs)[1] for v, rs in runs.items()}
+            seconds = {v: min(r[0] for r in rs) for v, rs in runs.items()}
             memory = {v: sorted(r[1] for r in rs)[1] for v, rs in runs.items()}
             for variant in variants:
                 close(runs[variant][0][2], runs["shared"][0][2], atol=1e-4)

@@ -1,12 +1,12 @@
 """GRPO for vision-language models, in twelve lines and the functions that do them.
 
      1  for each step:                                            train
-     2      take its problems, from (seed, step) alone             data.batch_indices
+     2      take its problems, from seed and number alone          data.batch_indices
      3      problem -> prompt: token ids and pixels                data.Reader
      4      SAMPLE n responses to each prompt                      sample_groups, engine.generate
      5      SCORE each response by its named rewards               score, reward.compute_rewards
      6      all ranks exchange their groups; advantages            grpo.group_advantages
-     7      cut groups into minibatches, shares, packs             plan_minibatches
+     7      cut groups into minibatches, deal, cut into packs      plan_minibatches
      8      SCORE TOKENS: log-probs before the policy moves        score_tokens
      9      LEARN: for each minibatch: log-probs of each pack      update, model.Actor.logprobs
     10          loss = sum_t w_t (clipped surrogate + beta KL)     pack_loss, grpo.policy_loss
@@ -65,7 +65,7 @@ import data
 import grpo
 import reward
 from data import INSTRUCTION, VideoLimits
-from model import Actor, Bundle, full, lay_out, prompts_of, turns_of
+from model import Actor, Bundle, full, join_turns, prompts_of, turns_of
 from rollout import (
     Conversations,
     Engine,
@@ -112,7 +112,7 @@ def train(run: Run) -> None:
     """The algorithm."""
     s = run.settings
     log = report.Log(run)
-    meter = SavedTensors()  # counts what the first update keeps for its backward
+    meter = SavedTensors()  # counts what the first update keeps for its backward; then None
     if run.step == 0:
         evaluation(run, log)
     for step in log.progress(range(run.step, s.steps)):
@@ -125,13 +125,14 @@ def train(run: Run) -> None:
         groups = with_advantages(choose_groups(drawn, s.prompts_per_step), s.advantage)
         with clock("sleep"):
             run.engine.sleep()
-        if step + 1 < s.steps:
-            run.reader.ahead(own_problems(run, batch_numbers(s, step + 1)[0]))
+        if step + 1 < s.steps:  # a thread makes the next prompts meanwhile
+            _, coming = own_problems(run, batch_numbers(s, step + 1)[0])
+            run.reader.ahead(coming)
 
         # SCORE TOKENS: under the policy as it is before it moves, and under the reference
         with clock("logprobs"):
             plans = plan_minibatches(groups, s, dist.get_world_size(), run.actor.packing)
-            minibatches = [load_minibatch(run, plan, i == 0) for i, plan in enumerate(plans)]
+            minibatches = [scored_minibatch(run, plan, i == 0) for i, plan in enumerate(plans)]
 
         # LEARN: one optimizer step for each minibatch
         updates = []
@@ -150,7 +151,7 @@ def train(run: Run) -> None:
         run.step = step + 1
         log.step(run.step, drawn, minibatches, updates, clock.seconds, synced)
         is_last = run.step == s.steps
-        is_due = s.save_every and run.step % s.save_every == 0
+        is_due = s.save_every > 0 and run.step % s.save_every == 0
         accuracy = NOT_EVALUATED
         if is_last or run.step % s.eval_every == 0:
             accuracy = evaluation(run, log)
@@ -168,8 +169,7 @@ def draw_groups(run: Run, step: int, clock: report.Clock) -> list[Group]:
     groups = []
     for batch in batch_numbers(s, step):
         groups += sample_groups(run, batch, clock)
-        teaching = [group for group in groups if not group.is_flat()]
-        if len(teaching) >= s.prompts_per_step:
+        if sum(not group.is_flat() for group in groups) >= s.prompts_per_step:
             break
     return groups
 
@@ -180,15 +180,17 @@ def batch_numbers(s: Settings, step: int) -> range:
     return range(step * per_step, (step + 1) * per_step)
 
 
-def own_problems(run: Run, batch: int) -> list[data.Problem]:
-    """This rank's share of a batch of problems: every world-th one."""
+def own_problems(run: Run, batch: int) -> tuple[list[int], list[data.Problem]]:
+    """What this rank takes of a batch, every world-th problem: rows of the training set, and the
+    problems that they hold."""
     s = run.settings
     indices = data.batch_indices(s.seed, batch, s.prompts_per_step, len(run.train_set))
-    return [run.train_set[i] for i in indices[dist.get_rank() :: dist.get_world_size()]]
+    own = indices[dist.get_rank() :: dist.get_world_size()]
+    return own, [run.train_set[i] for i in own]
 
 
 def sample_groups(run: Run, batch: int, clock: report.Clock) -> list[Group]:
-    """Draw and score one batch of problems: every rank does its share, then all know all groups.
+    """Draw and score one batch of problems: every rank takes some, then all know all groups.
 
     Args:
         batch: number of the batch; it fixes the problems and, with the weights, the responses.
@@ -198,37 +200,39 @@ def sample_groups(run: Run, batch: int, clock: report.Clock) -> list[Group]:
     """
     s = run.settings
     n = s.responses_per_prompt
-    world = dist.get_world_size()
-    indices = data.batch_indices(s.seed, batch, s.prompts_per_step, len(run.train_set))
-    problems = own_problems(run, batch)
+    indices, problems = own_problems(run, batch)
     with clock("sample"):
         prompts = [run.reader(problem) for problem in problems]
         seed = random.Random(f"{s.seed} {batch}").getrandbits(63)
-        rollouts = run.engine.generate([[prompt] for prompt in prompts], n, seed)
+        conversations = [[prompt] for prompt in prompts]  # of one turn so far
+        rollouts = run.engine.generate(conversations, n, seed)
     with clock("score"):
         tokenizer = run.actor.processor.tokenizer
+        # name of a reward -> (problems, n)
         scores = score(rollouts, problems, n, tokenizer, s.reward_weights, run.grader)
-        vision = torch.tensor(run.actor.banned_ids)
+        vision = torch.tensor(run.actor.banned_ids)  # the tokens of images and videos
         mine = []
         for p, prompt in enumerate(prompts):
             mine.append(
                 Group(
-                    index=indices[p * world + dist.get_rank()],
+                    index=indices[p],
                     prompt_tokens=len(prompt.ids),
                     image_tokens=int(torch.isin(prompt.ids, vision).sum()),
                     rollouts=rollouts[p],
                     scores={name: values[p].tolist() for name, values in scores.items()},
                 )
             )
-        shares = gather_objects(mine)
-    return [shares[i % world][i // world] for i in range(s.prompts_per_step)]
+        by_rank = gather_objects(mine)
+    # problem i was drawn by rank i % world, as its number i // world
+    world = len(by_rank)
+    return [by_rank[i % world][i // world] for i in range(s.prompts_per_step)]
 
 
 def choose_groups(drawn: list[Group], wanted: int) -> list[Group]:
     """The groups that a step learns from, in the order of the problems; flat ones only fill up."""
-    teaching = [i for i, group in enumerate(drawn) if not group.is_flat()]
+    uneven = [i for i, group in enumerate(drawn) if not group.is_flat()]
     flat = [i for i, group in enumerate(drawn) if group.is_flat()]
-    return [drawn[i] for i in sorted((teaching + flat)[:wanted])]
+    return [drawn[i] for i in sorted((uneven + flat)[:wanted])]
 
 
 def with_advantages(groups: list[Group], scale: str) -> list[Group]:
@@ -245,7 +249,8 @@ def score_tokens(run: Run, pack: TrainPack, is_first: bool) -> TrainPack:
     white_logprobs where tokens that look weigh more.
 
     The first minibatch's packs get no old_logprobs: the policy has not moved when they are learnt
-    from, so that update's own forward gives them, and no extra pass is made.
+    from, so that update's own forward gives them, --lora_dropout included, and no extra pass is
+    made.
     """
     old = ref = white = None
     if not is_first:
@@ -268,21 +273,22 @@ def update(
         nothing was learnt because every group was flat.
 
     Raises:
-        RuntimeError: sampler and trainer disagree by more than --max_sampler_gap, or as leave_out.
+        RuntimeError: sampler and trainer disagree by more than --max_sampler_gap, or more updates
+            than --max_not_finite were not finite.
     """
     s = run.settings
     if not minibatch.packs:
         return {}
     entropy_kind = "gradient" if s.uses_entropy else "value"
     sums = collections.Counter()
-    gap_max = 0.0
+    gap_max = 0.0  # of a token, nats between sampler_logprobs and old_logprobs
     for pack in minibatch.packs:
         with meter or contextlib.nullcontext():
             logprobs, entropy = run.actor.logprobs(pack.bundles, pack.features, entropy_kind)
         if pack.old_logprobs is None:  # first forward of the step: the policy has not moved
             pack.remember(logprobs.detach())
         loss, measured = pack_loss(s, minibatch, pack, logprobs, entropy)
-        # FSDP averages gradients over ranks, and this loss is a share of one sum
+        # FSDP averages gradients over ranks, but the loss is their sum
         (loss * dist.get_world_size()).backward()
         for name, values in measured.items():
             sums[name] += pack.weight * values.detach().double().sum()
@@ -318,7 +324,7 @@ def pack_loss(
         logprobs, entropy: (N,) nats, with gradient (entropy only with --entropy_coefficient).
 
     Returns:
-        A scalar; and (N,) each, to be summed for the metrics, see the README.
+        A scalar; and (N,) each, to be summed for the metrics, see assets/metrics.md.
     """
     old = pack.old_logprobs
     losses, clipped = grpo.policy_loss(
@@ -350,8 +356,8 @@ def pack_loss(
     per_token = losses + s.kl_coefficient * kl - s.entropy_coefficient * entropy
     loss = pack.weight * (weights * per_token).sum()
     gap = (pack.sampler_logprobs - old).abs()
-    drift = grpo.kl_estimate(pack.sampler_logprobs, old, "k3")
-    return loss, dict(kl=kl, entropy=entropy, clipped=clipped, gap=gap, sampler_kl=drift)
+    sampler_kl = grpo.kl_estimate(pack.sampler_logprobs, old, "k3")
+    return loss, dict(kl=kl, entropy=entropy, clipped=clipped, gap=gap, sampler_kl=sampler_kl)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -382,22 +388,22 @@ class Group:
         return sum(len(rollout.response) for rollout in self.rollouts)
 
 
-Share = tuple[Group, list[int]]  # a group, and which of its responses
+Part = tuple[Group, list[int]]  # a group, and which of its responses
 
 
 @dataclass(frozen=True)
 class Plan:
     """One update: the packs of every rank, and the global counts that normalise its loss."""
 
-    packs: list[list[list[Share]]]  # of every rank: its packs, each some shares
-    filler: list[Share]  # a pack that counts nothing, for ranks that have fewer
+    packs: list[list[list[Part]]]  # of every rank: its packs, each some parts of groups
+    filler: list[Part]  # a pack that counts nothing, for ranks that have fewer
     tokens: int
     responses: int
     imbalance: float  # dearest rank's cost over the mean, minus 1
 
 
 def plan_minibatches(groups: list[Group], s: Settings, ranks: int, packing: str) -> list[Plan]:
-    """Cut the step's groups into minibatches, deal each over the ranks, and cut every rank's share
+    """Cut the step's groups into minibatches, deal each over the ranks, and cut what a rank gets
     into packs.
 
     Every rank plans for all ranks, so no rank has to be asked how many packs it has. Groups that
@@ -411,8 +417,8 @@ def plan_minibatches(groups: list[Group], s: Settings, ranks: int, packing: str)
         packs = []
         loads = []
         for indices in deal(costs, ranks):
-            share = [teaching[j] for j in indices]
-            packs.append(cut_into_packs(share, s.max_tokens_per_pack, packing == "shared"))
+            own = [teaching[j] for j in indices]
+            packs.append(cut_into_packs(own, s.max_tokens_per_pack, shared=packing == "shared"))
             loads.append(sum(costs[j] for j in indices))
         plans.append(
             Plan(
@@ -453,26 +459,26 @@ class Minibatch:
     plan: Plan
 
 
-def load_minibatch(run: Run, plan: Plan, is_first: bool) -> Minibatch:
+def scored_minibatch(run: Run, plan: Plan, is_first: bool) -> Minibatch:
     """This rank's packs of a plan, on its device, each scored as soon as it is there: a GPU works
     while the prompts of the next pack are made."""
     own = plan.packs[dist.get_rank()]
-    packs = [score_tokens(run, load_pack(run, shares), is_first) for shares in own]
+    packs = [score_tokens(run, load_pack(run, parts), is_first) for parts in own]
     for _ in range(max(map(len, plan.packs)) - len(own)):
         filler = score_tokens(run, load_pack(run, plan.filler), is_first)
         packs.append(replace(filler, weight=0.0))
     return Minibatch(packs, plan)
 
 
-def load_pack(run: Run, shares: list[Share], problems: data.Problems | None = None) -> TrainPack:
+def load_pack(run: Run, parts: list[Part], problems: data.Problems | None = None) -> TrainPack:
     """One pack; prompts that were sampled elsewhere are made again from their rows, those of the
     training set unless told. An advantage per token would be spread here."""
     problems = run.train_set if problems is None else problems
     bundles, rollouts, advantages = [], [], []
-    for group, chosen in shares:
+    for group, chosen in parts:
         prompt = run.reader(problems[group.index])
         picked = [group.rollouts[i] for i in chosen]
-        bundles.append((prompt, [rollout.read(run.reader) for rollout in picked]))
+        bundles.append((prompt, [rollout.completion(run.reader) for rollout in picked]))
         rollouts += picked
         advantages.append(group.advantages[chosen])
     lengths = torch.tensor([len(rollout.response) for rollout in rollouts])
@@ -504,25 +510,25 @@ def learning_cost(group: Group) -> float:
 
 
 def deal(costs: list[float], ranks: int) -> list[list[int]]:
-    """Share items out so that all ranks have about the same cost: the dearest first, each to the
+    """Deal items out so that all ranks have about the same cost: the dearest first, each to the
     least loaded rank. Returns each rank's items by index, ascending."""
     loads = [0.0] * ranks
-    shares = [[] for _ in range(ranks)]
+    dealt = [[] for _ in range(ranks)]
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         least = loads.index(min(loads))
         loads[least] += costs[i]
-        shares[least].append(i)
-    return [sorted(share) for share in shares]
+        dealt[least].append(i)
+    return [sorted(items) for items in dealt]
 
 
-def cut_into_packs(groups: list[Group], max_tokens: int, shared: bool = True) -> list[list[Share]]:
+def cut_into_packs(groups: list[Group], max_tokens: int, shared: bool = True) -> list[list[Part]]:
     """Cut groups into packs of at most `max_tokens` tokens where possible.
 
     Groups stay whole where they fit and are split along responses where not (each part then repeats
     the prompt); a single response that does not fit gets a pack of its own. Without sharing every
     response brings its prompt.
     """
-    parts = []  # (tokens, share)
+    parts = []  # (tokens, part)
     for group in groups:
         repeated = 0 if shared else group.prompt_tokens
         chosen, used = [], group.prompt_tokens
@@ -535,13 +541,13 @@ def cut_into_packs(groups: list[Group], max_tokens: int, shared: bool = True) ->
         parts.append((used, (group, chosen)))
     parts.sort(key=lambda part: -part[0])
     packs, filled = [], []  # first fit, largest first
-    for used, share in parts:
+    for used, part in parts:
         fitting = [i for i, tokens in enumerate(filled) if tokens + used <= max_tokens]
         if fitting:
-            packs[fitting[0]].append(share)
+            packs[fitting[0]].append(part)
             filled[fitting[0]] += used
         else:
-            packs.append([share])
+            packs.append([part])
             filled.append(used)
     return packs
 
@@ -564,7 +570,7 @@ def score_white(run: Run, pack: TrainPack) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 # What stops a run: a gap, what is not finite, a signal; and what the first update took
 
-NOT_EVALUATED = -1.0  # in place of an accuracy
+NOT_EVALUATED = -1.0  # in place of an accuracy: below every one
 
 
 def leave_out(run: Run, minibatch: Minibatch, step: int, why: str) -> None:
@@ -601,7 +607,7 @@ def plain_pack(pack: TrainPack, positions: Callable) -> dict:
     plain = {name: value for name, value in vars(pack).items() if isinstance(value, Tensor)}
     groups = []
     for prompt, completions in pack.bundles:
-        ids = [lay_out(turns, positions)[0] for turns in completions]
+        ids = [join_turns(turns, positions)[0] for turns in completions]
         groups.append((prompt.problem.where, prompt.ids, ids))
     return plain | {"groups": groups}
 
@@ -629,14 +635,15 @@ def check_against_sampler(engine: Engine, actor: Actor, prompts: list) -> None:
     """Before training, sample a few tokens and compare the sampler's log-probs with the trainer's.
 
     check_packing compares with the padded forward, which may be wrong itself; the sampler is
-    another implementation. All ranks together, with the same prompts, after the first sync.
+    another implementation. All ranks together, with the same prompts, after the first sync; the
+    mean is over the tokens of all ranks, because in 16 bits a few tokens say little.
 
     Raises:
         RuntimeError: they differ by more than rounding does.
     """
     limit = 0.05 if actor.compute.itemsize == 2 else 1e-3  # nats
     longest = engine.max_response_tokens
-    engine.max_response_tokens = min(8, longest)
+    engine.max_response_tokens = min(16, longest)
     try:
         drawn = engine.generate([[prompt] for prompt in prompts], n=1, seed=0)
     finally:
@@ -645,8 +652,11 @@ def check_against_sampler(engine: Engine, actor: Actor, prompts: list) -> None:
     sampled = torch.cat([rollout.sampler_logprobs for [rollout] in drawn])
     with torch.no_grad():
         logprobs, _ = actor.logprobs(bundles, entropy="none")
-    gap = all_max((logprobs.cpu() - sampled).abs().mean().nan_to_num(torch.inf).item())
-    say(f"sampler and trainer: {gap:.1g} nats per token apart on the first {len(sampled)} tokens")
+    gaps = (logprobs.cpu() - sampled).abs()
+    totals = all_sum({"gap": gaps.sum(), "tokens": len(gaps)}, actor.device)
+    gap = totals["gap"] / totals["tokens"]
+    tokens = int(totals["tokens"])
+    say(f"sampler and trainer: {gap:.1g} nats per token apart on the first {tokens} tokens")
     if not gap <= limit:
         raise RuntimeError(
             f"before training, sampler and trainer disagree by {gap:.3g} nats per token (limit "
@@ -743,14 +753,14 @@ def measure_looks(run: Run, rollouts: dict[int, Rollout]) -> dict[str, float]:
     filler = [(looked_at(run, seen[0], rollouts[seen[0]]), [0])]
     sums = dict(looks=0.0, tokens=0.0, looks_answer=0.0, answer_tokens=0.0)
     for i in range(int(all_max(len(packs)))):  # equally many on every rank
-        shares = packs[i] if i < len(packs) else filler
-        pack = load_pack(run, shares, run.test_set)
+        parts = packs[i] if i < len(packs) else filler
+        pack = load_pack(run, parts, run.test_set)
         logprobs, _ = run.actor.logprobs(pack.bundles, pack.features, entropy="none")
         looks = (logprobs - score_white(run, pack)).cpu()
         if i >= len(packs):
             continue
         inside = []
-        for group, _ in shares:
+        for group, _ in parts:
             texts = report.token_texts(run.actor.processor.tokenizer, group.rollouts[0].response)
             inside += reward.inside_box(texts)
         inside = torch.tensor(inside)
@@ -889,6 +899,7 @@ def build(s: Settings, device: torch.device) -> Run:
         optimizer, schedule = build_optimizer(s, actor)
     elif isinstance(without_conversations(engine), HFEngine):
         actor.model.to(device)
+        actor.use_packing(actor.packing)  # the tower's attention depends on the device
     judge = reward.Judge(s.judge_url, s.judge_model, s.judge_strict) if s.judge_model else None
     run = Run(
         settings=s,
@@ -949,7 +960,6 @@ def load_data(
         s.instruction,
         s.video_limits,
         first=(lambda problem: environment(problem).first) if environment else None,
-        # a rank's share of a step, and of the next one, whose prompts are made meanwhile
         # of this step and the next: those sampled here, those learnt from here, and later turns
         kept=4 * math.ceil(s.prompts_per_step / dist.get_world_size()),
     )
@@ -1320,7 +1330,7 @@ class Settings:
 
     rewards: str = setting(
         "accuracy=0.9,format=0.1",
-        "named rewards with their weights, by source (see the README)",
+        "named rewards with their weights, by source (see assets/rewards.md)",
         group="SCORE (responses -> rewards -> advantages)",
     )
     rounding: bool = setting(True, "accuracy: a decimal gold accepts what rounds to it")
@@ -1526,10 +1536,10 @@ def check_pairs(s: Settings) -> None:
 PRESETS = {
     "tiny": dict(
         instruction=TINY_INSTRUCTION, min_pixels=56 * 56, max_pixels=56 * 56, max_prompt_tokens=256,
-        freeze_vision=True, steps=100, prompts_per_step=64, responses_per_prompt=8,
+        freeze_vision=True, steps=80, prompts_per_step=64, responses_per_prompt=8,
         minibatch_prompts=32, max_response_tokens=24, max_tokens_per_pack=8192, kl_coefficient=0.0,
-        learning_rate=6e-4, beta2=0.98, warmup_updates=5, final_learning_rate=0.1, eval_every=25,
-        save_every=50,
+        learning_rate=6e-4, beta2=0.98, warmup_updates=5, final_learning_rate=0.1, eval_every=20,
+        save_every=40,
     ),
     "geo3k": dict(
         model="Qwen/Qwen2.5-VL-7B-Instruct", data="hiyouga/geometry3k", min_pixels=262144,
@@ -1538,9 +1548,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-PRESETS["codeword"] = PRESETS["tiny"] | dict(
-    task="codeword", steps=80, prompts_per_step=32, eval_every=20
-)
+PRESETS["codeword"] = PRESETS["tiny"] | dict(task="codeword", prompts_per_step=32)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1684,13 +1692,13 @@ def start_run(s: Settings, device: torch.device) -> None:
     if checkpoint:
         load_checkpoint(run, checkpoint)
     with run.grader, run.engine:
-        if s.steps:
-            run.engine.sync(run.actor)
-            sampler = without_conversations(run.engine)
-            check_against_sampler(sampler, run.actor, check_prompts(run.train_set, run.reader))
-        run.signals = catch_signals()
         try:
             with advice_on_memory(s):
+                if s.steps:
+                    run.engine.sync(run.actor)
+                    prompts = check_prompts(run.train_set, run.reader)
+                    check_against_sampler(without_conversations(run.engine), run.actor, prompts)
+                run.signals = catch_signals()
                 train(run)
         except Exception as error:
             explain_failure(error)  # first: what is being written may take a while

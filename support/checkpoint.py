@@ -131,20 +131,16 @@ class CheckpointWriter(dcp.HuggingFaceStorageWriter):
     """Every rank writes its shards. When all have, rank 0 adds the manifest, renames, and removes
     what is not kept."""
 
-    def __init__(self, state: dict[str, Tensor], final: Path, keep: int, best_step: int, device):
+    def __init__(self, state: dict[str, Tensor], final: Path, keep: int, best_step: int):
         # a file is built in memory before it is written
         file_of = {name: 1 + i // 500 for i, name in enumerate(state)}
         super().__init__(f"{final}.partial", file_of, save_distributed=True)
+        # what it is given is a copy in main memory, so no CUDA stream is asked to bring it, which
+        # would wait for the updates that go on, and make a context on GPU 0 for every rank's thread
+        self.per_thread_copy_ahead = 0
         self.final = final
         self.keep = keep
         self.best = f"step-{best_step:06d}"
-        self.device = device
-
-    def write_data(self, plan, planner):
-        if self.device.type == "cuda":
-            # a new thread's device is GPU 0, where every rank would make a context of half a GiB
-            torch.cuda.set_device(self.device)
-        return super().write_data(plan, planner)
 
     def finish(self, metadata, results) -> None:
         partial = Path(self.path)
@@ -203,7 +199,7 @@ def save_checkpoint(run, accuracy: float = -1.0) -> None:
     final = settings.folder / "checkpoints" / f"step-{run.step:06d}"
     state = checkpoint_state(run)
     _, best_step = run.best
-    writer = CheckpointWriter(state, final, settings.keep, best_step, run.device)
+    writer = CheckpointWriter(state, final, settings.keep, best_step)
     run.saving = dcp.async_save(state, storage_writer=writer, process_group=run.saving_group)
     if not settings.save_in_background:
         finish_checkpoint(run)

@@ -56,8 +56,8 @@ class Clock:
 
 
 class Log:
-    """Writes what the run did, on rank 0: files in the run's folder (see the README), loggers, and
-    a line of progress."""
+    """Writes what the run did, on rank 0: files in the run's folder (see assets/metrics.md),
+    loggers, and a line of progress."""
 
     def __init__(self, run):
         s = run.settings
