@@ -341,6 +341,8 @@ class ChunkedLogprobs(torch.autograd.Function):
             p = logps.exp_()  # in place, here and below: nothing in a run is larger
             if request.entropy != "none":
                 entropy[rows] = torch.special.entr(p).sum(-1)  # sum of -p log p
+        if request.entropy != "gradient":
+            ctx.mark_non_differentiable(entropy)
         ctx.save_for_backward(h, weight, entropy)
         ctx.request = request
         ctx.last_p = None if request.softcap else p  # a softcap's slope needs the logits

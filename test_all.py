@@ -2148,6 +2148,10 @@ def test_chunked_logprobs_equal_log_softmax_with_gradients(softcap):
     assert torch.autograd.gradcheck(
         lambda h, w: model.ChunkedLogprobs.apply(h, w, request), (h, weight)
     )
+    got, entropy = model.ChunkedLogprobs.apply(
+        h, weight, dataclasses.replace(request, entropy="value")
+    )
+    assert got.requires_grad and not entropy.requires_grad
 
 
 def test_the_head_holds_one_chunk_of_logits_however_many_tokens():
