@@ -117,8 +117,6 @@ except ImportError:  # optional: torch's own kernel does the same
 Turn = Tensor | data.Prompt  # ids (W,) that the policy wrote, or what it read
 Completion = list[Turn]  # all that follows a prompt; a single response is a list of one
 Bundle = tuple[data.Prompt, list[Completion]]  # a prompt, and what was drawn for it
-
-
 Segment = tuple[int, int, int, int]  # start, end, prompt_start, prompt_end in tokens of the pack
 
 
@@ -333,12 +331,13 @@ class ChunkedLogprobs(torch.autograd.Function):
         dtype = torch.promote_types(h.dtype, torch.float32)
         logprobs = torch.zeros(len(h), dtype=dtype, device=h.device)
         entropy = torch.zeros_like(logprobs)
-        p = None
+        p = None  # (rows, V) probabilities, where they are wanted
         for rows in request.chunks(len(h)):
             logps = p = None  # the chunk before goes before this one comes
             logps = request.logits(h[rows], weight).log_softmax(-1)
             logprobs[rows] = logps.gather(-1, request.targets[rows, None])[:, 0]
-            p = logps.exp_()  # in place, here and below: nothing in a run is larger
+            if request.entropy != "none" or ctx.needs_input_grad[0]:
+                p = logps.exp_()  # in place, as in the backward: nothing in a run is larger
             if request.entropy != "none":
                 entropy[rows] = torch.special.entr(p).sum(-1)  # sum of -p log p
         if request.entropy != "gradient":
@@ -362,19 +361,19 @@ class ChunkedLogprobs(torch.autograd.Function):
             if p is None:
                 z = request.logits(h[rows], weight)
                 p = z.softmax(-1)
-            surprise = torch.special.entr(p).mul_(e) if request.entropy == "gradient" else None
-            # d log p[target] / dz = onehot - p, and dH / dz = -p (log p + H)
+            # d log p[target] / dz = onehot - p, and dH / dz = -p log p - p H
+            minus_p_log_p = torch.special.entr(p) if request.entropy == "gradient" else None
             dz = p.mul_(-g - e * entropy[rows, None])
             dz.scatter_add_(1, request.targets[rows, None], g)
-            if surprise is not None:
-                dz += surprise
+            if minus_p_log_p is not None:
+                dz += minus_p_log_p.mul_(e)
             if request.softcap:
                 dz *= request.softcap_slope(z)
             dz = dz.div_(request.temperature).to(weight.dtype)
             dh[rows] = dz @ weight
             if dw is not None:
                 dw.addmm_(dz.T, h[rows])
-            p = z = dz = None  # this chunk goes before the next one comes
+            p = z = dz = minus_p_log_p = None  # this chunk goes before the next one comes
         return dh, dw, None
 
 
@@ -505,13 +504,13 @@ class Actor:
         rows += [[anchor] for anchor in self._missing_anchors(bundles)]
         inputs, written = self.padded_inputs(rows)
         # position t - 1 predicts token t; where no row's token was written, logits are not needed
-        predicted = written.any(0).nonzero()[:, 0]  # (N',), at most N
+        predicted = written.any(0).nonzero()[:, 0]  # (C,) columns
         logits = self.model(
             **inputs,
             **self.multi_modal_inputs(itertools.chain.from_iterable(rows)),
             logits_to_keep=predicted - 1,
             use_cache=False,
-        ).logits  # (B, N', V), softcapped by the model's own forward
+        ).logits  # (B, C, V), softcapped by the model's own forward
         logps = self.trained_logprobs(logits)
         written = written[:, predicted]
         targets = inputs["input_ids"][:, predicted, None]

@@ -75,13 +75,15 @@ def compute_rewards(
     samples = list(zip(problems, responses, strict=True))
     weights_of = [weights.get(problem.source, weights[""]) for problem in problems]
     accuracy_of = [accuracy_name(named) for named in weights_of]
-    wanted_of = [{*named, "format", accuracy_name(named)} for named in weights_of]
+    wanted_of = []  # the rewards that each sample gets
+    for named, accuracy in zip(weights_of, accuracy_of, strict=True):
+        wanted_of.append({*named, "format", accuracy})
     names = ["accuracy", "format"]
     for named in weights.values():
         names += named
     scores = {}
     for name in dict.fromkeys(names):
-        wanted = [i for i, names_of_one in enumerate(wanted_of) if name in names_of_one]
+        wanted = [i for i, its_names in enumerate(wanted_of) if name in its_names]
         values = score_samples(name, [samples[i] for i in wanted], grader) if wanted else []
         scores[name] = [0.0] * len(samples)
         for i, value in zip(wanted, values, strict=True):

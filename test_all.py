@@ -4853,13 +4853,13 @@ def unsynced_run(argv):
 def test_in_bfloat16_vllm_follows_the_trainer_and_the_gate_catches_a_missed_sync(
     seedling, tmp_path
 ):
-    flags = ["--engine", "vllm", "--steps", "5", "--max_sampler_gap", "0.02"]
-    argv = argv_of(copy_start(seedling, tmp_path), *BF16, "--learning_rate", "0.01", *flags)
+    flags = ["--engine", "vllm", "--steps", "6", "--learning_rate", "0.02"]
+    argv = argv_of(copy_start(seedling, tmp_path), *BF16, *flags)
     code, log = launch("unsynced_run", argv)
-    assert code == 1 and "error: step 3: sampler and trainer disagree by" in log, log
-    steps = learning_steps(tmp_path / "tiny")
-    assert len(steps) == 3 and all(row["train/learnt_tokens"] > 0 for row in steps)
-    assert 1e-4 < max(row["train/gap"] for row in steps) < 0.02
+    assert code == 1 and re.search(r"error: step [34]: sampler and trainer disagree by", log), log
+    synced = learning_steps(tmp_path / "tiny")[:3]
+    assert len(synced) == 3 and all(row["train/learnt_tokens"] > 0 for row in synced)
+    assert 1e-4 < max(row["train/gap"] for row in synced) < 0.02
 
 
 def test_the_memory_of_a_run_is_near_what_was_measured():
@@ -7933,10 +7933,12 @@ def test_every_link_of_the_readme_and_its_pages_points_at_what_its_text_names():
     text = (HERE / "README.md").read_text()
     assert len(links["LINK"].findall(text)) > 40
     assert text == links["mended"](text), "some lines have moved: run python assets/links.py"
-    moved = "[`grpo.spread`](grpo.py#L1)"
-    assert links["mended"](moved) != moved
-    with pytest.raises(ValueError, match="gone"):
-        links["mended"]("[`grpo.gone`](grpo.py#L1)")
+    for moved in ("[`grpo.spread`](grpo.py#L1)", "[`return x`](grpo.py#L1)"):
+        if "spread" in moved:
+            assert links["mended"](moved) != moved
+        else:
+            with pytest.raises(ValueError, match="return x"):
+                links["mended"](moved)
     for page in PAGES:
         text = (HERE / page).read_text()
         for target in re.findall(r"\]\(([^)]+)\)", text):
@@ -8003,6 +8005,13 @@ def test_the_loss_of_the_readme_runs_as_printed(seedling, tmp_path, monkeypatch)
     losses, clipped = policy_loss(logprobs, lengths=torch.tensor([2]), clip_low=0.2, **inputs)
     close(torch.autograd.grad(losses.sum(), logprobs)[0], torch.tensor([-1.2, 0.5]))
     assert clipped.tolist() == [True, False]
+    in_place = re.findall(r"`(loss = [^`]+)`", (HERE / "README.md").read_text())
+    source = (HERE / "grpo.py").read_text()
+    assert len(in_place) == 2 and in_place[0] in source
+    changed = {}
+    exec(source.replace(*in_place), changed)
+    losses, _ = changed["policy_loss"](logprobs, lengths=torch.tensor([2]), **inputs)
+    close(torch.autograd.grad(losses.sum(), logprobs)[0], torch.tensor([-1.2, 0.5]))
     code, log = train_apart(copy_start(seedling, tmp_path), script=str(script))
     assert code == 0, log
     assert any(row["train/learnt_tokens"] for row in learning_steps(tmp_path / "tiny"))
@@ -8605,7 +8614,7 @@ def test_bench_of_the_update(tiny):
             for _ in range(3):  # interleaved, so that a slow minute of the machine hits all alike
                 for variant in variants:
                     runs[variant].append(measured_update(actor, groups, variant)[0])
-            seconds = {variant: min(times) for variant, times in runs.items()}
+            seconds = {variant: sorted(times)[1] for variant, times in runs.items()}
             gain, saved = (x["padded"] / x["shared"] for x in (seconds, memory))
             bars[tower, prompt, length] = gain, saved
             cells = [

@@ -1,6 +1,7 @@
 """Sets the line numbers of the README's links into code: python assets/links.py
 
-[`grpo.spread`](grpo.py#L1) points at the definition of that name.
+[`grpo.spread`](grpo.py#L1) points at the definition of that name. A link whose text is code and no
+name, [`r = a / b`](grpo.py#L1), points at the only line that begins so.
 """
 
 import ast
@@ -14,7 +15,7 @@ LINK = re.compile(r"\[`([^`]+)`\]\(([\w/]+\.py)#L\d+\)")
 
 
 def mended(text: str) -> str:
-    """`text` with every link at the line that it means. ValueError for one that means none."""
+    """`text` with every link at the line that it means. ValueError for one that means no line."""
 
     def point(link: re.Match) -> str:
         label, path = link.groups()
@@ -25,7 +26,11 @@ def mended(text: str) -> str:
 
 def line_of(label: str, path: str) -> int:
     """The line of a file that a link's text means."""
-    lines = definitions(tree_of(path), label.removeprefix(f"{Path(path).stem}."))
+    if re.fullmatch(r"[\w.]+", label):
+        lines = definitions(tree_of(path), label.removeprefix(f"{Path(path).stem}."))
+    else:
+        starts = enumerate((ROOT / path).read_text().splitlines(), 1)
+        lines = [number for number, line in starts if line.strip().startswith(label)]
     if len(lines) != 1:
         raise ValueError(f"the README links to {label!r}, which {path} has {len(lines)} times")
     return lines[0]

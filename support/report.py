@@ -118,9 +118,10 @@ class Log:
     def _tell(self, step: int, row: dict, seconds: dict) -> None:
         """On the bar; without a terminal in a plain line, now and then."""
         phases = " ".join(f"{phase} {x:.1f}" for phase, x in seconds.items() if x >= 0.05)
-        policy = f"kl {row['train/kl']:.3f}"
         if self.run.reference is None:
             policy = f"entropy {row['train/entropy']:.2f}"
+        else:
+            policy = f"kl {row['train/kl']:.3f}"
         line = (
             f"reward {row['train/reward']:.2f} acc {row['train/accuracy']:.2f} {policy} "
             f"len {row['train/response_tokens']:.0f} gap {row['train/gap']:.1e} | s: {phases}"

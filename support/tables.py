@@ -86,7 +86,7 @@ class Table:
             column = self.columns[top]
             if fields:
                 column = pc.struct_field(column, fields)
-            if "list" in str(column.type).partition("<")[0]:
+            if "list" in str(column.type).partition("<")[0]:  # large_list, fixed_size_list, too
                 held += pc.sum(pc.list_value_length(column)).as_py() or 0
             else:
                 held += len(column) - column.null_count
